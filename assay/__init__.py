@@ -1,0 +1,3 @@
+"""assay: a laboratory for language-model architectures."""
+
+__version__ = "0.1.0"
