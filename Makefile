@@ -1,0 +1,51 @@
+# `make setup study` is the tour, `make check` the quick gate, `make test` the tests, `make test-full` all of them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.assay-installed
+OUT ?= runs/tour
+# Two workers of one thread each: more threads a worker only get in each other's way.
+TEST := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 --dist worksteal
+# What `make check` leaves to `make test`, so that it stays within two minutes.
+QUICK := tests/spec tests/cli tests/project
+
+.PHONY: setup study test test-full check lint format types bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve]'
+	@touch $@
+
+study: setup
+	$(BIN)/assay study run tour --out $(OUT) --budget quick
+	@echo "The report: $(abspath $(OUT)/report.html)"
+
+test: setup
+	$(TEST) -m "not slow" tests
+
+test-full: setup
+	$(TEST) tests
+
+check: lint types
+	$(TEST) -m "not slow" $(QUICK)
+
+lint: setup
+	$(BIN)/ruff format --check assay tests
+	$(BIN)/ruff check assay tests
+
+format: setup
+	$(BIN)/ruff format assay tests
+	$(BIN)/ruff check --fix assay tests
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/assay bench gpt-11m --train --batch 16 --seq 256 --dtype bf16
+	$(BIN)/assay bench gpt-11m --train --batch 16 --seq 256 --dtype f32
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find assay tests -name __pycache__ -type d -prune -exec rm -rf {} +
