@@ -1,0 +1,179 @@
+"""The one model: decoder, encoder, or both, as the spec says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from assay.model.block import Block
+from assay.model.init import initialise
+from assay.ops.state import State, Stateless
+from assay.ops.step import Memory, Step
+from assay.parts.base import Part, Position
+from assay.parts.heads.lm import LossOptions
+from assay.spec.base import Site, StateField, Weight
+from assay.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Output:
+    """`logits` [E, V] (of `step.emit`, else of every token) or, with targets, `loss` sums; `taps` by dotted name."""
+
+    logits: Tensor | None
+    loss: dict[str, Tensor] | None
+    taps: dict[str, Tensor]
+
+
+class LM(nn.Module):
+    """Built from a spec; `forward` is the only entry."""
+
+    def __init__(self, spec: ModelSpec, prefix: str = "") -> None:
+        super().__init__()
+        self.spec, self.prefix = spec, prefix
+        self.positions = nn.ModuleDict({n: p.build(self._site(f"positions.{n}")) for n, p in spec.positions.items()})
+        self.embed = spec.embed.build(embed_site(spec, prefix))
+        blocks: list[Block] = []
+        stages = spec.expand()
+        for layer, source in enumerate(spec.sources):
+            blocks.append(blocks[source] if source != layer else Block(stages[layer], self._layer_site(layer)))
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = spec.final_norm.build(self._site("final_norm")) if spec.final_norm is not None else None
+        self.head = spec.head.build(head_site(spec, prefix)) if spec.head is not None else None
+        self.encoder = LM(spec.encoder, f"{prefix}encoder.") if spec.encoder is not None else None
+        schemes: dict[str, Position] = dict(self.positions.items())  # type: ignore[arg-type]
+        parts = [m for block in blocks for m in block.modules() if isinstance(m, Part)]
+        for part in parts:
+            part.bind(schemes)
+        self._planned = [m for m in [*schemes.values(), *parts] if m.prepare_key() is not None]
+
+    def _site(self, name: str) -> Site:
+        return prefixed(self.spec.root(name), self.prefix)
+
+    def _layer_site(self, layer: int) -> Site:
+        return prefixed(self.spec.site(layer), self.prefix)
+
+    def forward(
+        self,
+        step: Step,
+        states: Mapping[str, State] | None = None,
+        targets: Int[Tensor, "N"] | None = None,
+        options: LossOptions | None = None,
+    ) -> Output:
+        """One step through the stack. Without `states` nothing is remembered (training)."""
+        taps: dict[str, Tensor] = {}
+        step = self._encoded(step, taps)
+        states = states if states is not None else self._stateless(step)
+        step = step.with_(tables=self._tables(step, states))
+        x = self.embed(step)
+        for scheme in self.positions.values():
+            x = scheme.on_embed(x, step)
+        given: dict[str, object] = {"embed": x}
+        h = self._open(x)
+        for layer, block in enumerate(self.blocks):
+            h, given, new = block(h, given, step, states, f"{self.prefix}blocks.{layer}")
+            taps.update(new)
+        h = self._close(h)
+        h = self.final_norm(h, step) if self.final_norm is not None else h
+        if step.listen and f"{self.prefix}final" in step.listen:
+            taps[f"{self.prefix}final"] = h
+        if self.head is None:
+            return Output(h, None, taps)
+        if targets is not None:
+            return Output(None, self.head.loss(h, targets, step, self.embed.table(), options), taps)
+        h = h if step.emit is None else h.index_select(0, step.emit)
+        return Output(self.head(h, step, self.embed.table()), None, taps)
+
+    def _open(self, x: Tensor) -> Tensor:
+        return self.blocks[0].residual0.open(x) if len(self.blocks) else x  # type: ignore[no-any-return,union-attr]
+
+    def _close(self, h: Tensor) -> Tensor:
+        return self.blocks[0].residual0.close(h) if len(self.blocks) else h  # type: ignore[no-any-return,union-attr]
+
+    def _encoded(self, step: Step, taps: dict[str, Tensor]) -> Step:
+        """Run the encoder over `step.encode` and hand its features on as the memory."""
+        if self.encoder is None or step.encode is None:
+            return step
+        out = self.encoder(step.encode)
+        taps.update(out.taps)
+        source = step.encode
+        return step.with_(encode=None, memory=Memory(out.logits, source.seq, source.index, source.grid))
+
+    def _stateless(self, step: Step) -> dict[str, State]:
+        weight = next(self.parameters())
+        return {name: Stateless(f, weight.dtype, weight.device) for name, f in state_table(self.spec, self.prefix).items()}
+
+    def _tables(self, step: Step, states: Mapping[str, State]) -> dict[str, object]:
+        """`prepare`, once for each distinct key; parts that share a key and a layout share the result."""
+        made: dict[object, object] = {}
+        tables: dict[str, object] = {}
+        for part in self._planned:
+            state = states.get(part.name)
+            key = (part.prepare_key(), getattr(state, "layout_key", None))
+            if key not in made:
+                made[key] = part.prepare(step, state)
+            tables[part.name] = made[key]
+        return tables
+
+
+def prefixed(site: Site, prefix: str) -> Site:
+    """The same site under the name of a model inside another (`encoder.`)."""
+    return replace(site, name=prefix + site.name)
+
+
+def embed_site(spec: ModelSpec, prefix: str = "") -> Site:
+    site = prefixed(spec.root("embed"), prefix)
+    return Site(site.name, 0, spec.layers, spec.vocab, spec.d_model, (), spec.context, spec.init)
+
+
+def head_site(spec: ModelSpec, prefix: str = "") -> Site:
+    site = prefixed(spec.root("head"), prefix)
+    return Site(site.name, 0, spec.layers, spec.d_model, spec.vocab, (), spec.context, spec.init)
+
+
+def weight_table(spec: ModelSpec, prefix: str = "") -> dict[str, Weight]:
+    """Every declared parameter of the model by its dotted name, once for shared blocks."""
+    table: dict[str, Weight] = {}
+    for site, part in spec.parts():
+        if site.name.startswith("blocks.") and spec.sources[site.layer] != site.layer:
+            continue
+        place = {"embed": embed_site(spec), "head": head_site(spec)}.get(site.name, site)
+        table |= {f"{place.name}.{k}": w for k, w in part.weights(place).items()}
+    for layer in range(spec.layers):
+        for site, stage, branch in spec.branches(layer) if spec.sources[layer] == layer else ():
+            for key in branch.part.weights(site):
+                table[f"{site.name}.{key}"] = scaled(table[f"{site.name}.{key}"], stage.residual.gain(key, site))
+    table = {prefix + name: weight for name, weight in table.items()}
+    if spec.encoder is not None:
+        table |= weight_table(spec.encoder, f"{prefix}encoder.")
+    return table
+
+
+def scaled(weight: Weight, gain: float) -> Weight:
+    """The weight with its initial spread times `gain`."""
+    return weight if gain == 1.0 else replace(weight, init=replace(weight.init, std=weight.init.std * gain))
+
+
+def state_table(spec: ModelSpec, prefix: str = "") -> dict[str, tuple[StateField, ...]]:
+    """The declared state of every mixer and ffn by its dotted name (the decoder's: an encoder remembers nothing)."""
+    table: dict[str, tuple[StateField, ...]] = {}
+    for layer in range(spec.layers):
+        for site, _, branch in spec.branches(layer):
+            table[prefix + site.name] = branch.part.state(site)
+    return table
+
+
+def build(spec: ModelSpec, seed: int = 0, device: torch.device | str = "cpu") -> LM:
+    """A new model with the weights that `seed` draws."""
+    model = LM(spec)
+    initialise_all(model, spec, seed)
+    return model.to(device)
+
+
+def initialise_all(model: LM, spec: ModelSpec, seed: int) -> None:
+    table = weight_table(spec)
+    names = {n for n, _ in model.named_parameters()}
+    initialise(model, {n: w for n, w in table.items() if n in names}, seed)

@@ -1,0 +1,95 @@
+"""Which keys a query sees: a value, combined with `&`, materialised only by a backend that must. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from assay.spec.base import Spec
+
+
+class Sees(Spec):
+    """Visibility by place in the sequence.
+
+    causal: keys at or before the query. window: that many keys including the query's own (causal).
+    chunk: only keys of the same block of `chunk` tokens. band: (left, right) neighbours of a bidirectional layer.
+    first: the first n keys stay visible behind a window.
+    """
+
+    causal: bool = True
+    window: int | None = Field(default=None, ge=1)
+    chunk: int | None = Field(default=None, ge=1)
+    band: tuple[int, int] | None = None
+    first: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.window is not None and not self.causal:
+            raise ValueError("`window` counts keys back from a causal query; a bidirectional layer uses `band: [left, right]`")
+        if self.band is not None and (self.causal or min(self.band) < 0):
+            raise ValueError("`band: [left, right]` is for `causal: false`, with both >= 0")
+        if self.first and self.window is None:
+            raise ValueError("`first` keeps the first keys visible behind a `window`, which is missing")
+        if self.first and self.chunk is not None:
+            raise ValueError("`first` and `chunk` are not combined")
+        return self
+
+    def visible(self, q: Any, k: Any) -> Any:
+        """Boolean mask for broadcastable integer arrays or tensors of places: q [..., T, 1], k [..., 1, S]."""
+        seen = (k <= q) if self.causal else (k == k) & (q == q)
+        if self.window is not None:
+            near = k > q - self.window
+            seen = seen & ((near | (k < self.first)) if self.first else near)
+        if self.chunk is not None:
+            seen = seen & (k // self.chunk == q // self.chunk)
+        if self.band is not None:
+            seen = seen & (k >= q - self.band[0]) & (k <= q + self.band[1])
+        return seen
+
+    @property
+    def everything(self) -> bool:
+        """Nothing but causality (or not even that) limits what is seen."""
+        return self.window is None and self.chunk is None and self.band is None
+
+    @property
+    def keep(self) -> int | None:
+        """Tokens that a later query can still see, counted back from it; None: all of them."""
+        if self.first:
+            return None
+        limits = [n for n in (self.window, self.chunk) if n is not None]
+        return min(limits) if limits else None
+
+    def pairs(self, new: int, seen: int) -> int:
+        """Visible (query, key) pairs when `new` tokens arrive after `seen` others; exact."""
+        q = np.arange(seen, seen + new, dtype=np.int64)
+        low, high = np.zeros_like(q), np.full_like(q, seen + new - 1)
+        if self.causal:
+            high = q
+        if self.chunk is not None:
+            low, high = q // self.chunk * self.chunk, np.minimum(high, q // self.chunk * self.chunk + self.chunk - 1)
+        if self.band is not None:
+            low, high = np.maximum(low, q - self.band[0]), np.minimum(high, q + self.band[1])
+        if self.window is not None:
+            low = np.maximum(low, q - self.window + 1)
+        return int((high - low + 1 + np.minimum(low, self.first)).sum())
+
+    def __and__(self, other: Sees) -> Sees:
+        """Seen by both."""
+        if (self.first or other.first) and self.first != other.first:
+            raise ValueError("two rules with different `first` have no single form")
+        if None not in (self.chunk, other.chunk) and self.chunk != other.chunk:
+            raise ValueError(f"chunks of {self.chunk} and {other.chunk} have no single form")
+        causal = self.causal or other.causal
+        bands = [b for b in (self.band, other.band) if b is not None]
+        windows = [w for w in (self.window, other.window) if w is not None]
+        if causal and bands:
+            windows, bands = [*windows, *(b[0] + 1 for b in bands)], []
+        return Sees(
+            causal=causal,
+            window=min(windows) if windows else None,
+            chunk=self.chunk if self.chunk is not None else other.chunk,
+            band=(min(b[0] for b in bands), min(b[1] for b in bands)) if bands else None,
+            first=self.first,
+        )

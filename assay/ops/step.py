@@ -1,0 +1,125 @@
+"""One step: tokens on one flat axis. A training batch, packed documents, a prefill and a decode are the same thing.
+
+Legend: N tokens, B sequences, R x T rows and columns of the grid, S entries of a view, H query heads, G key heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What cross-attention reads: features of the encoder's tokens, on a flat axis of their own."""
+
+    h: Tensor
+    seq: Int[Tensor, "M"]
+    index: Int[Tensor, "M"]
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the entries of a view stand: sequence (-1: empty), place in it, and position told to the scheme; [R, S]."""
+
+    seq: Int[Tensor, "R S"]
+    index: Int[Tensor, "R S"]
+    positions: Int[Tensor, "R S"]
+    aligned: bool  # row r holds all that the tokens of grid row r may see
+
+
+@dataclass(frozen=True)
+class View:
+    """Stored entries of one layer, as attention reads them: fields [R, S, ...] and their layout."""
+
+    fields: Mapping[str, Tensor]
+    layout: Layout
+
+    def dense(self, name: str) -> Tensor:
+        """The field as [R, S, ...]."""
+        return self.fields[name]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a layer is told about the tokens of this call; frozen and the same for all layers."""
+
+    inputs: Mapping[str, Int[Tensor, "N"]]
+    seq: Int[Tensor, "N"]
+    index: Int[Tensor, "N"]
+    positions: Int[Tensor, "N"]
+    starts: Int[Tensor, "B1"]
+    past: Int[Tensor, "B"]
+    horizon: Int[Tensor, "B"]
+    grid: tuple[int, int] | None = None
+    decodes: int = 0
+    longest: int = 0
+    saves: Int[Tensor, "M"] | None = None
+    emit: Int[Tensor, "E"] | None = None
+    tree: Bool[Tensor, "N M"] | None = None
+    memory: Memory | None = None
+    encode: Step | None = None  # tokens for the encoder of an encoder-decoder; it makes `memory`
+    adapters: Int[Tensor, "N"] | None = None
+    listen: frozenset[str] = frozenset()
+    tables: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> Int[Tensor, "N"]:
+        return self.inputs["ids"]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.seq.shape[0])
+
+    def table(self, part: Any) -> Any:
+        """What this part's `prepare` returned for this step; None if it was not asked."""
+        return self.tables.get(part.name)
+
+    def with_(self, **changes: Any) -> Step:
+        return replace(self, **changes)
+
+
+def training_step(
+    ids: Int[Tensor, "N"],
+    seq: Int[Tensor, "N"],
+    index: Int[Tensor, "N"],
+    grid: tuple[int, int],
+    horizon: int,
+    listen: frozenset[str] = frozenset(),
+) -> Step:
+    """Rows of packed documents without a past. Sequences are numbered as `seq` says; every length plans for `horizon`."""
+    # The number of sequences changes from batch to batch; nothing in training reads per-sequence tensors but these,
+    # so they are given one entry a row and the program's shapes stay the same.
+    rows = grid[0]
+    starts = torch.arange(rows + 1, device=ids.device) * grid[1]
+    past = torch.zeros(rows, dtype=torch.long, device=ids.device)
+    return Step({"ids": ids}, seq, index, index, starts, past, torch.full_like(past, horizon), grid, 0, grid[1], listen=listen)
+
+
+def rows_step(ids: Int[Tensor, "R T"], past: int = 0, horizon: int | None = None, **more: Any) -> Step:
+    """One sequence a row, all of the same length, `past` tokens already stored."""
+    rows, length = ids.shape
+    index = torch.arange(past, past + length, device=ids.device).repeat(rows)
+    seq = torch.arange(rows, device=ids.device).repeat_interleave(length)
+    starts = torch.arange(rows + 1, device=ids.device) * length
+    pasts = torch.full((rows,), past, device=ids.device)
+    return Step(
+        {"ids": ids.reshape(-1)},
+        seq,
+        index,
+        index,
+        starts,
+        pasts,
+        torch.full_like(pasts, horizon if horizon is not None else past + length),
+        (rows, length),
+        rows if length == 1 else 0,
+        length,
+        saves=starts[1:] - 1,
+        **more,
+    )

@@ -1,0 +1,138 @@
+"""The modules behind the specs. A part owns parameters only: no cache, no globals, no hidden inputs.
+
+`Part.__init__` builds everything that the spec declares (`own`, `linears`, `children`), so a mechanism's file holds
+its spec, its forward pass and its reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from assay.ops.attend import Bias
+from assay.ops.here import Here
+from assay.ops.state import State
+from assay.ops.step import Step, View
+from assay.spec.base import PartSpec, Site, Weight, linear_at
+
+
+def empty(weight: Weight) -> nn.Parameter:
+    """An uninitialised parameter of the declared shape; `model.init` fills it."""
+    return nn.Parameter(torch.empty(weight.shape, dtype=getattr(torch, weight.dtype)))
+
+
+class Part(nn.Module):
+    """A built mechanism. `name` is its site's name; `spec` the data it was built from."""
+
+    def __init__(self, spec: Any, site: Site) -> None:
+        super().__init__()
+        self.spec, self.site, self.name = spec, site, site.name
+        for name, weight in spec.own(site).items():
+            self.register_parameter(name, empty(weight))
+        for name, fan in spec.linears(site).items():
+            setattr(self, name, linear_at(site, name).build_fan(fan, site, name))
+        for name, (child, place) in spec.children(site).items():
+            setattr(self, name, child.build(place))
+
+    def prepare_key(self) -> object | None:
+        """Parts with equal keys (and equal state layouts) share one table a step; None: nothing to prepare."""
+        return None
+
+    def prepare(self, step: Step, state: State | None) -> Any:
+        """What depends on the step alone; read in forward as `step.table(self)`."""
+        return None
+
+    def after(self, taps: Mapping[str, Tensor]) -> None:
+        """Called once after an optimiser step with this part's own taps (a selection bias, a running statistic)."""
+
+    def bind(self, positions: Mapping[str, Position]) -> None:
+        """Receive the stack's position schemes; kept outside the module tree, which owns them once."""
+
+
+class Linear(Part):
+    """[..., d_in] -> [..., d_out]; takes the step because adapters are chosen per token."""
+
+    def forward(self, x: Tensor, step: Step | None) -> Tensor:
+        raise NotImplementedError
+
+
+class Norm(Part):
+    """[..., D] -> [..., D]. Only a norm with batch statistics reads the step."""
+
+    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+class Mixer(Part):
+    """Mixes along the sequence: [N, D] -> [N, D]."""
+
+    def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
+        raise NotImplementedError
+
+
+class Ffn(Part):
+    """Acts on each token: [N, D] -> [N, D]. It may still declare state (a token shift)."""
+
+    def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
+        raise NotImplementedError
+
+
+class Position(Part):
+    """A position scheme, standing on the stack under a name. Each hook is optional: the default does nothing."""
+
+    def on_embed(self, x: Float[Tensor, "N D"], step: Step) -> Float[Tensor, "N D"]:
+        return x
+
+    def on_qk(self, q: Float[Tensor, "N H K"], k: Float[Tensor, "N G K"], step: Step) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    def on_read(self, q: Float[Tensor, "N H K"], view: View, step: Step) -> tuple[Tensor, View]:
+        """For schemes that store keys raw and turn them when they are read (`turns: read`)."""
+        return q, view
+
+    def bias(self) -> Bias | None:
+        return None
+
+
+class Residual(Part):
+    """How a stage's branches join the stream."""
+
+    def open(self, x: Float[Tensor, "N D"]) -> Tensor:
+        return x
+
+    def wrap(self, h: Tensor, f: Callable[[Tensor], Tensor], step: Step) -> Tensor:
+        raise NotImplementedError
+
+    def close(self, h: Tensor) -> Float[Tensor, "N D"]:
+        return h
+
+
+class Embed(Part):
+    """Token ids (and other inputs) to [N, D]."""
+
+    def forward(self, step: Step) -> Float[Tensor, "N D"]:
+        raise NotImplementedError
+
+    def table(self) -> Tensor:
+        """[V, D]: what a tied head multiplies with."""
+        raise NotImplementedError
+
+
+class Head(Part):
+    """Features to logits and to a loss that never holds the logits of a whole batch."""
+
+    def forward(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N V"]:
+        raise NotImplementedError
+
+    def loss(self, features: Tensor, targets: Int[Tensor, "N"], step: Step, table: Tensor, options: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+def build(spec: PartSpec, site: Site) -> Any:
+    """The module of a spec, after the spec has agreed that it can stand here."""
+    spec.check(site)
+    return spec.build(site)

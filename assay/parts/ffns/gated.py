@@ -1,0 +1,62 @@
+"""Gated feed-forward networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from assay.ops.activations import Activation, activate
+from assay.ops.here import Here
+from assay.ops.step import Step
+from assay.parts.base import Ffn
+from assay.spec.base import Fan, FfnSpec, Site
+
+
+class Gated(FfnSpec):
+    """down(act(gate x) * up x). Shazeer 2020, arXiv 2002.05202: silu is SwiGLU, gelu GEGLU, relu ReGLU."""
+
+    kind: Literal["gated"] = "gated"
+    width: int = Field(ge=1)
+    act: Activation = "silu"
+    bias: bool = False
+
+    def linears(self, site: Site) -> dict[str, Fan]:
+        return {
+            "gate": Fan(site.d_in, self.width, self.bias, split=0),
+            "up": Fan(site.d_in, self.width, self.bias, split=0),
+            "down": Fan(self.width, site.d_out, self.bias, out=True, split=1),
+        }
+
+    def build(self, site: Site) -> GatedFfn:
+        return GatedFfn(self, site)
+
+    @classmethod
+    def tiny(cls) -> Iterator[Self]:
+        yield cls(width=24)
+        yield cls(width=17, act="gelu_tanh", bias=True)
+        yield cls(width=8, act="relu2")
+
+
+class GatedFfn(Ffn):
+    def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
+        return self.down(activate(self.spec.act, self.gate(x, step)) * self.up(x, step), step)
+
+
+def reference(spec: Gated, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
+    """[N, D] in float64, one token at a time."""
+    from assay.ops.activations import reference as act
+
+    def linear(name: str, row: Tensor) -> Tensor:
+        y = weights[f"{name}.weight"] @ row
+        return y + weights[f"{name}.bias"] if spec.bias else y
+
+    rows = []
+    for row in x:
+        gate = torch.stack([act(spec.act, v) for v in linear("gate", row)])
+        rows.append(linear("down", gate * linear("up", row)))
+    return torch.stack(rows)

@@ -1,0 +1,90 @@
+"""The language-model head: logits, and cross-entropy in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from assay.ops.step import Step
+from assay.parts.base import Head
+from assay.spec.base import Fan, HeadSpec, Site
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """smoothing: label smoothing (Szegedy et al. 2016). z: weight of the z-loss z * logsumexp^2 (PaLM, 2204.02311)."""
+
+    smoothing: float = 0.0
+    z: float = 0.0
+    piece: int = 1 << 22  # logits held at once
+
+
+class LmHead(HeadSpec):
+    """logits = scale * (x W^T + b), soft-capped: cap * tanh(logits / cap). `tie` uses the embedding's table."""
+
+    kind: Literal["lm"] = "lm"
+    tie: bool = False
+    scale: float = 1.0
+    softcap: float | None = Field(default=None, gt=0.0)
+    bias: bool = False
+
+    def check(self, site: Site) -> None:
+        if self.tie and self.bias:
+            raise ValueError("`bias` on a tied head is not supported; accepted: tie: false with bias, or tie: true without")
+
+    def linears(self, site: Site) -> dict[str, Fan]:
+        return {} if self.tie else {"out": Fan(site.d_in, site.d_out, self.bias, split=0, role="head")}
+
+    def build(self, site: Site) -> LmHeadPart:
+        return LmHeadPart(self, site)
+
+    @classmethod
+    def tiny(cls) -> Iterator[Self]:
+        yield cls()
+        yield cls(tie=True, scale=0.5)
+        yield cls(bias=True, softcap=3.0)
+
+
+class LmHeadPart(Head):
+    def forward(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N V"]:
+        logits = F.linear(features, table.to(features.dtype)) if self.spec.tie else self.out(features, step)
+        logits = logits if self.spec.scale == 1.0 else logits * self.spec.scale
+        cap = self.spec.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def loss(
+        self, features: Tensor, targets: Int[Tensor, "N"], step: Step, table: Tensor, options: LossOptions | None = None
+    ) -> dict[str, Tensor]:
+        """Sums over the targets that are not -1: `nll` and `count`, and `objective`, which is what is minimised."""
+        options = options or LossOptions()
+        rows = max(1, options.piece // table.shape[0])
+        if features.shape[0] <= rows:
+            return self._piece(features, targets, step, table, options)
+        total: dict[str, Tensor] = {}
+        for x, t in zip(features.split(rows), targets.split(rows), strict=True):
+            part = checkpoint(self._piece, x, t, step, table, options, use_reentrant=False)
+            total = {k: total[k] + v if total else v for k, v in part.items()}
+        return total
+
+    def _piece(self, x: Tensor, targets: Tensor, step: Step, table: Tensor, options: LossOptions) -> dict[str, Any]:
+        logits = self(x, step, table)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        nll = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        count = (targets >= 0).sum()
+        objective = nll
+        if options.smoothing:
+            objective = F.cross_entropy(
+                logits, targets, ignore_index=-1, reduction="sum", label_smoothing=options.smoothing
+            )
+        if options.z:
+            log_z = torch.logsumexp(logits, -1)
+            objective = objective + options.z * (log_z.square() * (targets >= 0)).sum()
+        return {"nll": nll, "count": count, "objective": objective}

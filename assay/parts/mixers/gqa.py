@@ -1,0 +1,184 @@
+"""Grouped-query attention and everything that is a field of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from assay.ops import attend as ops
+from assay.ops.here import Here
+from assay.ops.sees import Sees
+from assay.ops.state import State
+from assay.ops.step import Step, View
+from assay.parts.base import Mixer, Position
+from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, Site, Spec, StateField, Weight
+
+
+class ScoreRule(Spec):
+    """scale: null is head_dim^-0.5. softcap: cap * tanh(z / cap) (Gemma 2). sink: a learned logit a head (gpt-oss)."""
+
+    scale: float | None = None
+    softcap: float | None = Field(default=None, gt=0.0)
+    sink: bool = False
+
+
+class QkNorm(Spec):
+    """A norm on queries and keys (Henry et al. 2020, arXiv 2010.04245; Dehghani et al. 2023, arXiv 2302.05442).
+
+    over: `head` (each head's own K values) or `full` (all heads together, OLMo 2). when: before or after the turn.
+    """
+
+    norm: NormSpec = Field(default="rmsnorm", validate_default=True)  # type: ignore[assignment]
+    over: Literal["head", "full"] = "head"
+    when: Literal["before", "after"] = "before"
+
+
+class Gqa(MixerSpec):
+    """Grouped-query attention. Ainslie et al. 2023, arXiv 2305.13245. kv_heads == heads is MHA, kv_heads == 1 is MQA.
+
+    kv_heads: null is heads. head_dim: null is d_model / heads. position: the name of a scheme of the stack.
+    gate: a sigmoid gate on the mixed values from the layer's input (Qiu et al. 2025, arXiv 2505.06708).
+    gives, takes: names under which K and V are shared with, or taken from, another layer (arXiv 2405.05254).
+    """
+
+    kind: Literal["gqa"] = "gqa"
+    heads: int = Field(ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
+    position: str | None = None
+    sees: Sees = Sees()
+    scores: ScoreRule = ScoreRule()
+    qk_norm: QkNorm | None = None
+    gate: Literal["none", "element", "head"] = "none"
+    bias: Literal["none", "qkv", "all"] = "none"
+    gives: str | None = None
+    takes: str | None = None
+
+    @property
+    def groups(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    def size(self, site: Site) -> int:
+        return self.head_dim if self.head_dim is not None else site.d_in // self.heads
+
+    def check(self, site: Site) -> None:
+        if self.heads % self.groups:
+            raise ValueError(f"`heads` ({self.heads}) is not a multiple of `kv_heads` ({self.groups})")
+        if self.head_dim is None and site.d_in % self.heads:
+            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
+
+    def linears(self, site: Site) -> dict[str, Fan]:
+        k, qkv = self.size(site), self.bias != "none"
+        table = {"q": Fan(site.d_in, self.heads * k, qkv, split=0)}
+        if self.takes is None:
+            table |= {name: Fan(site.d_in, self.groups * k, qkv, split=0) for name in ("k", "v")}
+        if self.gate != "none":
+            table["gate_map"] = Fan(site.d_in, self.heads * (k if self.gate == "element" else 1), split=0)
+        return table | {"out": Fan(self.heads * k, site.d_out, self.bias == "all", out=True, split=1)}
+
+    def own(self, site: Site) -> dict[str, Weight]:
+        return {"sink": Weight((self.heads,), "vector", Init.constant(0.0), split=0)} if self.scores.sink else {}
+
+    def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
+        if self.qk_norm is None:
+            return {}
+        k, full = self.size(site), self.qk_norm.over == "full"
+        widths = {"q_norm": k * (self.heads if full else 1), "k_norm": k * (self.groups if full else 1)}
+        names = widths if self.takes is None else {"q_norm": widths["q_norm"]}
+        return {name: (self.qk_norm.norm, site.child(name, width, width)) for name, width in names.items()}
+
+    def state(self, site: Site) -> tuple[StateField, ...]:
+        if self.takes is not None:
+            return ()
+        shape = (self.groups, self.size(site))
+        return tuple(StateField(n, "token", shape, split=0, keep=self.sees.keep) for n in ("k", "v"))
+
+    def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
+        """q k^T and p v: 2 products of 2 * heads * head_dim FLOPs for each pair."""
+        per_pair = 4 * self.heads * self.size(site)
+        return Cost(per_pair * self.sees.pairs(new, seen), per_pair * new * (new + seen))
+
+    def build(self, site: Site) -> GqaMixer:
+        return GqaMixer(self, site)
+
+    @classmethod
+    def tiny(cls) -> Iterator[Self]:
+        yield cls(heads=4)
+        yield cls(heads=4, kv_heads=2, head_dim=6, bias="all")
+        yield cls(heads=4, kv_heads=1, sees=Sees(window=5), gate="element", scores=ScoreRule(sink=True))
+        yield cls(heads=2, sees=Sees(chunk=6), qk_norm=QkNorm(), bias="qkv", scores=ScoreRule(scale=0.3))
+        yield cls(heads=4, kv_heads=2, gate="head", scores=ScoreRule(softcap=2.0), qk_norm=QkNorm(over="full", when="after"))
+        yield cls(heads=2, sees=Sees(window=4, first=2))
+        yield cls(heads=2, sees=Sees(causal=False))
+
+
+class GqaMixer(Mixer):
+    """[N, D] -> [N, D]. Head counts are read from the tensors, so a shard of the heads runs the same lines."""
+
+    def __init__(self, spec: Gqa, site: Site) -> None:
+        super().__init__(spec, site)
+        self.scheme: tuple[Position, ...] = ()  # a tuple: the stack owns the module, and torch does not register it
+
+    def bind(self, positions: Mapping[str, Position]) -> None:
+        self.scheme = (positions[self.spec.position],) if self.spec.position is not None else ()
+
+    def prepare_key(self) -> object:
+        return ("attend", self.spec.sees, self.spec.takes)
+
+    def prepare(self, step: Step, state: State | None) -> Any:
+        assert state is not None
+        return ops.plan(step, state.layout(step), self.spec.sees)
+
+    def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
+        q, view = self.read(x, step, here)
+        rule = self.spec.scores
+        scores = ops.Scores(
+            q.shape[-1] ** -0.5 if rule.scale is None else rule.scale,
+            rule.softcap,
+            self.sink if rule.sink else None,
+            self.scheme[0].bias() if self.scheme else None,
+        )
+        mix = ops.attend(here.tap("q", q), view, step, self.spec.sees, scores, step.table(self))
+        mix = here.tap("mix", self.gated(mix, x, step))
+        return self.out(mix.flatten(1), step)
+
+    def read(self, x: Tensor, step: Step, here: Here) -> tuple[Tensor, View]:
+        """Queries [N, H, K], and the keys and values that are visible."""
+        size = self.spec.size(self.site)
+        q = self.q(x, step).unflatten(-1, (-1, size))
+        if self.spec.takes is not None:
+            q = self.placed(q, q[:, :0], step)[0]
+            view = here.take(self.spec.takes)
+        else:
+            k, v = (m(x, step).unflatten(-1, (-1, size)) for m in (self.k, self.v))
+            q, k = self.placed(q, k, step)
+            view = here.state.append(step, k=here.tap("k", k), v=v)
+            if self.spec.gives is not None:
+                here.give(self.spec.gives, view)
+        return self.scheme[0].on_read(q, view, step) if self.scheme else (q, view)
+
+    def placed(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Norm and position, in the order the spec says."""
+        rule = self.spec.qk_norm
+        if rule is not None and rule.when == "before":
+            q, k = self.normed(q, k)
+        if self.scheme:
+            q, k = self.scheme[0].on_qk(q, k, step)
+        return self.normed(q, k) if rule is not None and rule.when == "after" else (q, k)
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.spec.qk_norm.over == "head":
+            return self.q_norm(q), (self.k_norm(k) if k.shape[1] else k)
+        flat = self.q_norm(q.flatten(1)).view_as(q)
+        return flat, (self.k_norm(k.flatten(1)).view_as(k) if k.shape[1] else k)
+
+    def gated(self, mix: Tensor, x: Tensor, step: Step) -> Tensor:
+        if self.spec.gate == "none":
+            return mix
+        gate = torch.sigmoid(self.gate_map(x, step))
+        return mix * (gate.view_as(mix) if self.spec.gate == "element" else gate[..., None])

@@ -1,0 +1,357 @@
+"""What every spec is made of: frozen values that say what a mechanism needs and costs, without a tensor.
+
+Everything a spec answers is a function of (spec, site). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+Role = Literal["embed", "matrix", "vector", "expert", "head"]
+Per = Literal["token", "sequence", "memory"]
+
+DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
+
+
+class NestedError(ValueError):
+    """A problem inside a part's own fields: `loc` is the path below the field that holds the part."""
+
+    def __init__(self, loc: tuple[Any, ...], message: str) -> None:
+        super().__init__(message)
+        self.loc = loc
+
+
+class Spec(BaseModel):
+    """Base of everything described as data: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        """An unknown field is named together with the accepted ones (pydantic's own message does not list them)."""
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise NestedError((key,), f"unknown field{hint}; accepted: {', '.join(cls.model_fields)}")
+        return data
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a weight is drawn: `normal` (mean 0, `std`), `uniform` in (-std, std), or the constant `value`."""
+
+    kind: Literal["normal", "uniform", "constant"] = "normal"
+    std: float = 0.02
+    value: float = 0.0
+
+    @staticmethod
+    def constant(value: float) -> Init:
+        return Init("constant", 0.0, value)
+
+    @staticmethod
+    def fan_in(fan: int, gain: float = 1.0) -> Init:
+        return Init("normal", gain / math.sqrt(fan))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One declared parameter: allocation, init, import shapes, sharding and decay groups come from this table.
+
+    `shape` is torch's ([out, in] for a linear). `split` is the dimension that tensor parallelism cuts.
+    `active` is the share of the weight that one token uses (top_k / experts for a routed expert).
+    """
+
+    shape: tuple[int, ...]
+    role: Role = "matrix"
+    init: Init = field(default_factory=Init)
+    dtype: str = "float32"
+    split: int | None = None
+    active: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs per token of the product with this weight, 2 per multiply-add; lookups and scalings count nothing."""
+        return round(2 * self.numel * self.active) if self.role in ("matrix", "expert", "head") else 0
+
+
+@dataclass(frozen=True)
+class Fan:
+    """A linear map d_in -> d_out at a site. `out`: it writes to the residual stream. `split`: 0 column, 1 row."""
+
+    d_in: int
+    d_out: int
+    bias: bool = False
+    out: bool = False
+    split: int | None = None
+    role: Role = "matrix"
+
+
+@dataclass(frozen=True)
+class StateField:
+    """What must be remembered: one entry a token, a sequence, or a token of the memory (cross-attention)."""
+
+    name: str
+    per: Per
+    shape: tuple[int, ...]
+    dtype: str = "model"
+    init: float = 0.0
+    split: int | None = None
+    keep: int | None = None
+    every: int = 1
+
+    def entries(self, tokens: int, memory: int = 0) -> int:
+        """How many entries a sequence of `tokens` tokens (and `memory` memory tokens) has that can still be read."""
+        if self.per == "sequence":
+            return 1
+        count = memory if self.per == "memory" else tokens
+        count = count if self.keep is None else min(count, self.keep)
+        return count // self.every
+
+    def bytes(self, tokens: int, dtype: str, memory: int = 0) -> int:
+        width = DTYPE_BYTES[dtype if self.dtype == "model" else self.dtype]
+        return self.entries(tokens, memory) * math.prod(self.shape) * width
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs that the linears do not cover.
+
+    `flops`: what the mathematics needs (visible pairs, the recurrence). `executed`: what the matmul backend runs
+    (full squares, padding), equal to torch's FlopCounterMode there. Both count 2 for each multiply-add.
+    """
+
+    flops: int = 0
+    executed: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.executed + other.executed)
+
+
+class InitSpec(Spec):
+    """How weights are drawn. `embed: null` is d_model ** -0.5 (a tied head then starts with logits of order one)."""
+
+    std: float | Literal["fan_in"] = 0.02
+    embed: float | None = None
+    depth: bool = True
+    zero_out: bool = False
+
+    def matrix(self, fan_in: int) -> Init:
+        return Init.fan_in(fan_in) if self.std == "fan_in" else Init("normal", float(self.std))
+
+    def out(self, fan_in: int, layers: int) -> Init:
+        """A projection that writes to the residual stream: GPT-2's 1/sqrt(2 layers), or zero."""
+        if self.zero_out:
+            return Init.constant(0.0)
+        std = self.matrix(fan_in).std
+        return Init("normal", std / math.sqrt(2 * layers) if self.depth else std)
+
+    def embedding(self, d_model: int) -> Init:
+        return Init("normal", d_model**-0.5 if self.embed is None else self.embed)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a spec stands. `name` is the dotted name of the built module, and of its weights and state."""
+
+    name: str = "part"
+    layer: int = 0
+    layers: int = 1
+    d_in: int = 32
+    d_out: int = 32
+    linears: tuple[tuple[str, Any], ...] = ()
+    context: int = 2048
+    init: InitSpec = field(default_factory=InitSpec)
+
+    def child(self, name: str, d_in: int | None = None, d_out: int | None = None) -> Site:
+        changes = {f.name: getattr(self, f.name) for f in fields(self)}
+        changes["name"] = f"{self.name}.{name}" if self.name else name
+        changes["d_in"] = self.d_in if d_in is None else d_in
+        changes["d_out"] = self.d_out if d_out is None else d_out
+        return Site(**changes)
+
+    def linear(self, name: str) -> Any:
+        """The linear spec whose glob matches `<site>.<name>`; the last rule wins; None is the plain linear."""
+        found = None
+        for glob, spec in self.linears:
+            if fnmatchcase(f"{self.name}.{name}", glob):
+                found = spec
+        return found
+
+
+class PartSpec(Spec):
+    """A mechanism as data. Subclasses in `parts/<slot>/` set `kind`; the slot classes below are what fields name.
+
+    A field annotated with a slot class accepts any registered part of that slot, chosen by its `kind`.
+    """
+
+    slot: ClassVar[str] = ""
+    refuses: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if not cls.__dict__.get("abstract_slot"):
+            return handler(source)
+        return core_schema.no_info_plain_validator_function(
+            cls._parse, serialization=core_schema.plain_serializer_function_ser_schema(lambda v: v.model_dump())
+        )
+
+    @classmethod
+    def _parse(cls, value: Any) -> PartSpec:
+        from assay.spec import registry
+
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            value = {"kind": value}
+        if not isinstance(value, Mapping):
+            raise NestedError((), f"expected a mapping with a `kind`, or the name of a kind, not {value!r}")
+        kind = value.get("kind")
+        if kind is None:
+            raise NestedError(("kind",), f"missing; accepted for {cls.slot}: {registry.names(cls.slot)}")
+        part = registry.get(cls.slot, kind)
+        try:
+            return part.model_validate(dict(value))
+        except ValidationError as error:
+            loc, message = first_error(error)
+            raise NestedError(loc, message) from None
+
+    def check(self, site: Site) -> None:
+        """Raise ValueError for what cannot be honoured here, before a tensor exists."""
+
+    def linears(self, site: Site) -> dict[str, Fan]:
+        """The linear maps of this part by name; which linear stands there is the site's rule."""
+        return {}
+
+    def own(self, site: Site) -> dict[str, Weight]:
+        """Parameters that are not inside a linear or a child part."""
+        return {}
+
+    def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
+        """Parts inside this one (a norm on the queries), with their sites."""
+        return {}
+
+    def weights(self, site: Site) -> dict[str, Weight]:
+        """Every parameter below this part by its name in the built module. Derived: the module is built from it."""
+        table = dict(self.own(site))
+        for name, fan in self.linears(site).items():
+            table |= {f"{name}.{key}": w for key, w in linear_at(site, name).fan(fan, site).items()}
+        for name, (child, place) in self.children(site).items():
+            table |= {f"{name}.{key}": w for key, w in child.weights(place).items()}
+        return table
+
+    def state(self, site: Site) -> tuple[StateField, ...]:
+        return ()
+
+    def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
+        return Cost()
+
+    def build(self, site: Site) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no build")
+
+    @classmethod
+    def tiny(cls) -> Iterator[Self]:
+        """Small sizes for conformance; d_in is 32."""
+        raise NotImplementedError(f"{cls.__name__} needs tiny(): sizes for conformance")
+
+    @classmethod
+    def kind_name(cls) -> str:
+        return str(get_args(cls.model_fields["kind"].annotation)[0])
+
+
+class MixerSpec(PartSpec):
+    slot: ClassVar[str] = "mixers"
+    abstract_slot: ClassVar[bool] = True
+
+
+class FfnSpec(PartSpec):
+    slot: ClassVar[str] = "ffns"
+    abstract_slot: ClassVar[bool] = True
+
+
+class PositionSpec(PartSpec):
+    slot: ClassVar[str] = "positions"
+    abstract_slot: ClassVar[bool] = True
+
+
+class NormSpec(PartSpec):
+    slot: ClassVar[str] = "norms"
+    abstract_slot: ClassVar[bool] = True
+
+
+class ResidualSpec(PartSpec):
+    slot: ClassVar[str] = "residuals"
+    abstract_slot: ClassVar[bool] = True
+
+    def gain(self, weight: str, site: Site) -> float:
+        """Multiplier on the initial standard deviation of a weight of the stage's branches (DeepNorm's beta)."""
+        return 1.0
+
+
+class RouterSpec(PartSpec):
+    slot: ClassVar[str] = "routers"
+    abstract_slot: ClassVar[bool] = True
+
+
+class LinearSpec(PartSpec):
+    slot: ClassVar[str] = "linears"
+    abstract_slot: ClassVar[bool] = True
+
+    def fan(self, fan: Fan, site: Site) -> dict[str, Weight]:
+        """The weights of one linear of this kind; `site` is that of the part it stands in."""
+        raise NotImplementedError
+
+    def build_fan(self, fan: Fan, site: Site, name: str) -> Any:
+        raise NotImplementedError
+
+
+class EmbedSpec(PartSpec):
+    slot: ClassVar[str] = "embeds"
+    abstract_slot: ClassVar[bool] = True
+
+
+class HeadSpec(PartSpec):
+    slot: ClassVar[str] = "heads"
+    abstract_slot: ClassVar[bool] = True
+
+
+SLOTS: Mapping[str, type[PartSpec]] = {
+    c.slot: c
+    for c in (MixerSpec, FfnSpec, PositionSpec, NormSpec, ResidualSpec, RouterSpec, LinearSpec, EmbedSpec, HeadSpec)
+}
+
+
+def linear_at(site: Site, name: str) -> LinearSpec:
+    """The linear that the site's rules put at `name`; the plain one where no rule speaks."""
+    rule = site.linear(name)
+    if rule is None:
+        from assay.spec import registry
+
+        rule = registry.get("linears", "dense")()
+    return rule  # type: ignore[no-any-return]
+
+
+def first_error(error: ValidationError) -> tuple[tuple[Any, ...], str]:
+    """The place and the message of the first problem, through nested parts; the message names the value given."""
+    item = error.errors(include_url=False)[0]
+    loc = tuple(item["loc"])
+    cause = item.get("ctx", {}).get("error")
+    if isinstance(cause, NestedError):
+        return loc + cause.loc, str(cause)
+    if item["type"] == "missing":
+        return loc, "missing"
+    message = item["msg"].removeprefix("Value error, ")
+    return loc, f"{message}, not {item['input']!r}" if item["type"] != "value_error" else message

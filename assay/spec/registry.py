@@ -1,0 +1,88 @@
+"""The registry of parts: a scan of `assay/parts/<slot>/`, plus files a user names with --part."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from assay.spec.base import SLOTS, NestedError, PartSpec
+
+PARTS = Path(__file__).parent.parent / "parts"
+
+
+@cache
+def _user_parts() -> dict[str, dict[str, type[PartSpec]]]:
+    return {slot: {} for slot in SLOTS}
+
+
+def _specs_in(module: ModuleType) -> list[type[PartSpec]]:
+    """The concrete parts that this module itself defines."""
+    found = inspect.getmembers(module, lambda v: inspect.isclass(v) and issubclass(v, PartSpec))
+    return [c for _, c in found if c.__module__ == module.__name__ and "kind" in c.model_fields]
+
+
+@cache
+def _shipped(slot: str) -> dict[str, type[PartSpec]]:
+    table: dict[str, type[PartSpec]] = {}
+    for path in sorted((PARTS / slot).glob("[!_]*.py")):
+        for spec in _specs_in(importlib.import_module(f"assay.parts.{slot}.{path.stem}")):
+            if spec.slot == slot:
+                _add(table, spec, str(path))
+    return table
+
+
+def _add(table: dict[str, type[PartSpec]], spec: type[PartSpec], where: str) -> None:
+    kind = spec.kind_name()
+    if kind in table and table[kind] is not spec:
+        raise ValueError(f"{where}: kind {kind!r} is already taken by {table[kind].__module__}")
+    table[kind] = spec
+
+
+def table(slot: str) -> dict[str, type[PartSpec]]:
+    """kind -> spec class for one slot."""
+    return {**_shipped(slot), **_user_parts()[slot]}
+
+
+def names(slot: str) -> str:
+    return ", ".join(sorted(table(slot)))
+
+
+def get(slot: str, kind: object) -> type[PartSpec]:
+    """The part of this slot with this kind; an unknown one raises with the accepted names and the nearest."""
+    known = table(slot)
+    if isinstance(kind, str) and kind in known:
+        return known[kind]
+    near = difflib.get_close_matches(str(kind), known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise NestedError(("kind",), f"unknown {slot} kind {kind!r}{hint}; accepted: {names(slot)}")
+
+
+def load_file(path: str | Path) -> list[type[PartSpec]]:
+    """Import a user's own mechanism. This runs the file: it is code, which is why it is asked for by a flag."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--part: no file {path}")
+    name = f"assay_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--part: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--part {path}: {type(error).__name__}: {error}") from error
+    found = _specs_in(module)
+    if not found:
+        raise ValueError(f"--part {path}: defines no part; it needs a class derived from one of {', '.join(SLOTS)}")
+    for part in found:
+        if part.kind_name() in _shipped(part.slot):
+            raise ValueError(f"--part {path}: kind {part.kind_name()!r} is already taken in {part.slot}")
+        _user_parts()[part.slot][part.kind_name()] = part
+    return found
