@@ -1,0 +1,132 @@
+"""Passkey retrieval: a key is stated once, filler follows, and the end of the document asks for it.
+
+Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2, cut down to bytes so that documents of 64 tokens exist:
+
+    filler ... <statement><key><end> filler ... <statement><key>
+
+The question repeats the statement, so that copying what followed it last time is enough (an induction head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from assay.data.draws import Draws
+from assay.spec.base import Spec
+
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question: prompt and answer are ids (bytes); distance is how far back the key's first symbol stands."""
+
+    prompt: NDArray[np.int64]
+    answer: NDArray[np.int64]
+    distance: int
+
+
+class Passkey(Spec):
+    """What a passkey document is made of.
+
+    `digits` symbols of `alphabet` are the key. The alphabet's symbols, and the statement, stand nowhere else.
+    `answer_only`: in training, only the answer is to be predicted; otherwise the filler is too.
+    The defaults are the sentence of the paper; `Passkey.short()` is what a tiny model learns in seconds.
+    """
+
+    digits: int = Field(5, ge=1)
+    alphabet: str = Field("0123456789", min_length=2)
+    statement: str = Field("The passkey is ", min_length=1)
+    end: str = ". "
+    filler: str = Field(FILLER, min_length=1)
+    answer_only: bool = False
+
+    @model_validator(mode="after")
+    def _tells_apart(self) -> Self:
+        for name in ("alphabet", "statement", "end", "filler"):
+            if not getattr(self, name).isascii():
+                raise ValueError(f"{name}: {getattr(self, name)!r}; accepted: ASCII, for a symbol is a byte")
+        if len(set(self.alphabet)) != len(self.alphabet):
+            raise ValueError(f"alphabet: {self.alphabet!r} repeats a symbol")
+        if set(self.alphabet) & set(self.statement + self.end + self.filler):
+            raise ValueError(f"alphabet: a symbol of {self.alphabet!r} stands in the statement, end or filler too")
+        if any(self.statement in text for text in self._elsewhere()):
+            raise ValueError(f"statement: {self.statement!r} stands in the filler too, or where filler meets it")
+        return self
+
+    def _elsewhere(self) -> Iterator[str]:
+        """Whatever a document can hold beside its two statements, each followed by all of the statement but its end."""
+        ring = self.filler * (2 + len(self.statement) // len(self.filler))
+        most = self.statement[:-1]
+        yield self.end + most
+        for i in range(len(self.filler)):
+            yield ring[: len(ring) - i] + most
+            yield self.end + ring[i:]
+
+    @classmethod
+    def short(cls) -> Passkey:
+        """One digit between marks: the same question in few tokens."""
+        return cls(digits=1, statement="#", end=";")
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing: the whole key must be right."""
+        return float(len(self.alphabet)) ** -self.digits
+
+    def distances(self, length: int) -> range:
+        """The distances that a document of `length` tokens can have. ValueError where there is none."""
+        fixed = self.digits + len(self.statement)
+        possible = range(fixed + len(self.end), length - fixed + 1)
+        if not possible:
+            shortest = fixed + len(self.end) + fixed
+            raise ValueError(f"length: {length}; a passkey document needs {shortest} tokens or more")
+        return possible
+
+    def example(self, length: int, key: int, distance: int | None = None) -> Example:
+        """A question of exactly `length` tokens, answer included; the distance is drawn evenly unless it is given."""
+        possible = self.distances(length)
+        draws = Draws("passkey", key)
+        if distance is None:
+            distance = possible[draws.below(len(possible))]
+        if distance not in possible:
+            raise ValueError(f"distance: {distance}; accepted at length {length}: {possible[0]} to {possible[-1]}")
+        symbols = "".join(self.alphabet[draws.below(len(self.alphabet))] for _ in range(self.digits))
+        told = self.statement + symbols + self.end
+        before = length - self.digits - distance - len(self.statement)
+        between = distance - self.digits - len(self.end) - len(self.statement)
+        text = self._fill(draws, before) + told + self._fill(draws, between) + self.statement
+        return Example(_ids(text), _ids(symbols), distance)
+
+    def _fill(self, draws: Draws, size: int) -> str:
+        """`size` characters of the filler, over and over, from somewhere in it."""
+        start = draws.below(len(self.filler))
+        return (self.filler * (size // len(self.filler) + 2))[start : start + size]
+
+    def draw(self, length: int, key: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """A document for training (`assay.data.loader.Source`)."""
+        example = self.example(length, key)
+        counted = np.full(length, not self.answer_only)
+        counted[-self.digits :] = True
+        return np.concatenate([example.prompt, example.answer]), counted
+
+    def solve(self, prompt: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The oracle: what follows the first statement in the prompt."""
+        text = bytes(prompt.tolist()).decode("ascii")
+        start = text.index(self.statement) + len(self.statement)
+        return _ids(text[start : start + self.digits])
+
+
+def accuracy(examples: Sequence[Example], answers: Sequence[Sequence[int] | NDArray[np.int64]]) -> float:
+    """The share of answers that are right in every symbol."""
+    right = (list(map(int, given)) == e.answer.tolist() for e, given in zip(examples, answers, strict=True))
+    return sum(right) / len(examples)
+
+
+def _ids(text: str) -> NDArray[np.int64]:
+    return np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64)

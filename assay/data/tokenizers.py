@@ -1,0 +1,272 @@
+"""Tokenizers: bytes, characters or byte-level BPE, each a `tokenizers.Tokenizer` that Hugging Face libraries load."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import tokenizers as hf
+from numpy.typing import NDArray
+from pydantic import model_validator
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from assay.data.bpe import byte_symbols
+from assay.data.corpora import Corpus
+from assay.spec.base import Spec
+
+END_OF_TEXT = "<|endoftext|>"
+BYTE_SEPARATOR = 0
+
+
+class TokenizerSpec(Spec):
+    """How text becomes ids.
+
+    byte  256 ids, id == byte, and no special token: byte 0 stands between documents, by convention
+    char  an id for each character of the corpus, and `<|endoftext|>`; other characters are refused
+    bpe   byte-level BPE trained on the training documents: `vocab` ids in all, `<|endoftext|>` is id 0
+    """
+
+    kind: Literal["byte", "char", "bpe"] = "byte"
+    vocab: int | None = None
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if self.kind == "bpe" and (self.vocab is None or self.vocab < 257):
+            raise ValueError(f"vocab: {self.vocab}; a bpe tokenizer needs 257 or more (256 bytes and {END_OF_TEXT})")
+        if self.kind == "byte" and self.vocab not in (None, 256):
+            raise ValueError(f"vocab: {self.vocab}; a byte tokenizer has 256 ids")
+        if self.kind == "char" and self.vocab is not None:
+            raise ValueError(f"vocab: {self.vocab}; a char tokenizer has as many ids as its corpus needs: leave it out")
+        return self
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """`hf` does the work; `config` is tokenizer_config.json (special tokens, chat template), kept as it was read."""
+
+    hf: hf.Tokenizer
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Text that happens to spell a special token is text: only a caller who means it gets the id, by `special`.
+        self.hf.encode_special_tokens = True
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Ids of a text, without special tokens. ValueError for a character outside a char tokenizer's corpus."""
+        if self.is_bytes:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+        if self._alphabet is not None:
+            return self._encode_chars(text, self._alphabet)
+        return np.asarray(self.hf.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def _encode_chars(self, text: str, alphabet: NDArray[np.int64]) -> NDArray[np.int64]:
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        ids = alphabet[np.minimum(points, len(alphabet) - 1)]
+        if (ids < 0).any():
+            raise ValueError(
+                f"character {chr(points[ids < 0][0])!r} is not in this tokenizer's corpus "
+                f"({(alphabet >= 0).sum()} characters are); tokenizer kinds byte and bpe accept any text"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """Text of ids: special tokens say nothing, bytes that are not UTF-8 become U+FFFD."""
+        if self.byte_level:
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+        return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        """The bytes of ids, exactly; special tokens have none."""
+        try:
+            return b"".join(self.token_bytes[i] for i in np.asarray(ids, np.int64).tolist())
+        except IndexError:
+            raise ValueError(f"token id {max(ids)}; this tokenizer has ids 0 to {self.vocab_size - 1}") from None
+
+    def stream(self) -> Stream:
+        return Stream(self)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf.get_vocab_size()
+
+    def special(self, name: str) -> int | None:
+        """The id of tokenizer_config.json's `bos_token`, `eos_token`, `pad_token` ..., None where there is none."""
+        content = self.config.get(name)
+        content = content.get("content") if isinstance(content, Mapping) else content
+        return None if content is None else self.hf.token_to_id(content)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.special("bos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self.special("pad_token")
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        return BYTE_SEPARATOR if self.is_bytes else self.special("eos_token")
+
+    @cached_property
+    def _json(self) -> str:
+        return self.hf.to_str()
+
+    @cached_property
+    def _decoders(self) -> frozenset[str]:
+        decoder = json.loads(self._json)["decoder"] or {"type": "none"}
+        return frozenset(part["type"] for part in decoder.get("decoders", [decoder]))
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether text is nothing but the bytes of its ids put together (no space is added or taken away)."""
+        return self._decoders <= {"ByteLevel", "Fuse"}
+
+    @cached_property
+    def is_bytes(self) -> bool:
+        """256 ids, each the byte of its number."""
+        return self.vocab_size == 256 and self.token_bytes == tuple(bytes([b]) for b in range(256))
+
+    @cached_property
+    def _alphabet(self) -> NDArray[np.int64] | None:
+        """Ids by code point, -1 where there is none, for a char tokenizer; None for the others.
+
+        The same ids as the library's, a hundred times as fast: it makes an object of every character.
+        """
+        pieces = self.hf.get_vocab(with_added_tokens=False)
+        if not isinstance(self.hf.model, models.WordLevel) or any(len(piece) != 1 for piece in pieces):
+            return None
+        table = np.full(max(map(ord, pieces)) + 2, -1, np.int64)
+        table[[ord(piece) for piece in pieces]] = list(pieces.values())
+        return table
+
+    @cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """What each id stands for: none for special tokens. SentencePiece's U+2581 is a space, <0x41> a byte."""
+        added = self.hf.get_added_tokens_decoder()
+        symbols = {char: bytes([b]) for b, char in enumerate(byte_symbols())} if "ByteLevel" in self._decoders else {}
+        table = [b""] * (1 + max(self.hf.get_vocab().values(), default=-1))
+        for piece, i in self.hf.get_vocab().items():
+            if i in added:
+                table[i] = b"" if added[i].special else added[i].content.encode()
+            elif symbols:
+                table[i] = b"".join(symbols[char] for char in piece)
+            else:
+                table[i] = _piece_bytes(piece)
+        return tuple(table)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of tokenizer.json."""
+        return hashlib.sha256(self._json.encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, each at once, the first one last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
+        _replace(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        _replace(folder / "tokenizer.json", self.hf.to_str(pretty=True))
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read what `save` or a Hugging Face library wrote. ValueError where tokenizer.json is missing or unusable."""
+        path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no tokenizer.json")
+        try:
+            settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{config}: {error}") from None
+        try:
+            return cls(hf.Tokenizer.from_file(str(path)), settings)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path}: {error}") from None
+
+
+class Stream:
+    """Decodes ids as they come, and holds back bytes that do not yet make a whole character.
+
+    The pieces put together equal `decode` of all ids (of a byte-level tokenizer).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes = tokenizer.token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._bytes[token])
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD for a character that never ended."""
+        return self._decoder.decode(b"", final=True)
+
+
+def build_tokenizer(spec: TokenizerSpec, corpus: Corpus) -> Tokenizer:
+    """The tokenizer of a spec. BPE learns from the training documents alone; char knows every character of both."""
+    if spec.kind == "byte":
+        return Tokenizer(_bytes())
+    config = {"eos_token": END_OF_TEXT, "split_special_tokens": True, "clean_up_tokenization_spaces": False}
+    if spec.kind == "char":
+        return Tokenizer(
+            _chars({char for part in (corpus.train, corpus.valid) for text in part for char in set(text)}), config
+        )
+    return Tokenizer(_bpe(corpus.train, spec.vocab or 0), config)
+
+
+def _bytes() -> hf.Tokenizer:
+    made = hf.Tokenizer(models.BPE(vocab={char: b for b, char in enumerate(byte_symbols())}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def _chars(chars: Iterable[str]) -> hf.Tokenizer:
+    alphabet = sorted(chars)
+    if not alphabet:
+        raise ValueError("tokenizer kind char: the corpus has no characters")
+    made = hf.Tokenizer(models.WordLevel({char: i for i, char in enumerate(alphabet)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Split(hf.Regex(r"[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens([END_OF_TEXT])
+    return made
+
+
+def _bpe(texts: Iterable[str], vocab: int) -> hf.Tokenizer:
+    made = hf.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(byte_symbols()),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    if made.get_vocab_size() < vocab:
+        raise ValueError(f"vocab: {vocab}; the corpus has pairs for {made.get_vocab_size()} ids only")
+    return made
+
+
+def _piece_bytes(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("\u2581", " ").encode()
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
+
+
+def bits_per_byte(nats_per_token: float, tokens: int, byte_count: int) -> float:
+    """A mean loss over `tokens` tokens that stand for `byte_count` bytes, in bits: nats x tokens / (bytes x ln 2)."""
+    return nats_per_token * tokens / (byte_count * math.log(2))
