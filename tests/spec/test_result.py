@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from assay.spec.result import Result, dumps, loads, read_results, write_results
 
-ENVELOPE = "kind study arm seed spec_digest recipe_digest commit version device threads values".split()
+ENVELOPE = ["kind", "study", "arm", "seed", "spec_digest", "recipe_digest", "commit", "version", "device", "threads"]
 
 
 def trial(seed: int = 0, **values: object) -> Result:
@@ -51,14 +51,14 @@ json_values = st.recursive(
 def test_every_json_value_and_every_float_comes_back(values: dict[str, object]) -> None:
     if "$float" in repr(values):
         return
-    line = dumps(trial(**{}).model_copy(update={"values": values}))
+    line = dumps(trial().model_copy(update={"values": values}))
     strict(line)
     assert "\n" not in line
     assert same(loads(line).values, values)
 
 
 def test_keys_are_the_documented_ones() -> None:
-    assert list(json.loads(dumps(trial()))) == ENVELOPE
+    assert list(json.loads(dumps(trial()))) == [*ENVELOPE, "values"]
 
 
 def test_nan_text_is_not_taken_for_a_number(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_file_that_is_one_torn_line_is_empty(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(dumps(trial(0)) + "\n" + line + "\n" + dumps(trial(1)) + "\n")
-    with pytest.raises(ValueError, match="results.jsonl:2: ") as caught:
+    with pytest.raises(ValueError, match=r"results\.jsonl:2: ") as caught:
         read_results(path)
     assert message in str(caught.value)
 

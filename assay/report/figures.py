@@ -1,0 +1,169 @@
+"""The drawing kit: a Canvas collects traces by view and becomes a Plot, whose colours of paper and ink the page chooses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import plotly.graph_objects as go
+
+from assay.report.collect import Arm, Point
+from assay.report.words import label, plural, significant
+
+# Distinct for the common kinds of colour blindness, and on white as on near-black; symbols and dashes repeat the distinction.
+PALETTE = ("#2f7fc1", "#d9822b", "#1a9d76", "#b8569b", "#8c6bd1", "#c9482b", "#3fa9c9", "#a38a1c")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
+DASHES = ("solid", "dash", "dot", "dashdot")
+BASE_COLOUR = "#858b91"
+VERDICT_COLOURS = {"better": "#2f7fc1", "worse": "#d2691e", "not distinguishable": "#858b91", "not tested": "#858b91"}
+VERDICT_SYMBOLS = {
+    "better": "triangle-left",
+    "worse": "triangle-right",
+    "not distinguishable": "diamond",
+    "not tested": "circle-open",
+}
+MOST_POINTS = 240
+
+
+@dataclass(frozen=True)
+class Style:
+    colour: str
+    symbol: str
+    dash: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure: `spec` is plotly JSON, `views` names which traces show together, `toggles` which axes can turn logarithmic."""
+
+    title: str
+    note: str
+    spec: Mapping[str, Any]
+    height: int
+    wide: bool
+    toggles: tuple[str, ...]
+    views: tuple[tuple[str, tuple[bool, ...]], ...]
+    entries: int
+
+
+def styles_of(arms: Sequence[Arm]) -> dict[str, Style]:
+    """The base arm is grey; the others walk the palette, then the symbols, then the dashes."""
+    styles = {}
+    place = 0
+    for arm in arms:
+        if arm.is_base:
+            styles[arm.name] = Style(BASE_COLOUR, "circle-open", "solid")
+            continue
+        cycle = place // len(PALETTE)
+        styles[arm.name] = Style(
+            PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)], DASHES[cycle % len(DASHES)]
+        )
+        place += 1
+    return styles
+
+
+def thin(points: Sequence[Point]) -> list[Point]:
+    """At most MOST_POINTS of them, evenly, with the last kept."""
+    if len(points) <= MOST_POINTS:
+        return list(points)
+    stride = len(points) / (MOST_POINTS - 1)
+    return [points[int(i * stride)] for i in range(MOST_POINTS - 1)] + [points[-1]]
+
+
+@dataclass
+class Canvas:
+    """Axes `x` and `y` are titles; `log_x` and `log_y` how they start."""
+
+    x: str
+    y: str
+    log_x: bool = False
+    log_y: bool = False
+    traces: list[tuple[str, Any]] = field(default_factory=list)
+    shapes: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    axes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, trace: Any, view: str = "") -> None:
+        self.traces.append((view, trace))
+
+    def line(
+        self, arm: Arm, style: Style, points: Sequence[Point], view: str = "", *, bars: bool = True, **marks: Any
+    ) -> None:
+        """The arm's mean over seeds at each x; bars and hover give the smallest and largest seed."""
+        if not points:
+            return
+        points = thin(points)
+        name = label(arm.title)
+        seen = any(v == view and t.legendgroup == name for v, t in self.traces)
+        spread = bars and any(p.n > 1 for p in points)
+        is_long = len(points) > 40
+        trace = go.Scatter(
+            x=[p.x for p in points],
+            y=[_short(p.mean) for p in points],
+            name=name,
+            legendgroup=name,
+            showlegend=not seen,
+            mode="lines" if is_long else "lines+markers",
+            line={"color": style.colour, "dash": marks.get("dash", style.dash), "width": marks.get("width", 2)},
+            marker={"symbol": marks.get("symbol", style.symbol), "size": 7, "color": style.colour},
+            customdata=[_spread(p) for p in points],
+            hovertemplate=_hover(self.x, self.y, marks.get("hover", "")),
+        )
+        if spread and not is_long:
+            trace.error_y = {
+                "type": "data",
+                "array": [_short(p.high - p.mean) for p in points],
+                "arrayminus": [_short(p.mean - p.low) for p in points],
+                "thickness": 1,
+                "width": 3,
+                "color": style.colour,
+            }
+        self.add(trace, view)
+
+    def plot(self, title: str, note: str = "", *, height: int = 340, wide: bool = False, toggles: str = "") -> Plot:
+        """The finished figure; the first view is the one shown. Toggles: any of 'x', 'y'."""
+        views = list(dict.fromkeys(view for view, _ in self.traces))
+        for view, trace in self.traces:
+            trace.visible = view in ("", views[0])
+        layout: dict[str, Any] = {
+            "xaxis": {"title": {"text": self.x}, "type": "log" if self.log_x else "linear", **self.axes.get("x", {})},
+            "yaxis": {"title": {"text": self.y}, "type": "log" if self.log_y else "linear", **self.axes.get("y", {})},
+            "shapes": self.shapes,
+            "annotations": self.notes,
+        }
+        figure = go.Figure([trace for _, trace in self.traces])
+        figure.update_layout(template="none", height=height, **layout)
+        choices = tuple((v, tuple(view in ("", v) for view, _ in self.traces)) for v in views if v)
+        entries = len({t.name for _, t in self.traces if t.showlegend is not False and t.name})
+        spec = json.loads(figure.to_json())
+        spec["layout"].pop("template", None)
+        return Plot(title, note, spec, height, wide, tuple(toggles), choices if len(choices) > 1 else (), entries)
+
+
+def _short(value: float) -> float:
+    """Six significant digits: what is drawn needs no more, and the file stays small."""
+    return float(f"{value:.6g}")
+
+
+def _spread(point: Point) -> str:
+    if point.n == 1:
+        return "1 seed"
+    return f"{plural(point.n, 'seed')}: {significant(point.low)} to {significant(point.high)}"
+
+
+def _hover(x: str, y: str, extra: str) -> str:
+    lines = [f"{x}: %{{x:,.6~g}}", f"{y}: %{{y:,.5~g}}", "%{customdata}", *([extra] if extra else [])]
+    return "<br>".join(lines) + "<extra>%{fullData.name}</extra>"
+
+
+def vertical(at: float, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A dotted line over the whole height with its name at the top; `at` in the axis's own scale (log10 on a log axis)."""
+    line = {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": {"dash": "dot", "width": 1}}
+    note = {"x": at, "y": 1, "yref": "paper", "text": text, "showarrow": False, "xanchor": "left", "yanchor": "top"}
+    return line, note
+
+
+def arms_with(arms: Iterable[Arm], what: str) -> list[Arm]:
+    return [arm for arm in arms if arm.rows.get(what)]

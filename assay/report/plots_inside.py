@@ -1,0 +1,67 @@
+"""What happens inside: attention sinks, the logit lens, position wavelengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import plotly.graph_objects as go
+
+from assay.report.collect import Stage, over_seeds
+from assay.report.figures import Canvas, Plot, Style, arms_with
+from assay.report.words import label, number
+
+Styles = Mapping[str, Style]
+
+
+def attention(stage: Stage, styles: Styles) -> list[Plot]:
+    """By layer: the mass on the first token, the entropy, the largest logit."""
+    quantities = (
+        ("sink_mass", "attention on the first token", "Attention sinks", "How much attention rests on the first token."),
+        ("entropy_nats", "entropy (nats)", "Attention entropy", "Low is focused, high is spread."),
+        ("max_logit", "largest attention logit", "Largest attention logit", "Growth here precedes instability."),
+    )
+    plots = []
+    for key, axis, title, note in quantities:
+        canvas = Canvas("layer", axis)
+        for arm in arms_with(stage.arms, "attention"):
+            canvas.line(arm, styles[arm.name], over_seeds(arm.rows["attention"], "layer", key))
+        canvas.axes["x"] = {"tickformat": "d"}
+        if key == "sink_mass":
+            canvas.axes["y"] = {"tickformat": ".0%", "rangemode": "tozero"}
+        if canvas.traces:
+            plots.append(canvas.plot(title, note))
+    return plots
+
+
+def lens(stage: Stage, styles: Styles) -> list[Plot]:
+    canvas = Canvas("layer", "loss read off the layer (nats/token)")
+    for arm in arms_with(stage.arms, "lens"):
+        canvas.line(arm, styles[arm.name], over_seeds(arm.rows["lens"], "layer", "loss_nats"))
+    canvas.axes["x"] = {"tickformat": "d"}
+    note = "The head applied after each layer: where the prediction is made."
+    return [canvas.plot("Logit lens", note)] if canvas.traces else []
+
+
+def wavelengths(stage: Stage, styles: Styles) -> list[Plot]:
+    """Wavelength of each rotated pair; open marks never complete a turn within the trained length."""
+    canvas = Canvas("dimension pair", "wavelength (tokens)", log_y=True)
+    for arm in arms_with(stage.arms, "wavelengths"):
+        rows = [r for r in arm.rows["wavelengths"] if number(r.get("dim")) is not None]
+        rows = list({float(r["dim"]): r for r in rows if number(r.get("wavelength")) is not None}.values())
+        style = styles[arm.name]
+        trace = go.Scatter(
+            x=[r["dim"] for r in rows],
+            y=[r["wavelength"] for r in rows],
+            name=label(arm.title),
+            mode="markers",
+            marker={
+                "symbol": ["circle" if r.get("completes") else "circle-open" for r in rows],
+                "size": 8,
+                "color": style.colour,
+            },
+            customdata=["completes a turn" if r.get("completes") else "never completes a turn" for r in rows],
+            hovertemplate="pair %{x}<br>%{y:,.5~g} tokens<br>%{customdata}<extra>%{fullData.name}</extra>",
+        )
+        canvas.add(trace)
+    note = "Filled: completes a turn within the trained length. Open: never does, so longer inputs show it new angles."
+    return [canvas.plot("Position wavelengths", note, toggles="y")] if canvas.traces else []
