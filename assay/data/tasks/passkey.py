@@ -36,8 +36,9 @@ class Passkey(Spec):
     """What a passkey document is made of.
 
     `digits` symbols of `alphabet` are the key. The alphabet's symbols, and the statement, stand nowhere else.
-    `answer_only`: in training, only the answer is to be predicted; otherwise the filler is too.
-    The defaults are the sentence of the paper; `Passkey.short()` is what a tiny model learns in seconds.
+    For training, `asks` questions stand in a document (as many as fit), and `answer_only` means that nothing else is
+    to be predicted; a document that is scored has one question, at its end. The defaults are the sentence of the
+    paper; `Passkey.short()` is what a tiny model learns in seconds.
     """
 
     digits: int = Field(5, ge=1)
@@ -45,6 +46,7 @@ class Passkey(Spec):
     statement: str = Field("The passkey is ", min_length=1)
     end: str = ". "
     filler: str = Field(FILLER, min_length=1)
+    asks: int = Field(1, ge=1)
     answer_only: bool = False
 
     @model_validator(mode="after")
@@ -72,7 +74,7 @@ class Passkey(Spec):
     @classmethod
     def short(cls) -> Passkey:
         """One digit between marks: the same question in few tokens."""
-        return cls(digits=1, statement="#", end=";")
+        return cls(digits=1, statement="#", end=";", asks=8, answer_only=True)
 
     @property
     def chance(self) -> float:
@@ -111,9 +113,17 @@ class Passkey(Spec):
     def draw(self, length: int, key: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """A document for training (`assay.data.loader.Source`)."""
         example = self.example(length, key)
+        tokens = np.concatenate([example.prompt, example.answer])
         counted = np.full(length, not self.answer_only)
         counted[-self.digits :] = True
-        return np.concatenate([example.prompt, example.answer]), counted
+        told = np.concatenate([_ids(self.statement), example.answer, _ids(self.end)])
+        first = length - example.distance + len(self.end)  # the filler between statement and question
+        last = length - self.digits - len(self.statement)
+        fits = min(self.asks - 1, (last - first) // len(told))
+        for stop in (first + (last - first) * (i + 1) // fits for i in range(fits)):
+            tokens[stop - len(told) : stop] = told
+            counted[stop - len(self.end) - self.digits : stop - len(self.end)] = True
+        return tokens, counted
 
     def solve(self, prompt: NDArray[np.int64]) -> NDArray[np.int64]:
         """The oracle: what follows the first statement in the prompt."""
