@@ -112,7 +112,7 @@ def install_hint(module: str) -> str | None:
 
 
 def emit_json(values: Mapping[str, Any]) -> None:
-    """Print one line of strict JSON on stdout: the last thing a verb does under `--json`. Non-finite numbers are null."""
+    """Print one line of strict JSON on stdout: what a verb ends with under `--json`. NaN and infinities are null."""
     print(json.dumps(_finite(values), allow_nan=False), flush=True)
 
 

@@ -3,13 +3,14 @@
 How a verb is added: put one file into this folder. Its name is the verb (a trailing underscore is dropped: `import_.py`
 is `assay import`), and no list anywhere names it. In the file:
 
-- the module's docstring is the help; its first line is what `assay --help` shows. It is read without importing the file.
+- the module's docstring is the help; its first line is what `assay --help` shows, read without importing the file.
 - `def run(...)` is the verb, its parameters annotated for typer. `common` has the options that every verb shares
   (`Device`, `Part`, `Json`, `Overrides`). It returns None, or its exit status.
 - a verb with sub-verbs has `app = typer.Typer()` instead, and a function decorated with `@app.command()` for each;
   with `@app.callback(invoke_without_command=True)` it also runs alone.
 - torch and everything that imports it is imported inside the functions, so that `--help` answers at once.
-- a user's mistake is a ValueError or `common.fail(message)`: exit 2 with that message. Progress goes to `common.console()`.
+- a user's mistake is a ValueError or `common.fail(message)`: exit 2 with that message.
+- progress goes to `common.progress()` or `common.console()`, which write to stderr.
 
 Files that begin with an underscore are not verbs.
 """
