@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from assay.ops.activations import Activation, activate
+from assay.ops.activations import reference as reference_activation
 from assay.ops.here import Here
 from assay.ops.step import Step
 from assay.parts.base import Ffn
@@ -49,14 +50,11 @@ class GatedFfn(Ffn):
 
 def reference(spec: Gated, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
     """[N, D] in float64, one token at a time."""
-    from assay.ops.activations import reference as act
-
     def linear(name: str, row: Tensor) -> Tensor:
         y = weights[f"{name}.weight"] @ row
         return y + weights[f"{name}.bias"] if spec.bias else y
 
     rows = []
     for row in x:
-        gate = torch.stack([act(spec.act, v) for v in linear("gate", row)])
-        rows.append(linear("down", gate * linear("up", row)))
+        rows.append(linear("down", reference_activation(spec.act, linear("gate", row)) * linear("up", row)))
     return torch.stack(rows)

@@ -182,3 +182,47 @@ class GqaMixer(Mixer):
             return mix
         gate = torch.sigmoid(self.gate_map(x, step))
         return mix * (gate.view_as(mix) if self.spec.gate == "element" else gate[..., None])
+
+
+def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
+    """[N, D] in float64 for one sequence without a position scheme: one token and one head at a time."""
+    d = spec.head_dim if spec.head_dim is not None else x.shape[1] // spec.heads
+    zero, one = torch.zeros((), dtype=x.dtype), torch.ones((), dtype=x.dtype)
+
+    def linear(name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", zero)
+
+    def norm(name: str, t: Tensor) -> Tensor:
+        if spec.qk_norm is None:
+            return t
+        pieces = [t] if spec.qk_norm.over == "full" else list(t.split(d))
+        eps: float = spec.qk_norm.norm.eps  # type: ignore[attr-defined]
+        w = weights.get(f"{name}.weight", one)
+        return torch.cat([p / ((p * p).mean() + eps) ** 0.5 * w for p in pieces])
+
+    def sees(i: int, j: int) -> bool:
+        s = spec.sees
+        near = s.window is None or i - j < s.window or j < s.first
+        return (j <= i or not s.causal) and near and (s.chunk is None or i // s.chunk == j // s.chunk)
+
+    q, k, v = linear("q"), linear("k"), linear("v")
+    scale = spec.scores.scale if spec.scores.scale is not None else d**-0.5
+    rows = []
+    for i in range(x.shape[0]):
+        heads = []
+        for h in range(spec.heads):
+            g = h // (spec.heads // spec.groups)
+            seen = [j for j in range(x.shape[0]) if sees(i, j)]
+            qi = norm("q_norm", q[i])[h * d : (h + 1) * d]
+            z = [scale * (qi @ norm("k_norm", k[j])[g * d : (g + 1) * d]) for j in seen]
+            if spec.scores.softcap is not None:
+                z = [spec.scores.softcap * torch.tanh(value / spec.scores.softcap) for value in z]
+            e = [value.exp() for value in z]
+            total = sum(e) + (weights["sink"][h].exp() if spec.scores.sink else 0.0)
+            heads.append(sum(w / total * v[j, g * d : (g + 1) * d] for w, j in zip(e, seen, strict=True)))
+        mix = torch.stack(heads)
+        if spec.gate != "none":
+            gate = 1 / (1 + torch.exp(-(weights["gate_map.weight"] @ x[i])))
+            mix = mix * (gate.view_as(mix) if spec.gate == "element" else gate[:, None])
+        rows.append(weights["out.weight"] @ mix.flatten() + weights.get("out.bias", zero))
+    return torch.stack(rows)

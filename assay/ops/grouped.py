@@ -1,0 +1,41 @@
+"""Products of sorted rows with one matrix a group: the experts of a mixture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """Identity; the grouped kernel's backward refuses an expanded or strided gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
+
+
+def backend(x: Tensor, w: Tensor) -> str:
+    """`kernel` where torch has one for this dtype and 16-byte rows; else `loop` (float64, odd sizes)."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in w.shape[1:])
+    return "kernel" if x.dtype in (torch.float32, torch.bfloat16) and aligned and x.shape[0] > 0 else "loop"
+
+
+def grouped(x: Float[Tensor, "M D"], w: Float[Tensor, "E F D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "M F"]:
+    """Row i times w[e]^T, where e is the group of row i: the first counts[0] rows are group 0, and so on."""
+    offsets = counts.cumsum(0)
+    if backend(x, w) == "kernel":
+        out = torch._grouped_mm(x.contiguous(), w.transpose(1, 2), offs=offsets.to(torch.int32))
+        return _ContiguousGrad.apply(out)  # type: ignore[no-any-return, no-untyped-call]
+    rows = torch.arange(x.shape[0], device=x.device)
+    total = x.new_zeros(x.shape[0], w.shape[1])
+    for e in range(w.shape[0]):
+        inside = (rows >= offsets[e] - counts[e]) & (rows < offsets[e])
+        total = total + (x * inside[:, None]) @ w[e].T
+    return total
