@@ -73,7 +73,9 @@ def _usage(error: typer.TyperException) -> tuple[str, int]:
     if ctx is not None and error.message == ctx.get_help():
         return error.message, error.exit_code
     hint = f" (see {ctx.command_path} --help)" if ctx is not None else ""
-    return f"error: {' '.join(error.format_message().split())}{hint}", error.exit_code
+    cause = error.__cause__
+    given = f" Given: {cause.errors()[0]['input']!r}." if isinstance(cause, ValidationError) else ""
+    return f"error: {' '.join(error.format_message().split())}{given}{hint}", error.exit_code
 
 
 def _validation(error: ValidationError) -> str:

@@ -64,7 +64,7 @@ class Verbs(TyperGroup):
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         if args[0] not in verbs():
             raise ValueError(f"unknown verb {args[0]!r}; accepted: {', '.join(verbs())}")
-        return super().resolve_command(ctx, args)  # type: ignore[arg-type]
+        return super().resolve_command(ctx, args)
 
 
 def command(path: Path, shared: Sequence[Any]) -> Any:
