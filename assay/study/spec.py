@@ -1,0 +1,243 @@
+"""A study as data: a base model, named arms, a locked recipe, measurements, and claims written before the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from assay.spec.base import Spec
+from assay.spec.load import find, read_mapping, validate
+from assay.study.claims import arms as arms_named
+from assay.study.claims import parse
+
+BASE_ARM = "base"
+
+
+def _check_paths(changes: Mapping[str, Any], roots: tuple[str, ...], what: str) -> None:
+    for path in changes:
+        if path.partition(".")[0] not in roots or "." not in path:
+            raise ValueError(
+                f"{what}: {path!r} is not a path that may change here; accepted: {', '.join(r + '.…' for r in roots)}"
+            )
+
+
+class ArmSpec(Spec):
+    """One arm: dotted changes to the base model. `role` chooses how many seeds a budget gives it.
+
+    In YAML the changes may stand beside the other fields: `gqa: {model.blocks.*.mixer.kv_heads: 2, note: ...}`.
+    A recipe is the same for all arms, so an arm cannot change it.
+    """
+
+    title: str = ""
+    note: str = ""
+    role: str = "verdict"
+    changes: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if data is None:
+            return {}
+        if not isinstance(data, Mapping):
+            return data
+        beside = {k: v for k, v in data.items() if "." in str(k)}
+        rest = {k: v for k, v in data.items() if k not in beside}
+        return {**rest, "changes": {**(data.get("changes") or {}), **beside}} if beside else rest
+
+    @model_validator(mode="after")
+    def _only_the_model(self) -> Self:
+        _check_paths(self.changes, ("model",), "changes")
+        return self
+
+
+class MetricSpec(Spec):
+    """What verdicts are about. `better: null` goes by the metric's name; `interest` is in the metric's unit."""
+
+    name: str = "loss_nats"
+    better: Literal["lower", "higher"] | None = None
+    interest: float = Field(default=0.0, ge=0.0)
+    alpha: float = Field(default=0.05, gt=0.0, lt=0.5)
+
+
+class MatchSpec(Spec):
+    """Every arm gets as much as the base arm: the integer field `tune` is searched until `equal` agrees."""
+
+    equal: Literal["params", "active_flops", "state_bytes"]
+    tune: str
+    within: float = Field(default=0.02, gt=0.0)
+    multiple_of: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _a_model_path(self) -> Self:
+        _check_paths({self.tune: None}, ("model",), "tune")
+        return self
+
+
+class MeasurementSpec(Spec):
+    """One measurement by name. In YAML: `latency`, or `{name: latency, contexts: [128, 512]}`."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"name": data}
+        if isinstance(data, Mapping) and "options" not in data:
+            return {
+                **{k: v for k, v in data.items() if k == "name"},
+                "options": {k: v for k, v in data.items() if k != "name"},
+            }
+        return data
+
+
+class ClaimSpec(Spec):
+    """What the literature predicts: `text` for people, `source`, and `test` in the language of `claims`."""
+
+    id: str
+    text: str
+    source: str
+    test: str
+
+    @model_validator(mode="after")
+    def _parses(self) -> Self:
+        try:
+            parse(self.test)
+        except ValueError as error:
+            raise ValueError(f"claim {self.id}: {error}") from None
+        return self
+
+
+class SynthesisSpec(Spec):
+    """Choose a configuration from the stages before. `constraints`: metric -> the most that is allowed.
+
+    `like`: the stage whose base, recipe and measurements the chosen configuration is trained with; null: the first.
+    """
+
+    constraints: dict[str, float] = Field(default_factory=dict)
+    like: str | None = None
+
+
+class StageSpec(Spec):
+    """One stage of a study of studies: another study by name (in YAML the name alone will do), or a synthesis."""
+
+    name: str
+    study: str | None = None
+    synthesis: SynthesisSpec | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        return {"name": data, "study": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.study is None) == (self.synthesis is None):
+            raise ValueError(f"stage {self.name!r} has exactly one of `study` and `synthesis`")
+        _check_paths(self.overrides, ("model", "recipe"), "overrides")
+        return self
+
+
+def _seeds_by_role(value: Any) -> Any:
+    return {"*": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class BudgetSpec(Spec):
+    """How much of the study is run. `seeds`: how many by an arm's role (`*`: any other); null: the study's own."""
+
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    seeds: Annotated[dict[str, Annotated[int, Field(ge=1)]] | None, BeforeValidator(_seeds_by_role)] = None
+    arms: tuple[str, ...] | None = None
+    measurements: tuple[str, ...] | None = None
+    seconds: float | None = Field(default=None, gt=0.0)
+
+    @model_validator(mode="after")
+    def _paths(self) -> Self:
+        _check_paths(self.overrides, ("model", "recipe"), "overrides")
+        return self
+
+    def seeds_for(self, role: str, own: tuple[int, ...]) -> tuple[int, ...]:
+        """The first of the study's own seeds, or as many from 0 up where it has fewer."""
+        if self.seeds is None or (count := self.seeds.get(role, self.seeds.get("*"))) is None:
+            return own
+        return own[:count] if count <= len(own) else tuple(range(count))
+
+
+def _seed_list(value: Any) -> Any:
+    return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class StudySpec(Spec):
+    """A study, or with `stages` a list of studies. The base arm changes nothing; if none does, `base` is added."""
+
+    title: str
+    question: str = ""
+    base: str | dict[str, Any] | None = None
+    recipe: str | dict[str, Any] | None = None
+    metric: MetricSpec = MetricSpec()
+    match: MatchSpec | None = None
+    arms: dict[str, ArmSpec] = Field(default_factory=dict)
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_list), Field(min_length=1)] = (0, 1, 2)
+    measurements: tuple[MeasurementSpec, ...] = ()
+    claims: tuple[ClaimSpec, ...] = ()
+    stages: tuple[StageSpec, ...] = ()
+    budgets: dict[str, BudgetSpec] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.stages:
+            extra = [n for n in ("base", "recipe", "match", "arms", "measurements", "claims") if getattr(self, n)]
+            if extra:
+                raise ValueError(f"a study with `stages` has no {', '.join(extra)}: its stages have their own")
+            _distinct("stages", [stage.name for stage in self.stages])
+            return self
+        if self.base is None or self.recipe is None:
+            raise ValueError(f"{'base' if self.base is None else 'recipe'}: missing")
+        self._check_arms()
+        _distinct("seeds", list(self.seeds))
+        _distinct("measurements", [m.name for m in self.measurements])
+        _distinct("claims", [claim.id for claim in self.claims])
+        for claim in self.claims:
+            if unknown := arms_named(parse(claim.test)) - self.all_arms.keys():
+                raise ValueError(
+                    f"claim {claim.id}: no arm {sorted(unknown)[0]!r}; accepted: {', '.join(self.all_arms)}"
+                )
+        return self
+
+    def _check_arms(self) -> None:
+        plain = [name for name, arm in self.arms.items() if not arm.changes]
+        if len(plain) > 1:
+            raise ValueError(f"arms {' and '.join(plain)} both change nothing: one arm may be the base arm")
+        if not plain and BASE_ARM in self.arms:
+            raise ValueError(f"arm {BASE_ARM!r} changes the model; the base arm is the one that changes nothing")
+        if self.match and any(self.match.tune in arm.changes for arm in self.arms.values()):
+            raise ValueError(f"match: an arm sets {self.match.tune}, which matching tunes")
+        for name, budget in self.budgets.items():
+            if unknown := set(budget.arms or ()) - self.all_arms.keys():
+                raise ValueError(f"budgets.{name}: no arm {sorted(unknown)[0]!r}; accepted: {', '.join(self.all_arms)}")
+
+    @cached_property
+    def base_arm(self) -> str:
+        return next((name for name, arm in self.arms.items() if not arm.changes), BASE_ARM)
+
+    @cached_property
+    def all_arms(self) -> dict[str, ArmSpec]:
+        """The base arm first."""
+        return {self.base_arm: self.arms.get(self.base_arm, ArmSpec()), **self.arms}
+
+
+def _distinct(what: str, names: list[Any]) -> None:
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ValueError(f"{what}: {twice[0]!r} stands twice")
+
+
+def load_study(source: str | Path) -> tuple[str, StudySpec]:
+    """A study by shipped name or YAML file: its name (the file's) and the study."""
+    path = find(source, "studies")
+    return path.stem, validate(StudySpec, read_mapping(path), str(source))
