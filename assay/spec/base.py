@@ -121,6 +121,15 @@ class StateField:
         count = count if self.keep is None else min(count, self.keep)
         return count // self.every
 
+    def slots(self, tokens: int, page: int, memory: int = 0) -> int:
+        """Entries that storage reserves: whole pages of `page` tokens; a window keeps room for one page in flight."""
+        if self.per == "sequence":
+            return 1
+        count = memory if self.per == "memory" else tokens
+        if self.keep is not None:
+            count = min(count, self.keep + page - 1)
+        return -(-count // (page * self.every)) * page
+
     def bytes(self, tokens: int, dtype: str, memory: int = 0) -> int:
         width = DTYPE_BYTES[dtype if self.dtype == "model" else self.dtype]
         return self.entries(tokens, memory) * math.prod(self.shape) * width
@@ -228,6 +237,10 @@ class PartSpec(Spec):
         except ValidationError as error:
             loc, message = first_error(error)
             raise NestedError(loc, message) from None
+
+    def refusals(self) -> Mapping[str, str]:
+        """Law or feature -> reason, for this very spec; `refuses` unless a field decides."""
+        return self.refuses
 
     def check(self, site: Site) -> None:
         """Raise ValueError for what cannot be honoured here, before a tensor exists."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from assay.ops.step import Step
 from assay.parts.base import Head
-from assay.spec.base import Fan, HeadSpec, Site
+from assay.spec.base import Cost, Fan, HeadSpec, Site
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class LmHead(HeadSpec):
 
     def linears(self, site: Site) -> dict[str, Fan]:
         return {} if self.tie else {"out": Fan(site.d_in, site.d_out, self.bias, split=0, role="head")}
+
+    def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
+        """A tied head multiplies with the embedding's table, which is a lookup everywhere else."""
+        flops = 2 * site.d_in * site.d_out * new if self.tie else 0
+        return Cost(flops, flops)
 
     def build(self, site: Site) -> LmHeadPart:
         return LmHeadPart(self, site)

@@ -66,9 +66,17 @@ class Gqa(MixerSpec):
     def size(self, site: Site) -> int:
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads
 
+    def refusals(self) -> Mapping[str, str]:
+        if self.sees.causal:
+            return self.refuses
+        both = "a bidirectional layer sees later tokens"
+        return {"causal": both, "chunking": both, "rewind": both}
+
     def check(self, site: Site) -> None:
         if self.heads % self.groups:
             raise ValueError(f"`heads` ({self.heads}) is not a multiple of `kv_heads` ({self.groups})")
+        if self.qk_norm is not None and self.qk_norm.norm.refuses:
+            raise ValueError(f"`qk_norm.norm` {self.qk_norm.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
         if self.head_dim is None and site.d_in % self.heads:
             raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
 
@@ -132,6 +140,8 @@ class GqaMixer(Mixer):
 
     def prepare(self, step: Step, state: State | None) -> Any:
         assert state is not None
+        if self.spec.position is not None and not self.scheme:
+            raise ValueError(f"{self.name}: position {self.spec.position!r} is not a scheme of this stack")
         return ops.plan(step, state.layout(step), self.spec.sees)
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:

@@ -48,12 +48,11 @@ class LinearAttention(MixerSpec):
         return tuple(fields)
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
-        """The recurrence: k v^T and q S for each token, and k and q.z where it normalises."""
+        """The recurrence: k v^T and q S for each token, q.z where it normalises. Executed: the quadratic training form."""
         k = self.size(site)
         per_token = 4 * self.heads * k * k + (2 * self.heads * k if self.normalise else 0)
         columns = k + 1 if self.normalise else k
-        pairs = 2 * self.heads * (k + columns) * new * new
-        return Cost(per_token * new, pairs + 2 * self.heads * k * columns * new)
+        return Cost(per_token * new, 2 * self.heads * (k + columns) * new * new)
 
     def build(self, site: Site) -> LinearMixer:
         return LinearMixer(self, site)

@@ -54,7 +54,7 @@ def reference(spec: RmsNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     """[N, D] in float64, one vector at a time."""
     rows = []
     for row in x:
-        root = (sum(float(v) ** 2 for v in row) / len(row) + spec.eps) ** 0.5
+        root = (sum(v**2 for v in row) / len(row) + spec.eps) ** 0.5
         scale = {"none": 1.0, "one": weights.get("weight", 1.0), "plus_one": weights.get("weight", 0.0) + 1.0}[spec.weight]
         rows.append(row / root * scale)
     return torch.stack(rows)

@@ -1,0 +1,247 @@
+"""The laws every part obeys or refuses by name. Each raises AssertionError with what differed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from assay.conform.cases import MEMORY, Case, case, noise
+from assay.ops.step import Step
+from assay.spec.base import PartSpec
+from assay.spec.load import canonical, digest, dump, parse_yaml, to_yaml
+
+TIGHT = 1e-10
+TOKENS = ("mixers", "ffns", "norms", "residuals", "positions")  # slots whose parts map tokens to tokens
+
+
+def close(a: Tensor, b: Tensor, what: str, tolerance: float = TIGHT) -> None:
+    """Largest difference relative to the larger of 1 and the largest value."""
+    assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)} against {tuple(b.shape)}"
+    a, b = a.detach(), b.detach()
+    assert torch.isfinite(a).all(), f"{what}: not finite"
+    if a.numel():
+        worst = float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
+        assert worst <= tolerance, f"{what}: differs by {worst:.2e}, more than {tolerance:.0e}"
+
+
+def law_reference(c: Case) -> None:
+    """Outputs and all gradients equal the float64 reference."""
+    if c.slot not in ("mixers", "ffns", "norms", "residuals"):
+        return
+    assert c.reference is not None, "no `reference` stands beside the spec"
+    x = noise((9, c.site.d_in), 1).requires_grad_()
+    step = c.step(1, 9)
+    if c.slot == "norms":
+        c.part.eval()
+    mine = c.run(x, step)
+    weights = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in c.part.named_parameters()}
+    y = x.detach().clone().requires_grad_()
+    theirs = _reference(c, weights, y, step)
+    close(mine, theirs, "output")
+    probe = noise(tuple(mine.shape), 2)
+    learned = {"x": (x, y)} | {n: (p, weights[n]) for n, p in c.part.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad((mine * probe).sum(), [a for a, _ in learned.values()], materialize_grads=True)
+    expected = torch.autograd.grad((theirs * probe).sum(), [b for _, b in learned.values()], materialize_grads=True)
+    for name, a, b in zip(learned, grads, expected, strict=True):
+        close(a, b, f"gradient of {name}")
+
+
+def _reference(c: Case, weights: dict[str, Tensor], x: Tensor, step: Step) -> Tensor:
+    if c.slot == "norms":
+        return c.reference(c.spec, weights, x)  # type: ignore[no-any-return]
+    if c.slot == "residuals":
+        extra = {"layers": c.site.layers} if "layers" in c.reference.__code__.co_varnames else {}
+        return c.reference(c.spec, weights, x, c.sublayer, **extra)  # type: ignore[no-any-return]
+    given = {"memory": step.memory.h} if step.memory is not None else {}
+    return c.reference(c.spec, weights, x, step.positions, **given)  # type: ignore[no-any-return]
+
+
+def law_causal(c: Case) -> None:
+    """A changed token moves nothing before it."""
+    if c.slot not in TOKENS:
+        return
+    x, step = noise((10, c.site.d_in), 1), c.step(1, 10)
+    changed = torch.cat([x[:6], noise((4, c.site.d_in), 3)])
+    # A changed future regroups the experts' rows, and with them the blocking of a product: not bitwise for those.
+    close(c.run(x, step)[:6], c.run(changed, step)[:6], "the past after the future changed", 1e-12)
+
+
+def law_neighbours(c: Case) -> None:
+    """A sequence's outputs do not depend on the other rows of its batch."""
+    if c.slot not in TOKENS:
+        return
+    x = noise((12, c.site.d_in), 1)
+    together = c.run(x, c.step(2, 6))
+    other = torch.cat([x[:6], noise((6, c.site.d_in), 3)])
+    close(c.run(other, c.step(2, 6))[:6], together[:6], "a row beside another neighbour", 1e-12)
+    close(c.run(x[:6], c.step(1, 6)), together[:6], "a row alone", 1e-12)
+
+
+def packed_step(c: Case, lengths: tuple[int, ...]) -> Step:
+    """Documents one after another in one row."""
+    total = sum(lengths)
+    index = torch.cat([torch.arange(n) for n in lengths])
+    seq = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    memory = c.memory(len(lengths))
+    memory = None if memory is None else type(memory)(memory.h, memory.seq, memory.index, None)
+    return c.step(1, total).with_(seq=seq, index=index, positions=index, memory=memory)
+
+
+def law_packing(c: Case) -> None:
+    """Documents packed in a row give what each gives alone."""
+    if c.slot not in TOKENS:
+        return
+    lengths = (4, 1, 7)
+    x = noise((sum(lengths), c.site.d_in), 1)
+    packed = c.run(x, packed_step(c, lengths)).split(lengths)
+    for i, part in enumerate(x.split(lengths)):
+        step = packed_step(c, (lengths[i],))
+        if step.memory is not None:
+            whole = c.memory(len(lengths))
+            assert whole is not None
+            rows = whole.seq == i
+            step = step.with_(memory=type(whole)(whole.h[rows], whole.seq[rows] * 0, whole.index[rows], None))
+        close(packed[i], c.run(part, step), f"document {i} packed and alone", 1e-12)
+
+
+def law_weights(c: Case) -> None:
+    """The declared weights are exactly the built parameters: names, shapes, dtypes."""
+    if c.slot == "linears":
+        from assay.spec.base import Fan, LinearSpec
+
+        assert isinstance(c.spec, LinearSpec)
+        declared = c.spec.fan(Fan(c.site.d_in, c.site.d_out, bias=True), c.site)
+    else:
+        declared = c.spec.weights(c.site)
+    built = {name: tuple(p.shape) for name, p in c.part.named_parameters()}
+    assert built == {name: w.shape for name, w in declared.items()}, "declared and built parameters differ"
+    assert not list(c.part.buffers()), "a part has no buffers: tables are made in `prepare`, statistics are parameters"
+
+
+def law_executed(c: Case) -> None:
+    """Declared executed FLOPs equal torch's counter on the matmul backend."""
+    if c.slot not in ("mixers", "ffns"):
+        return
+    length = 16
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        c.run(noise((length, c.site.d_in), 1), c.step(1, length))
+    memory = MEMORY if c.memory(1) is not None else 0
+    linears = sum(w.flops for w in c.spec.weights(c.site).values()) * length
+    predicted = linears + c.spec.cost(c.site, length, 0, memory).executed
+    assert counter.get_total_flops() == predicted, f"{counter.get_total_flops()} counted, {predicted} declared"
+
+
+def law_checkpoint(c: Case) -> None:
+    """Recomputed in the backward pass: the same gradients and the same taps, once each."""
+    if c.slot not in TOKENS or c.slot == "norms":
+        return
+    step = c.step(2, 6).with_(listen=frozenset(["*"]))
+    grads, taps = [], []
+    for again in (False, True):
+        x = noise((12, c.site.d_in), 1).requires_grad_()
+        heard: dict[str, Tensor] = {}
+
+        def call(value: Tensor, into: dict[str, Tensor] = heard) -> tuple[Tensor, dict[str, Tensor]]:
+            fresh: dict[str, Tensor] = {}
+            return c.run(value, step, taps=fresh), fresh
+
+        y, heard = checkpoint(call, x, use_reentrant=False) if again else call(x)
+        (y * noise(tuple(y.shape), 2)).sum().backward()
+        grads.append(x.grad)
+        taps.append(heard)
+    assert grads[0] is not None and grads[1] is not None
+    close(grads[1], grads[0], "gradient")
+    assert taps[0].keys() == taps[1].keys(), "the taps differ"
+    for name in taps[0]:
+        close(taps[1][name].double(), taps[0][name].double(), f"tap {name}")
+
+
+def law_roundtrip(c: Case) -> None:
+    """Through YAML and back the spec is equal and keeps its digest; a part's kind is always written."""
+    for tree in (dump(c.spec), canonical(c.spec)):
+        again = type(c.spec).model_validate(parse_yaml(to_yaml(tree), "roundtrip"))
+        assert again == c.spec, f"{again} is not {c.spec}"
+        assert digest(again) == digest(c.spec), "the digest changed"
+
+
+def law_precision(c: Case) -> None:
+    """In float32 the outputs stay within 2e-5 of float64's."""
+    if c.slot not in TOKENS:
+        return
+    x, step = noise((12, c.site.d_in), 1), c.step(2, 6)
+    exact = c.run(x, step)
+    low = case(c.spec)
+    low.modules.load_state_dict(c.modules.state_dict())
+    low.modules.float()
+    memory = step.memory
+    memory = None if memory is None else type(memory)(memory.h.float(), memory.seq, memory.index, memory.grid)
+    close(low.run(x.float(), step.with_(memory=memory)).double(), exact, "float32", 2e-5)
+
+
+def law_traces(c: Case) -> None:
+    """One graph without breaks, and another batch of the same size runs it again without tracing."""
+    if c.slot not in TOKENS:
+        return
+    torch._dynamo.reset()
+    traced = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal traced
+        traced += 1
+        return graph.forward
+
+    run = torch.compile(lambda x, step: c.run(x, step), backend=count, fullgraph=True)
+    for seed in (1, 2):
+        x, step = noise((12, c.site.d_in), seed), c.step(2, 6)
+        close(run(x, step), c.run(x, step), "traced", 1e-12)
+    assert traced == 1, f"traced {traced} times for two batches of one size"
+
+
+Law = Callable[[Case], None]
+
+
+def _laws() -> dict[str, Law]:
+    from assay.conform.fields import law_fields
+    from assay.conform.stored import law_chunking, law_rewind, law_state
+
+    return {
+        "reference": law_reference,
+        "precision": law_precision,
+        "causal": law_causal,
+        "neighbours": law_neighbours,
+        "packing": law_packing,
+        "weights": law_weights,
+        "state": law_state,
+        "executed": law_executed,
+        "chunking": law_chunking,
+        "rewind": law_rewind,
+        "checkpoint": law_checkpoint,
+        "traces": law_traces,
+        "roundtrip": law_roundtrip,
+        "fields": law_fields,
+    }
+
+
+LAWS: Mapping[str, Law] = MappingProxyType(_laws())
+
+
+def obeys(spec: PartSpec, law: str) -> str:
+    """`holds`, or `refuses: <reason>` where the part says so and the law is shown to fail. Raises on a broken law."""
+    reason = spec.refusals().get(law)
+    c = case(spec)
+    if c.slot == "norms" and law in spec.refuses:
+        c.part.train()
+    if reason is None:
+        LAWS[law](c)
+        return "holds"
+    try:
+        LAWS[law](c)
+    except (AssertionError, ValueError, NotImplementedError):
+        return f"refuses: {reason}"
+    raise AssertionError(f"`refuses` names {law!r} ({reason}), but the law holds")
