@@ -136,7 +136,7 @@ class _Turn(torch.autograd.Function):
         return _rotated(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _Turn.apply(grad, cos, -sin), None, None
 
@@ -169,7 +169,7 @@ class RopePosition(Position):
         """The step's table; float64, which only checks use, and a size nobody announced are computed here."""
         table, size = step.table(self) or {}, x.shape[-1]
         if size in table and x.dtype != torch.float64:
-            return table[size].to(x.dtype)  # type: ignore[no-any-return]
+            return table[size].to(x.dtype)
         return self.at(step.positions, step.seq, size, step).to(x.dtype)
 
     def on_qk(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -216,7 +216,7 @@ def wavelengths(spec: Rope, head_dim: int, length: int = 1) -> list[float]:
     """
     spec.fits(1, head_dim)
     freq = spec.frequencies(head_dim, torch.tensor([length])).view(-1, (spec.dim or head_dim) // 2)[0]
-    return (2 * math.pi / freq).tolist()  # type: ignore[no-any-return]
+    return (2 * math.pi / freq).tolist()
 
 
 def reference(
