@@ -159,7 +159,7 @@ def split(documents: Documents, valid_one_in: int) -> Corpus:
 def _cut(documents: Documents, valid_one_in: int) -> Corpus:
     """One document: its last part is for validation, from the first line that starts there if one does."""
     text, name = documents[0], documents.names[0]
-    place = len(text) - len(text) // valid_one_in
+    place = len(text) - max(1, len(text) // valid_one_in)
     line = text.find("\n", place) + 1
     place = line if 0 < line < len(text) else place
     if not 0 < place < len(text):

@@ -162,9 +162,7 @@ def _digest(documents: str, tokenizer: str) -> str:
 def _write(path: Path, documents: Documents, tokenizer: Tokenizer) -> None:
     eos = tokenizer.eos_id
     if eos is None:
-        raise ValueError(
-            "the tokenizer has no end-of-text id (eos_token in tokenizer_config.json) to end documents with"
-        )
+        raise ValueError("the tokenizer has no eos_token (tokenizer_config.json), and documents must end with one")
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     total, offsets = hashlib.sha256(), [0]
     parts = [path.with_name(f"{path.stem}.{os.getpid()}.{kind}.part") for kind in ("bin", "json")]

@@ -86,10 +86,11 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
         """The bytes of ids, exactly; special tokens have none."""
-        try:
-            return b"".join(self.token_bytes[i] for i in np.asarray(ids, np.int64).tolist())
-        except IndexError:
-            raise ValueError(f"token id {max(ids)}; this tokenizer has ids 0 to {self.vocab_size - 1}") from None
+        wanted = np.asarray(ids, np.int64)
+        strange = wanted[(wanted < 0) | (wanted >= self.vocab_size)]
+        if len(strange):
+            raise ValueError(f"token id {strange[0]}; this tokenizer has ids 0 to {self.vocab_size - 1}")
+        return b"".join(self.token_bytes[i] for i in wanted.tolist())
 
     def stream(self) -> Stream:
         return Stream(self)
