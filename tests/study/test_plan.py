@@ -20,7 +20,8 @@ from assay.study.plan import (
     wall_seconds,
 )
 from assay.study.spec import StudySpec, load_study
-from tests.study.toy import MATERIALS, params
+from tests.study.toy import MATERIALS
+from tests.study.toy_trials import params
 
 POSITIONS = """
 title: Positions
