@@ -1,0 +1,210 @@
+"""A model at work on a static batch: prompts in, one token at a time out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from assay.cache import Cache, Size, Slot
+from assay.data.tokenizers import Tokenizer
+from assay.engine.request import Request
+from assay.engine.sampler import Settings, sample, uniform
+from assay.engine.text import Reply
+from assay.model.lm import LM, state_table
+from assay.ops.step import Step
+from assay.spec.model import ModelSpec
+
+CHUNK = 512  # tokens of a prompt that one step takes: bounds the scores' memory and a window's headroom
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a reply. `text` is what has become certain with it; `finish` says that it is the last, and why."""
+
+    request: int
+    id: int
+    text: str
+    finish: Literal["stop", "length"] | None
+
+
+def context_limit(spec: ModelSpec) -> int | None:
+    """The longest sequence that every position scheme of the model can tell apart (a learned table ends)."""
+    limits = [scheme.limit(spec.root(f"positions.{name}")) for name, scheme in spec.positions.items()]
+    return min((n for n in limits if n is not None), default=None)
+
+
+def check_context(spec: ModelSpec, prompt: int, new: int) -> None:
+    """ValueError when a prompt and what is to follow are longer than the positions reach."""
+    limit = context_limit(spec)
+    if limit is not None and prompt + new > limit:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {new} new ones are {prompt + new}; "
+            f"the positions of this model reach {limit} tokens"
+        )
+
+
+def check_continues(spec: ModelSpec) -> None:
+    """ValueError for a model that cannot continue a text: no head, an encoder, a part that sees later tokens."""
+    if spec.encoder is not None or spec.head is None:
+        raise ValueError("this model does not continue text: generation needs a decoder with a head and no encoder")
+    for site, part in spec.parts():
+        reason = part.refusals().get("chunking")
+        if reason is not None:
+            raise ValueError(f"{site.name}: this model does not continue text: {reason}")
+
+
+def right_padded(rows: Sequence[Ids], past: Sequence[int], horizon: Sequence[int], device: torch.device) -> Step:
+    """A grid with a sequence a row, padded at its end; a row without tokens rests. `emit`: the last token of each
+    row that has one."""
+    width, count = max(len(ids) for ids in rows), len(rows)
+    lengths = torch.tensor([len(ids) for ids in rows], device=device)
+    ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows], device=device)
+    pasts = torch.tensor(past, device=device)
+    column, row = torch.arange(width, device=device), torch.arange(count, device=device)
+    full = all(len(ids) == width for ids in rows)
+    seq = row[:, None].expand(count, width)
+    seq = seq if full else torch.where(column < lengths[:, None], seq, -1)
+    index = (pasts[:, None] + column).reshape(-1)
+    last = row * width + (lengths - 1).clamp(min=0)
+    return Step(
+        {"ids": ids.view(-1)},
+        seq.reshape(-1),
+        index,
+        index,
+        torch.arange(count + 1, device=device) * width,
+        pasts,
+        torch.tensor(horizon, device=device),
+        (count, width),
+        count if full and width == 1 else 0,
+        width,
+        saves=last,
+        emit=last if full else last[lengths > 0],
+    )
+
+
+class Runner:
+    """A model, its cache, and the horizon of each open sequence. Puts the model into evaluation mode."""
+
+    def __init__(self, model: LM, size: Size) -> None:
+        check_continues(model.spec)
+        weight = next(model.parameters())
+        self.model, self.device = model.eval(), weight.device
+        self.cache = Cache(state_table(model.spec, model.prefix), size, weight.dtype, weight.device)
+        self.horizons: dict[Slot, int] = {}
+
+    def open(self, horizon: int) -> Slot:
+        """A slot for a sequence of up to `horizon` tokens; position schemes that depend on length plan for that."""
+        slot = self.cache.open()
+        self.horizons[slot] = horizon
+        return slot
+
+    def close(self, slot: Slot) -> None:
+        self.cache.close(slot)
+        del self.horizons[slot]
+
+    @torch.inference_mode()
+    def feed(self, slots: Sequence[Slot], rows: Sequence[Ids]) -> Float[Tensor, "E V"]:
+        """Append `rows[i]` to `slots[i]`, in chunks; logits after the last token of each row that has tokens."""
+        busy = [i for i, ids in enumerate(rows) if ids]
+        slots, rows = slots[busy[0] : busy[-1] + 1], rows[busy[0] : busy[-1] + 1]
+        chunk = self.cache.size.chunk
+        found: dict[int, Tensor] = {}
+        for at in range(0, max(len(ids) for ids in rows), chunk):
+            pieces = [ids[at : at + chunk] for ids in rows]
+            logits = self._step(slots, pieces)
+            found |= dict(zip((i for i, piece in enumerate(pieces) if piece), logits.unbind(), strict=True))
+        return torch.stack([found[i] for i in sorted(found)])
+
+    def _step(self, slots: Sequence[Slot], rows: Sequence[Ids]) -> Tensor:
+        past = [self.cache.length(slot) for slot in slots]
+        step = right_padded(rows, past, [self.horizons[slot] for slot in slots], self.device)
+        logits = self.model(step, self.cache.begin(slots, step)).logits
+        assert logits is not None
+        return logits
+
+
+class Running:
+    """A request on its way: what it has said, and whether it is done."""
+
+    def __init__(self, number: int, request: Request, tokenizer: Tokenizer) -> None:
+        self.number, self.request, self.said = number, request, 0
+        self.seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
+        self.reply = Reply(tokenizer, request.stop)
+
+    def uniform(self) -> float:
+        return uniform(self.seed, self.said)
+
+    def take(self, token: int) -> Token:
+        """Count the token in, and say what it adds to the text."""
+        self.said += 1
+        stop = token in self.request.stop_tokens
+        text = "" if stop else self.reply.push(token)
+        finish: Literal["stop", "length"] | None = "stop" if stop or self.reply.stopped else None
+        if finish is None and self.said == self.request.max_new:
+            finish = "length"
+        return Token(self.number, token, text + (self.reply.finish() if finish else ""), finish)
+
+
+class History:
+    """Which tokens each row has seen and said, where a penalty asks for it."""
+
+    def __init__(self, requests: Sequence[Request], vocab: int, device: torch.device) -> None:
+        self.wanted = any(r.sampling.penalises for r in requests)
+        shape = (len(requests), vocab) if self.wanted else (0, 0)
+        self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.said = torch.zeros(shape, dtype=torch.long, device=device)
+        for row, request in enumerate(requests if self.wanted else ()):
+            self.seen[row, torch.tensor(request.prompt, device=device)] = True
+
+    def of(self, rows: list[int]) -> tuple[Tensor, Tensor] | None:
+        return (self.seen[rows], self.said[rows]) if self.wanted else None
+
+    def take(self, row: int, token: int) -> None:
+        if self.wanted:
+            self.seen[row, token] = True
+            self.said[row, token] += 1
+
+
+def stream(runner: Runner, tokenizer: Tokenizer, slots: Sequence[Slot], requests: Sequence[Request]) -> Iterator[Token]:
+    """The replies, token by token, all requests in step. What a slot has stored already is the prompt's beginning."""
+    vocab = runner.model.spec.vocab
+    for request in requests:
+        if max(request.prompt) >= vocab or min(request.prompt) < 0:
+            raise ValueError(f"prompt token {max(request.prompt)}; this model has ids 0 to {vocab - 1}")
+        check_context(runner.model.spec, len(request.prompt), request.max_new)
+    running = [Running(i, request, tokenizer) for i, request in enumerate(requests)]
+    history = History(requests, vocab, runner.device)
+    rows: list[Ids] = [r.prompt[runner.cache.length(slot) :] for slot, r in zip(slots, requests, strict=True)]
+    live = list(range(len(requests)))
+    while live:
+        logits = runner.feed(slots, rows)
+        settings = Settings.of([requests[i].sampling for i in live], runner.device)
+        uniforms = torch.tensor([running[i].uniform() for i in live], dtype=torch.float64, device=runner.device)
+        tokens = sample(logits, settings, uniforms, history.of(live)).tolist()
+        said = [running[i].take(token) for i, token in zip(live, tokens, strict=True)]
+        for token in said:
+            history.take(token.request, token.id)
+            yield token
+        live = [token.request for token in said if token.finish is None]
+        rows = [()] * len(requests)
+        for token in said:
+            rows[token.request] = () if token.finish else (token.id,)
+
+
+def generate(model: LM, tokenizer: Tokenizer, requests: Sequence[Request], chunk: int = CHUNK) -> Iterator[Token]:
+    """Continue every prompt, all in one static batch. Tokens come as they are made, a round for all live requests."""
+    if not requests:
+        return
+    longest = max(request.horizon for request in requests)
+    prompt = max(len(request.prompt) for request in requests)
+    runner = Runner(model, Size(len(requests), longest, min(chunk, prompt)))
+    slots = [runner.open(request.horizon) for request in requests]
+    yield from stream(runner, tokenizer, slots, requests)
