@@ -42,16 +42,17 @@ def describe(slot: str, kind: str, spec: type[Any]) -> dict[str, Any]:
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    """A table on stdout."""
+    """A table on stdout: slot, kind, and below the title the paper and what is refused."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("slot", "kind", "what it is", "refuses", header_style="bold", pad_edge=False)
+    table = Table("slot", "kind", "what it is", header_style="bold", pad_edge=False)
     before = ""
     for row in found:
-        refuses = "\n".join(f"{law}: {why}" for law, why in row["refuses"].items())
-        about = "\n".join(filter(None, (row["title"], row["paper"])))
-        table.add_row("" if row["slot"] == before else row["slot"], Text(row["kind"]), Text(about), Text(refuses))
+        about = Text(row["title"]).append(f"\n{row['paper']}" if row["paper"] else "", style="dim")
+        for law, why in row["refuses"].items():
+            about.append(f"\nrefuses {law}: {why}", style="yellow")
+        table.add_row("" if row["slot"] == before else row["slot"], Text(row["kind"], style="bold"), about)
         before = row["slot"]
     Console(highlight=False).print(table)
