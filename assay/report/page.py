@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from assay.spec.result import OUTCOMES, Result, read_results
 
 # (heading, plots of a stage): the order in which a stage is told
 _GROUPS = (
-    ("Learning", (plots_learning.curves, plots_learning.by_position, plots_learning.steps_to_loss, plots_learning.sweeps)),
+    (
+        "Learning",
+        (plots_learning.curves, plots_learning.by_position, plots_learning.steps_to_loss, plots_learning.sweeps),
+    ),
     ("Length and recall", (plots_learning.extrapolation, plots_learning.passkey)),
     ("Speed and memory", (plots_machine.latency, plots_machine.memory, plots_machine.kernels)),
     ("Inside the model", (plots_inside.attention, plots_inside.lens, plots_inside.wavelengths)),
@@ -65,8 +68,9 @@ def render(results: Sequence[Result], title: str) -> str:
     """The page. ValueError when one study's results name two recipe digests."""
     every = stages_of(results)
     figures: list[dict[str, Any]] = []
-    stages = [_stage(place, stage, figures) for place, stage in enumerate(every) if stage.has_content]
     shown = [stage for stage in every if stage.has_content]
+    names = tables.titles_of(shown)
+    stages = [_stage(place, stage, figures, names) for place, stage in enumerate(shown, start=1)]
     counts = claim_counts(shown)
     script = _read("report.js")
     page = _environment().get_template("report.html.j2")
@@ -76,7 +80,7 @@ def render(results: Sequence[Result], title: str) -> str:
         headline=headline(shown),
         tiles=[(word, counts[word]) for word in OUTCOMES] if sum(counts.values()) else [],
         stages=stages,
-        pareto=[_plot(plot, figures) for plot in plots_evidence.sections(shown)],
+        pareto=_cards(plots_evidence.sections(shown), figures),
         environments=tables.environments(results),
         version=next((r.version for r in reversed(results) if r.version), ""),
         commands=list(dict.fromkeys(str(s.info["command"]) for s in every if s.info.get("command"))),
@@ -88,33 +92,53 @@ def render(results: Sequence[Result], title: str) -> str:
     )
 
 
-def _stage(place: int, stage: Stage, figures: list[dict[str, Any]]) -> dict[str, Any]:
+def _stage(
+    place: int, stage: Stage, figures: list[dict[str, Any]], names: Mapping[tuple[str, str], str]
+) -> dict[str, Any]:
     styles = styles_of(stage.arms)
     groups = [(name, [p for make in makers for p in make(stage, styles)]) for name, makers in _GROUPS]
     return {
-        "id": f"stage-{place + 1}",
+        "id": f"stage-{place}",
         "name": stage.name,
         "title": stage.title,
         "info": stage.info,
         "runs": plural(sum(len(arm.trials) for arm in stage.arms), "run"),
         "decision": decision(stage),
         "verdicts": tables.verdict_tables(stage),
-        "forests": [_plot(plot, figures) for plot in plots_evidence.forests(stage)],
+        "forests": _cards(plots_evidence.forests(stage), figures),
         "claims": tables.claim_rows(stage),
         "costs": tables.cost_table(stage),
-        "groups": [(name, [_plot(plot, figures) for plot in plots]) for name, plots in groups if plots],
+        "groups": [(name, _cards(plots, figures)) for name, plots in groups if plots],
         "others": tables.other_tables(stage),
         "failures": tables.failures(stage),
-        "synthesis": tables.synthesis(stage),
+        "synthesis": tables.synthesis(stage, names),
         "recipe_digest": stage.recipe_digest,
         "arms": [
-            {"title": a.title, "name": a.name, "changes": tables.change_lines(a.changes), "digest": a.spec_digest, "base": a.is_base}
+            {
+                "title": a.title,
+                "name": a.name,
+                "changes": tables.change_lines(a.changes),
+                "digest": a.spec_digest,
+                "base": a.is_base,
+            }
             for a in stage.arms
         ],
     }
 
 
-def _plot(plot: Plot, figures: list[dict[str, Any]]) -> dict[str, Any]:
+def _cards(plots: Sequence[Plot], figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cards for a grid of two columns: one that would stand alone in its row takes the whole row."""
+    cards: list[dict[str, Any]] = []
+    column = 0
+    for place, plot in enumerate(plots):
+        is_last = place == len(plots) - 1 or plots[place + 1].wide
+        wide = plot.wide or (column == 0 and is_last)
+        column = 0 if wide or column == 1 else 1
+        cards.append(_card(plot, wide, figures))
+    return cards
+
+
+def _card(plot: Plot, wide: bool, figures: list[dict[str, Any]]) -> dict[str, Any]:
     """The card's text; the figure itself goes to the list that the page embeds once."""
     figures.append({"data": plot.spec["data"], "layout": plot.spec["layout"]})
     return {
@@ -122,10 +146,10 @@ def _plot(plot: Plot, figures: list[dict[str, Any]]) -> dict[str, Any]:
         "title": plot.title,
         "note": plot.note,
         "height": plot.height,
-        "wide": plot.wide,
+        "wide": wide,
         "toggles": [(axis, plot.spec["layout"].get(f"{axis}axis", {}).get("type") == "log") for axis in plot.toggles],
         "views": [{"name": name, "visible": list(visible)} for name, visible in plot.views],
-        "entries": plot.entries,
+        "legend": plot.legend,
     }
 
 

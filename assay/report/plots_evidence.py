@@ -26,7 +26,7 @@ def _forest(stage: Stage, metric: str) -> Plot | None:
     base = stage.base.title if stage.base else "the baseline"
     canvas = Canvas(f"difference from {label(base, 30)} ({unit(metric) or title_of(metric)})", "")
     for row, (arm, values) in enumerate(reversed(found)):
-        canvas.add(_difference(arm, values, row, metric))
+        canvas.add(_difference(values, row, metric), name=arm.title)
     canvas.axes["y"] = {
         "tickvals": list(range(len(found))),
         "ticktext": [label(arm.title, 22) for arm, _ in reversed(found)],
@@ -40,10 +40,10 @@ def _forest(stage: Stage, metric: str) -> Plot | None:
     canvas.shapes.append({"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 1}})
     _directions(canvas, lower_is_better(metric))
     note = "Points are paired differences, bars their intervals, the band the noise floor of the baseline's seeds."
-    return canvas.plot(f"Differences in {title_of(metric)}", note, height=150 + 38 * len(found), wide=True)
+    return canvas.plot(f"Differences in {title_of(metric)}", note, height=110 + 38 * len(found), wide=True)
 
 
-def _difference(arm: Arm, values: Mapping[str, Any], row: int, metric: str) -> Any:
+def _difference(values: Mapping[str, Any], row: int, metric: str) -> Any:
     delta, low, high = (number(values.get(key)) for key in ("delta", "low", "high"))
     word = str(values.get("verdict"))
     colour = VERDICT_COLOURS.get(word, BASE_COLOUR)
@@ -51,8 +51,6 @@ def _difference(arm: Arm, values: Mapping[str, Any], row: int, metric: str) -> A
     trace = go.Scatter(
         x=[delta],
         y=[row],
-        name=label(arm.title),
-        showlegend=False,
         mode="markers",
         marker={"size": 12, "symbol": VERDICT_SYMBOLS.get(word, "circle-open"), "color": colour},
         customdata=[f"{mean} {unit(metric)}<br>interval {reach}<br>{label(word)}"],
@@ -94,23 +92,22 @@ def pareto(stages: Sequence[Stage], recipe: str | None) -> Plot | None:
     if len(points) < 2:
         return None
     is_log = min(p[0] for p in points.values()) > 0
-    canvas = Canvas("state (bytes/token)", "held-out loss (nats/token)", log_x=is_log)
+    canvas = Canvas("state (bytes/token)", "held-out loss (nats/token)", is_log, x_kind="bytes")
     front = _front([p[:2] for p in points.values()])
     line = {"color": BASE_COLOUR, "width": 2, "dash": "dot", "shape": "hv"}
-    xs, ys = [p[0] for p in front], [p[1] for p in front]
-    canvas.add(go.Scatter(x=xs, y=ys, mode="lines", name="front", line=line, hoverinfo="skip"))
+    canvas.add(go.Scatter(x=[p[0] for p in front], y=[p[1] for p in front], mode="lines", line=line, hoverinfo="skip"))
     for place, stage in enumerate(stages):
         style = Style(PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)], "solid")
         own = [p for p in points.values() if p[3] is stage]
         if own:
-            canvas.add(_cloud(own, style, set(front), label(stage.title)))
-    canvas.axes["x"] = {"type": "log" if is_log else "linear"}
-    title = "Loss against state bytes" + (f" (recipe {label(recipe, 12)})" if recipe else "")
+            canvas.add(_cloud(own, style, set(front)), name=stage.title, style=style)
+    title = ", ".join(stage.title for stage in stages if any(p[3] is stage for p in points.values()))
     note = "Lower and further left is better. Filled marks are on the front: nothing is smaller and as good."
-    return canvas.plot(title, note, height=440, wide=True, toggles="x")
+    note += f" Recipe {recipe}." if recipe else ""
+    return canvas.plot(title, note, height=400, wide=True, toggles="x")
 
 
-def _cloud(points: Sequence[tuple[float, float, Arm, Stage]], style: Style, front: set[Any], name: str) -> Any:
+def _cloud(points: Sequence[tuple[float, float, Arm, Stage]], style: Style, front: set[Any]) -> Any:
     symbols = [style.symbol + ("" if (state, loss) in front else "-open") for state, loss, _, _ in points]
     details = [
         f"{label(arm.title)}<br>{bytes_(state)} a token<br>{significant(loss)} nats, {plural(len(arm.trials), 'seed')}"
@@ -120,7 +117,6 @@ def _cloud(points: Sequence[tuple[float, float, Arm, Stage]], style: Style, fron
         x=[p[0] for p in points],
         y=[p[1] for p in points],
         mode="markers",
-        name=name,
         marker={"symbol": symbols, "size": 11, "color": style.colour, "line": {"width": 2, "color": style.colour}},
         customdata=details,
         hovertemplate="%{customdata}<extra>%{fullData.name}</extra>",

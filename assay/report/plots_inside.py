@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from assay.report.collect import Stage, over_seeds
 from assay.report.figures import Canvas, Plot, Style, arms_with
-from assay.report.words import label, number
+from assay.report.words import number
 
 Styles = Mapping[str, Style]
 
@@ -16,13 +16,18 @@ Styles = Mapping[str, Style]
 def attention(stage: Stage, styles: Styles) -> list[Plot]:
     """By layer: the mass on the first token, the entropy, the largest logit."""
     quantities = (
-        ("sink_mass", "attention on the first token", "Attention sinks", "How much attention rests on the first token."),
+        (
+            "sink_mass",
+            "attention on the first token",
+            "Attention sinks",
+            "How much attention rests on the first token.",
+        ),
         ("entropy_nats", "entropy (nats)", "Attention entropy", "Low is focused, high is spread."),
         ("max_logit", "largest attention logit", "Largest attention logit", "Growth here precedes instability."),
     )
     plots = []
     for key, axis, title, note in quantities:
-        canvas = Canvas("layer", axis)
+        canvas = Canvas("layer", axis, y_kind="share" if key == "sink_mass" else "")
         for arm in arms_with(stage.arms, "attention"):
             canvas.line(arm, styles[arm.name], over_seeds(arm.rows["attention"], "layer", key))
         canvas.axes["x"] = {"tickformat": "d"}
@@ -52,7 +57,6 @@ def wavelengths(stage: Stage, styles: Styles) -> list[Plot]:
         trace = go.Scatter(
             x=[r["dim"] for r in rows],
             y=[r["wavelength"] for r in rows],
-            name=label(arm.title),
             mode="markers",
             marker={
                 "symbol": ["circle" if r.get("completes") else "circle-open" for r in rows],
@@ -62,6 +66,6 @@ def wavelengths(stage: Stage, styles: Styles) -> list[Plot]:
             customdata=["completes a turn" if r.get("completes") else "never completes a turn" for r in rows],
             hovertemplate="pair %{x}<br>%{y:,.5~g} tokens<br>%{customdata}<extra>%{fullData.name}</extra>",
         )
-        canvas.add(trace)
+        canvas.add(trace, name=arm.title, style=style)
     note = "Filled: completes a turn within the trained length. Open: never does, so longer inputs show it new angles."
     return [canvas.plot("Position wavelengths", note, toggles="y")] if canvas.traces else []

@@ -22,11 +22,11 @@ def curves(stage: Stage, styles: Styles) -> list[Plot]:
             rows = [row for t in arm.trials for row in curve_rows(t.values.get(key), "tokens", "loss_nats")]
             canvas.line(arm, styles[arm.name], over_seeds(rows, "tokens", "loss_nats"), view)
     note = "Mean over seeds; bars reach from the smallest to the largest seed."
-    return [canvas.plot("Loss during training", note, height=400, wide=True, toggles="xy")] if canvas.traces else []
+    return [canvas.plot("Loss during training", note, height=380, wide=True, toggles="xy")] if canvas.traces else []
 
 
 def by_position(stage: Stage, styles: Styles) -> list[Plot]:
-    canvas = Canvas("position in the window", "loss (nats/token)")
+    canvas = Canvas("position in the window", "loss (nats/token)", x_kind="binary")
     for arm in stage.arms:
         rows = [row for t in arm.trials for row in curve_rows(t.values.get("by_position"), "position", "loss_nats")]
         canvas.line(arm, styles[arm.name], over_seeds(rows, "position", "loss_nats"))
@@ -48,10 +48,8 @@ def extrapolation(stage: Stage, styles: Styles) -> list[Plot]:
     canvas.axes["x"] = {"tickvals": ratios, "ticktext": [f"{r:g}×" for r in ratios]}
     line, note = vertical(1.0, " trained length")
     canvas.shapes.append(line)
-    canvas.notes.append({**note, "x": 0.0})
-    return [
-        canvas.plot("Beyond the training length", "Flat is good: loss at longer windows.", height=380, toggles="xy")
-    ]
+    canvas.notes.append(note)
+    return [canvas.plot("Beyond the training length", "Flat is good: loss at longer windows.", toggles="xy")]
 
 
 def _variant_marks(arm: Arm, variant: str, place: int) -> dict[str, Any]:
@@ -69,22 +67,24 @@ def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 
 def passkey(stage: Stage, styles: Styles) -> list[Plot]:
     """Accuracy against length, and one map of length by distance with a view for each arm."""
-    lines, chance = Canvas("context length (tokens)", "accuracy", log_x=True), 0.0
+    lines, chance = Canvas("context length (tokens)", "accuracy", True, x_kind="binary", y_kind="share"), 0.0
     maps = Canvas("context length (tokens)", "distance to the key (tokens)")
     for arm in arms_with(stage.arms, "passkey"):
         rows = arm.rows["passkey"]
         lines.line(arm, styles[arm.name], over_seeds(rows, "length", "accuracy"))
         chance = max([chance, *(number(row.get("chance")) or 0.0 for row in rows)])
-        maps.add(_accuracy_map(rows), label(arm.title, 30))
+        maps.add(_accuracy_map(rows), arm.title)
     if not lines.traces:
         return []
     lines.axes["y"] = {"range": [-0.03, 1.05], "tickformat": ".0%"}
     lines.shapes.append(
         {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": chance, "y1": chance, "line": {"dash": "dot"}}
     )
-    lines.notes.append({"x": 1, "xref": "paper", "y": chance, "yanchor": "bottom", "xanchor": "right", "text": "chance"})
+    lines.notes.append(
+        {"x": 1, "xref": "paper", "y": chance, "yanchor": "bottom", "xanchor": "right", "text": "chance"}
+    )
     lines.notes[-1]["showarrow"] = False
-    maps.axes = {"x": {"type": "category"}, "y": {"type": "category"}}
+    maps.axes = {"x": {"type": "category", "showgrid": False}, "y": {"type": "category", "showgrid": False}}
     plots = [lines.plot("Passkey retrieval", "Mean over distances and seeds.", toggles="x")]
     if any(len(trace.x) > 1 and len(trace.y) > 1 for _, trace in maps.traces):
         plots.append(maps.plot("Passkey by length and distance", "Accuracy, mean over seeds."))

@@ -14,9 +14,9 @@ Styles = Mapping[str, Style]
 
 def latency(stage: Stage, styles: Styles) -> list[Plot]:
     """Decode speed with its roofline, the gap between tokens, and prefill: each against context, a view a batch."""
-    decode = Canvas("context (tokens)", "decode speed (tok/s)", log_x=True)
-    gaps = Canvas("context (tokens)", "time between tokens (ms)", log_x=True)
-    prefill = Canvas("context (tokens)", "prefill (s)", log_x=True, log_y=True)
+    decode = Canvas("context (tokens)", "decode speed (tok/s)", True, x_kind="binary")
+    gaps = Canvas("context (tokens)", "time between tokens (ms)", True, x_kind="binary")
+    prefill = Canvas("context (tokens)", "prefill (s)", True, True, x_kind="binary", y_kind="seconds")
     for batch in _batches(stage, "latency"):
         for arm in arms_with(stage.arms, "latency"):
             rows = [row for row in arm.rows["latency"] if row.get("batch") == batch]
@@ -38,8 +38,12 @@ def _latency_lines(
     decode.line(arm, style, over_seeds(rows, "context", "decode_tok_s"), view, hover=hover)
     roof = {"dash": "dot", "width": 1.5, "symbol": "line-ew-open", "hover": "roofline"}
     decode.line(arm, style, over_seeds(rows, "context", "roofline_tok_s"), view, bars=False, **roof)
-    gaps.line(arm, style, over_seeds(rows, "context", "itl_ms_p50"), view, dash="solid", hover=f"median {hover}".strip())
-    gaps.line(arm, style, over_seeds(rows, "context", "itl_ms_p99"), view, bars=False, dash="dash", hover="99th percentile")
+    gaps.line(
+        arm, style, over_seeds(rows, "context", "itl_ms_p50"), view, dash="solid", hover=f"median {hover}".strip()
+    )
+    gaps.line(
+        arm, style, over_seeds(rows, "context", "itl_ms_p99"), view, bars=False, dash="dash", hover="99th percentile"
+    )
     prefill.line(arm, style, over_seeds(rows, "context", "prefill_s"), view, hover=hover)
 
 
@@ -51,8 +55,8 @@ def _by_cache(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 def memory(stage: Stage, styles: Styles) -> list[Plot]:
     """State measured and predicted (they must agree), and the peak of the process."""
-    canvas = Canvas("context (tokens)", "state (bytes)", log_x=True, log_y=True)
-    peak = Canvas("context (tokens)", "peak memory (bytes)", log_x=True)
+    canvas = Canvas("context (tokens)", "state (bytes)", True, True, x_kind="binary", y_kind="bytes")
+    peak = Canvas("context (tokens)", "peak memory (bytes)", True, x_kind="binary", y_kind="bytes")
     for batch in _batches(stage, "memory"):
         for arm in arms_with(stage.arms, "memory"):
             rows = [row for row in arm.rows["memory"] if row.get("batch") == batch]
@@ -61,8 +65,6 @@ def memory(stage: Stage, styles: Styles) -> list[Plot]:
             faint = {"dash": "dot", "width": 1.5, "symbol": "line-ew-open", "hover": "predicted"}
             canvas.line(arm, style, over_seeds(rows, "context", "state_bytes_predicted"), view, bars=False, **faint)
             peak.line(arm, style, over_seeds(rows, "context", "peak_memory_bytes"), view)
-    for each in (canvas, peak):
-        each.axes["y"] = {"tickformat": ".2~s", "ticksuffix": "B"}
     plots = []
     if canvas.traces:
         note = "Marks: measured. Dotted: predicted from the specification, before a tensor exists."
@@ -82,20 +84,21 @@ def kernels(stage: Stage, styles: Styles) -> list[Plot]:
     views = (("time", "seconds"), ("peak memory", "peak_bytes"), ("memory traffic", "traffic_bytes"))
     plots = []
     for title, key in views:
-        unit = "s" if key == "seconds" else "bytes"
-        canvas = Canvas("length (tokens)", f"{title} ({unit})", log_x=True, log_y=True)
-        if unit == "bytes":
-            canvas.axes["y"] = {"tickformat": ".2~s", "ticksuffix": "B"}
+        kind = "seconds" if key == "seconds" else "bytes"
+        canvas = Canvas("length (tokens)", title, True, True, x_kind="binary", y_kind=kind)
         many = len(arms_with(stage.arms, "kernels")) > 1
         for arm in arms_with(stage.arms, "kernels"):
             rows = arm.rows["kernels"]
             for place, backend in enumerate(dict.fromkeys(str(row.get("backend")) for row in rows)):
                 points = over_seeds([r for r in rows if str(r.get("backend")) == backend], "length", key)
                 named = Arm(backend, f"{arm.title}: {backend}" if many else backend, {}, False, None)
-                style = styles[arm.name] if many else Style(PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)], "solid")
+                style = (
+                    styles[arm.name]
+                    if many
+                    else Style(PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)], "solid")
+                )
                 dash = DASHES[place % len(DASHES)] if many else "solid"
                 canvas.line(named, style, points, dash=dash)
         if canvas.traces:
             plots.append(canvas.plot(f"Kernels: {title}", "The same attention, by backend.", toggles="xy"))
     return plots
-

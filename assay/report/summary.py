@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from assay.report.collect import Stage
-from assay.report.tables import claim_rows, synthesis
+from assay.report.tables import claim_rows, synthesis, titles_of
 from assay.report.words import interval, join, plural, seconds, unit
 from assay.spec.result import OUTCOMES, VERDICTS
 
 _LEADS = {
-    "better": "Better than {base}",
-    "worse": "Worse than {base}",
-    "not distinguishable": "Not distinguishable from {base}",
-    "not tested": "Not tested",
+    "better": "than {base}: ",
+    "worse": "than {base}: ",
+    "not distinguishable": "from {base}: ",
+    "not tested": "",
 }
 
 
@@ -37,11 +37,14 @@ def headline(stages: Sequence[Stage]) -> list[str]:
     if sum(claims.values()):
         outcomes = _tally(claims, OUTCOMES)
         lines.append(f"Of {plural(sum(claims.values()), 'claim')} written down before the runs, {outcomes}.")
-    return lines + [line for stage in stages if (line := _chosen(stage))]
+    titles = titles_of(stages)
+    return lines + [line for stage in stages if (line := _chosen(stage, titles))]
 
 
 def _own_times(stage: Stage, arm: Any) -> list[float]:
-    return [float(t.values["train_s"]) for t in arm.trials if t.study == stage.name and _is_time(t.values.get("train_s"))]
+    return [
+        float(t.values["train_s"]) for t in arm.trials if t.study == stage.name and _is_time(t.values.get("train_s"))
+    ]
 
 
 def _is_time(value: Any) -> bool:
@@ -74,7 +77,7 @@ def claim_counts(stages: Sequence[Stage]) -> Counter[str]:
 
 
 def decision(stage: Stage) -> list[dict[str, Any]]:
-    """What a stage decided: for each verdict, a lead ('Better than NoPE') and its arms with their differences."""
+    """What a stage decided: for each verdict, a lead ('than NoPE: ') and its arms with their differences."""
     words = decided(stage)
     base = stage.base.title if stage.base else "the baseline"
     groups = []
@@ -93,8 +96,8 @@ def _difference(stage: Stage, arm: str) -> str:
     return f"{shown} {unit(stage.metric)}".strip()
 
 
-def _chosen(stage: Stage) -> str:
-    found = synthesis(stage)
+def _chosen(stage: Stage, titles: Mapping[tuple[str, str], str]) -> str:
+    found = synthesis(stage, titles)
     if found is None or not found["choices"]:
         return ""
     sure = [c["arm"] for c in found["choices"] if c["supported"]]
@@ -106,6 +109,8 @@ def _chosen(stage: Stage) -> str:
     if words:
         first = words[0]
         than = "from" if first["verdict"] == "not distinguishable" else "than"
-        reach = f" by {first['delta'].lstrip('+−')} {first['unit']}" if first["verdict"] != "not distinguishable" else ""
+        reach = (
+            f" by {first['delta'].lstrip('+−')} {first['unit']}" if first["verdict"] != "not distinguishable" else ""
+        )
         line += f"; in {first['metric']} it is {first['verdict']} {than} the baseline{reach}"
     return line + "."

@@ -62,7 +62,9 @@ def _verdict_row(stage: Stage, arm: Arm, metric: str) -> dict[str, Any]:
         "arm": arm.title,
         "note": f"{diverged} of {plural(len(arm.trials), 'seed')} diverged" if diverged else "",
         "mean": significant(arm.mean(metric)),
-        "seeds": str(values.get("seeds", len(arm.values(metric)) or DASH)) if not arm.is_base else _count(stage, arm, metric),
+        "seeds": str(values.get("seeds", len(arm.values(metric)) or DASH))
+        if not arm.is_base
+        else _count(stage, arm, metric),
         "delta": delta if verdict else DASH,
         "interval": reach,
         "p": _p(values.get("p_holm", values.get("p"))),
@@ -131,14 +133,15 @@ def _failure(failure: Result, title: str) -> dict[str, str]:
     }
 
 
-def synthesis(stage: Stage) -> dict[str, Any] | None:
+def synthesis(stage: Stage, titles: Mapping[tuple[str, str], str]) -> dict[str, Any] | None:
+    """What was chosen and why; `titles` names the arms of all stages, by (stage, arm)."""
     found = stage.of("synthesis")
     if not found:
         return None
     values = found[-1].values
     return {
         "constraints": [(title_of(k), shown(k, v)) for k, v in _items(values.get("constraints"))],
-        "choices": [_choice(c) for c in values.get("choices") or [] if isinstance(c, dict)],  # type: ignore[union-attr]
+        "choices": [_choice(c, titles) for c in values.get("choices") or [] if isinstance(c, dict)],  # type: ignore[union-attr]
         "table": [_comparison(row) for row in values.get("table") or [] if isinstance(row, dict)],  # type: ignore[union-attr]
         "spec": _text(values.get("spec")),
         "checkpoint": _text(values.get("checkpoint")),
@@ -149,12 +152,13 @@ def _items(value: Any) -> Iterable[tuple[str, Any]]:
     return value.items() if isinstance(value, dict) else ()
 
 
-def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
-    text = {key: _text(choice.get(key)) for key in ("study", "arm", "reason")}
-    return {**text, "supported": bool(choice.get("supported"))}
+def _choice(choice: Mapping[str, Any], titles: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+    study, arm = _text(choice.get("study")), _text(choice.get("arm"))
+    named = {"study": titles.get((study, ""), study), "arm": titles.get((study, arm), arm)}
+    return {**named, "reason": _text(choice.get("reason")), "supported": bool(choice.get("supported"))}
 
 
-def _comparison(row: Mapping[str, Any]) -> dict[str, str]:
+def _comparison(row: Mapping[str, Any]) -> dict[str, Any]:
     metric = _text(row.get("metric"))
     delta, reach = interval(row.get("delta"), row.get("low"), row.get("high"))
     if number(row.get("low")) is None and number(row.get("delta")) is not None:
@@ -162,13 +166,20 @@ def _comparison(row: Mapping[str, Any]) -> dict[str, str]:
         delta = ("+" if change > 0 else "") + shown(metric, change) if change else "0"
     return {
         "metric": title_of(metric),
-        "unit": _text(row.get("unit")),
+        "unit": unit(metric) or _text(row.get("unit")),
+        "says_unit": not unit(metric) and bool(row.get("unit")),
         "baseline": shown(metric, row.get("baseline")),
         "chosen": shown(metric, row.get("chosen")),
         "delta": delta,
         "interval": reach,
         "verdict": _text(row.get("verdict")) or "not tested",
     }
+
+
+def titles_of(stages: Sequence[Stage]) -> dict[tuple[str, str], str]:
+    """(stage, arm) -> the arm's title, and (stage, '') -> the stage's."""
+    names = {(s.name, a.name): a.title for s in stages for a in s.arms}
+    return {**names, **{(s.name, ""): s.title for s in stages}}
 
 
 def environments(results: Sequence[Result]) -> list[list[tuple[str, str]]]:

@@ -1,4 +1,4 @@
-"""Numbers, units and names as a reader wants them. Pure text: escaping for HTML and for plotly is done where text lands."""
+"""Numbers, units and names as a reader wants them: plain text, escaped where it lands (but for `label`, for plotly)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ _UNITS = (
     ("_s", "s"),
     ("accuracy", ""),
 )
+_NAMES = {
+    "bits_per_byte": "bits per byte",
+    "mfu": "MFU",
+    "params_total": "parameters",
+    "params_active": "active parameters",
+    "params_embedding": "embedding parameters",
+    "state_bytes_per_token": "state per token",
+    "memory_gb_s": "memory bandwidth",
+    "train_s": "training time",
+}
 _HIGHER_IS_BETTER = ("tok_s", "accuracy", "mfu", "score", "match", "flop_s", "gb_s")
 _SYMBOLS = {"better": "▲", "worse": "▼", "confirmed": "✓", "contradicted": "✗", "not distinguishable": "≈"}
 
@@ -52,11 +62,11 @@ def significant(value: Any, digits: int = 4) -> str:
         return f"{found:,.0f}".replace("-", MINUS)
     if abs(found) < 1e-4:
         return f"{found:.{digits - 1}e}".replace("-", MINUS)
-    return f"{found:,.{_places(found, digits)}f}".replace("-", MINUS)
+    return f"{found:,.{_places(found, min(digits, 3) if abs(found) < 1 else digits)}f}".replace("-", MINUS)
 
 
 def interval(delta: Any, low: Any, high: Any) -> tuple[str, str]:
-    """('+0.381', '+0.355 to +0.407') with two significant digits of the half width, so that both are as long as they mean."""
+    """('+0.381', '+0.355 to +0.407'), with as many decimals as show two digits of the interval's half width."""
     d, lo, hi = number(delta), number(low), number(high)
     half = (hi - lo) / 2 if lo is not None and hi is not None else abs(d or 0.0) / 10
     places = min(_places(half, 2), 6)
@@ -87,7 +97,9 @@ def _scaled(value: Any, base: float, names: tuple[str, ...]) -> str:
     step = 0
     while abs(size) >= base and step < len(names) - 1:
         size, step = size / base, step + 1
-    shown = f"{size:.{_places(size, 3) if step else 0}f}" if float(size).is_integer() is False or step else f"{size:.0f}"
+    shown = (
+        f"{size:.{_places(size, 3) if step else 0}f}" if float(size).is_integer() is False or step else f"{size:.0f}"
+    )
     return shown + names[step]
 
 
@@ -112,10 +124,10 @@ def unit(metric: str) -> str:
 
 def title_of(metric: str) -> str:
     """'extrapolation.loss_nats' -> 'extrapolation: loss', for headings; the unit is said beside it."""
-    if metric in ("bits_per_byte", "mfu"):
-        return {"bits_per_byte": "bits per byte", "mfu": "MFU"}[metric]
+    if metric in _NAMES:
+        return _NAMES[metric]
     for suffix, word in _UNITS:
-        if metric.endswith(suffix) and word and metric != suffix and suffix != "tok_s":
+        if metric.endswith(suffix) and word not in ("", "tok/s") and metric != suffix:
             metric = metric.removesuffix(suffix) + (f" {suffix[-3:]}" if suffix[-3:] in ("p50", "p99") else "")
             break
     return metric.replace(".", ": ").replace("tok_s", "speed").replace("_", " ").strip()

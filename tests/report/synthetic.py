@@ -1,4 +1,4 @@
-"""A made-up study that looks like a real one: five stages, every kind of Result, seeds with noise. Nothing here was measured."""
+"""A made-up study that looks like a real one: five stages, every kind of Result, noisy seeds. Nothing was measured."""
 
 from __future__ import annotations
 
@@ -7,94 +7,36 @@ import random
 from typing import Any
 
 from assay.spec.result import Result
-
-RECIPE = {"positions": "recipe-quick-128", "kv-sharing": "recipe-quick-128", "windows": "recipe-quick-256"}
-SEEDS = (0, 1, 2)
-YAML = "d_model: 64\nlayers: 4\nblocks:\n  - mixer: {kind: gqa, heads: 4, kv_heads: 4, head_dim: 16}\n"
-# stage -> (title, question, base arm, {arm: (title, changes, loss, state bytes per token, growth of loss with length)})
-STAGES: dict[str, Any] = {
-    "baseline": ("Baseline", "How noisy is the base recipe?", "base", {"base": ("Base model", {}, 1.72, 1024, 0.30)}),
-    "positions": (
-        "Positions",
-        "How should a small decoder know where a token stands, and what happens beyond the training length?",
-        "none",
-        {
-            "none": ("No positions (NoPE)", {"model.position": None}, 2.101, 1024, 0.05),
-            "rope": ("Rotary (RoPE)", {"model.position": "rope"}, 1.720, 1024, 0.31),
-            "alibi": ("Linear bias (ALiBi)", {"model.position": "alibi"}, 1.803, 1024, 0.01),
-            "learned": ("Learned table", {"model.position": "learned"}, 2.083, 1024, 0.0),
-            "sinusoidal": ("Sinusoidal", {"model.position": "sin"}, 1.978, 1024, 0.36),
-        },
-    ),
-    "kv-sharing": (
-        "Sharing keys and values",
-        "How much quality does a smaller cache cost?",
-        "mha",
-        {
-            "mha": ("All heads (MHA)", {"model.blocks.*.mixer.kv_heads": 4}, 1.718, 1024, 0.3),
-            "gqa-2": ("Two groups (GQA-2)", {"model.blocks.*.mixer.kv_heads": 2, "model.ffn.width": 197}, 1.714, 512, 0.3),
-            "mqa": ("One head (MQA)", {"model.blocks.*.mixer.kv_heads": 1, "model.ffn.width": 208}, 1.731, 256, 0.3),
-        },
-    ),
-    "windows": (
-        "Windows",
-        "What does a short attention window cost at this budget?",
-        "full",
-        {
-            "full": ("Full attention", {}, 1.486, 1024, 0.3),
-            "w64": ("Window 64", {"model.blocks.*.mixer.sees.window": 64}, 1.446, 1024, 0.05),
-            "w16": ("Window 16", {"model.blocks.*.mixer.sees.window": 16}, 1.427, 512, 0.02),
-            "hybrid": ("Five local to one full", {"model.pattern": "LLLLLF"}, 1.46, 640, 0.1),
-        },
-    ),
-    "synthesis": (
-        "Synthesis",
-        "Does the configuration that the evidence picks beat the baseline?",
-        "baseline",
-        {
-            "baseline": ("Baseline", {}, 1.722, 1024, 0.3),
-            "chosen": ("Chosen", {"model.position": "rope", "model.blocks.*.mixer.kv_heads": 1}, 1.612, 256, 0.08),
-        },
-    ),
-}
-VERDICTS = {
-    "rope": "better",
-    "alibi": "better",
-    "learned": "not distinguishable",
-    "sinusoidal": "better",
-    "gqa-2": "not distinguishable",
-    "mqa": "not distinguishable",
-    "w64": "better",
-    "w16": "better",
-    "chosen": "better",
-}
-CLAIMS = {
-    "positions": [
-        ("RoPE trains to a lower loss than no positions", "Su et al. 2021, arXiv 2104.09864", "confirmed", "−0.381 nats, interval −0.42 to −0.34, 3 paired seeds"),
-        ("ALiBi keeps its loss at eight times the training length", "Press et al. 2022, arXiv 2108.12409", "confirmed", "loss at 8× is 1.824 against 1.803 at 1×, ratio 1.01 ≤ 1.1"),
-        ("RoPE does not extrapolate without scaling", "Press et al. 2022", "confirmed", "+0.93 nats at 8×"),
-        ("Learned positions match RoPE at short length", "Vaswani et al. 2017", "contradicted", "learned is 0.363 nats behind RoPE"),
-    ],
-    "kv-sharing": [
-        ("GQA is close to MHA in quality", "Ainslie et al. 2023, arXiv 2305.13245", "confirmed", "equivalent within 0.05 nats"),
-        ("MQA loses quality against MHA", "Shazeer 2019, arXiv 1911.02150", "not distinguishable", "+0.013 nats, interval −0.06 to +0.08; 100 seeds would resolve it"),
-    ],
-    "windows": [
-        ("Short windows cost loss", "Beltagy et al. 2020, arXiv 2004.05150", "contradicted", "at this budget windows are 0.04 to 0.06 nats better: locality speeds up learning"),
-        ("A few full layers restore recall", "Gemma 3 report 2025, arXiv 2503.19786", "not tested", ""),
-    ],
-}  # fmt: skip
+from tests.report.facts import CLAIMS, RECIPE, SEEDS, STAGES, SYNTHESIS, VERDICTS, YAML
 
 
 def tour() -> list[Result]:
     """About 250 Results of a study with five stages."""
     rng = random.Random(0)
     machine = {
-        "cpu": "AMD EPYC 9R14", "cores": 2, "memory_bytes": 8 * 2**30, "python": "3.11.7", "torch": "2.13.0",
-        "precision": "bf16", "bf16_matmul_gflop_s": 212.4, "f32_matmul_gflop_s": 96.1, "memory_gb_s": 21.7,
-    }  # fmt: skip
+        "cpu": "AMD EPYC 9R14",
+        "cores": 2,
+        "memory_bytes": 8 * 2**30,
+        "python": "3.11.7",
+        "torch": "2.13.0",
+        "precision": "bf16",
+        "bf16_matmul_gflop_s": 212.4,
+        "f32_matmul_gflop_s": 96.1,
+        "memory_gb_s": 21.7,
+    }
     out = [line("environment", "tour", values=machine)]
-    out.append(line("study", "tour", values={"title": "A tour of a small decoder", "question": "What do the usual choices cost and buy at a budget of twelve minutes on two cores?", "arms": [], "command": "assay study run tour --out runs/tour --budget quick"}))  # fmt: skip
+    out.append(
+        line(
+            "study",
+            "tour",
+            values={
+                "title": "A tour of a small decoder",
+                "question": "What do the usual choices cost and buy at a budget of twelve minutes on two cores?",
+                "arms": [],
+                "command": "assay study run tour --out runs/tour --budget quick",
+            },
+        )
+    )
     for name in STAGES:
         out += stage(name, rng)
     return out
@@ -109,12 +51,20 @@ def line(kind: str, study: str, arm: str | None = None, seed: int | None = None,
 
 def stage(name: str, rng: random.Random) -> list[Result]:
     title, question, base, arms = STAGES[name]
-    listed = [{"name": a, "title": t, "changes": c, "spec_digest": f"spec-{name}-{a}"} for a, (t, c, *_) in arms.items()]
+    listed = [
+        {"name": a, "title": t, "changes": c, "spec_digest": f"spec-{name}-{a}"} for a, (t, c, *_) in arms.items()
+    ]
     info = {
-        "title": title, "question": question, "budget": "quick", "base": YAML, "base_arm": base, "arms": listed,
-        "recipe": "tokens: 400000\nlearning_rate: 0.004\nbatch: 4\n", "metric": "loss_nats",
+        "title": title,
+        "question": question,
+        "budget": "quick",
+        "base": YAML,
+        "base_arm": base,
+        "arms": listed,
+        "recipe": "tokens: 400000\nlearning_rate: 0.004\nbatch: 4\n",
+        "metric": "loss_nats",
         "command": "assay study run tour --out runs/tour --budget quick",
-    }  # fmt: skip
+    }
     out = [line("study", name, values=info)]
     for arm, (_, _, loss, state, growth) in arms.items():
         for seed in SEEDS:
@@ -127,9 +77,16 @@ def stage(name: str, rng: random.Random) -> list[Result]:
             out.append(line("sweep", name, arm, values={"learning_rate": rates, "loss_nats": losses, "optimum": 4e-3}))
     for i, (text, source, outcome, evidence) in enumerate(CLAIMS.get(name, [])):
         test = "verdict(loss_nats, arm=rope, base=none) == better"
-        values = {"id": f"{name}-{i}", "text": text, "source": source, "test": test, "outcome": outcome, "evidence": evidence}  # fmt: skip
+        values = {
+            "id": f"{name}-{i}",
+            "text": text,
+            "source": source,
+            "test": test,
+            "outcome": outcome,
+            "evidence": evidence,
+        }
         out.append(line("claim", name, values=values))
-    return out + (chosen() if name == "synthesis" else [])
+    return [*out, line("synthesis", name, values=SYNTHESIS)] if name == "synthesis" else out
 
 
 def verdicts(name: str, arm: str, base: str, delta: float, rng: random.Random) -> list[Result]:
@@ -147,22 +104,42 @@ def run(name: str, arm: str, seed: int, loss: float, shape: tuple[int, float], r
     tokens = [4000 * (i + 1) for i in range(100)]
     fall = [loss + 3.6 * math.exp(-t / 60000) + 0.0000004 * (400000 - t) for t in tokens]
     values = {
-        "loss_nats": loss, "bits_per_byte": loss / math.log(2), "tokens": 400000, "steps": 781, "train_s": 9.4,
-        "train_tok_s": 42000.0 + rng.gauss(0, 900), "mfu": 0.31, "params_total": 215_000, "params_active": 215_000,
-        "params_embedding": 16384, "state_bytes_per_token": state, "train_flops": 5.2e11, "peak_memory_bytes": 412 << 20,
-        "in_context_nats": 0.41, "diverged": False,
+        "loss_nats": loss,
+        "bits_per_byte": loss / math.log(2),
+        "tokens": 400000,
+        "steps": 781,
+        "train_s": 9.4,
+        "train_tok_s": 42000.0 + rng.gauss(0, 900),
+        "mfu": 0.31,
+        "params_total": 215_000,
+        "params_active": 215_000,
+        "params_embedding": 16384,
+        "state_bytes_per_token": state,
+        "train_flops": 5.2e11,
+        "peak_memory_bytes": 412 << 20,
+        "in_context_nats": 0.41,
+        "diverged": False,
         "curve": {"tokens": tokens, "loss_nats": [v + rng.gauss(0, 0.05) for v in fall]},
         "valid_curve": {"tokens": tokens[4::8], "loss_nats": fall[4::8]},
         "by_position": {"position": list(range(1, 129)), "loss_nats": [loss + 1.4 / p**0.7 for p in range(1, 129)]},
-    }  # fmt: skip
+    }
     out = [line("trial", name, arm, seed, values=values)]
     ratios = [1, 2, 4, 8] if arm != "learned" else [1]
-    rows = [{"variant": "base", "length": 128 * r, "ratio": r, "loss_nats": loss + growth * math.log2(r), "last_nats": loss + 1.6 * growth * math.log2(r)} for r in ratios]  # fmt: skip
+    rows = [
+        {
+            "variant": "base",
+            "length": 128 * r,
+            "ratio": r,
+            "loss_nats": loss + growth * math.log2(r),
+            "last_nats": loss + 1.6 * growth * math.log2(r),
+        }
+        for r in ratios
+    ]
     if arm == "rope":
         rows += [{**r, "variant": "yarn", "loss_nats": loss + 0.4 * (r["loss_nats"] - loss)} for r in rows]
     out.append(measure(name, arm, seed, "extrapolation", rows))
     if seed == 0:
-        out += measures(name, arm, loss, state, rng)
+        out += measures(name, arm, loss, shape, rng)
     return out
 
 
@@ -170,45 +147,82 @@ def measure(name: str, arm: str, seed: int, what: str, rows: list[dict[str, Any]
     return line("measure", name, arm, seed, values={"what": what, "rows": rows})
 
 
-def measures(name: str, arm: str, loss: float, state: int, rng: random.Random) -> list[Result]:
+def measures(name: str, arm: str, loss: float, shape: tuple[int, float], rng: random.Random) -> list[Result]:
+    state, growth = shape
     tables: dict[str, list[dict[str, Any]]] = {"latency": [], "memory": []}
     for batch in (1, 8):
         for context in (128, 512, 2048, 8192):
-            roof = batch * 2.0e10 / (860_000 + batch * context * state)
+            roof = batch * 2.0e10 / (860_000 + batch * context * state * (1 + growth))
             wait = 1200 / roof
-            tables["latency"].append({"batch": batch, "context": context, "cache": "pages", "prefill_s": context * 2e-5, "ttft_s": context * 2.1e-5, "decode_tok_s": 0.7 * roof, "itl_ms_p50": wait, "itl_ms_p99": 1.4 * wait, "roofline_tok_s": roof})  # fmt: skip
+            tables["latency"].append(
+                {
+                    "batch": batch,
+                    "context": context,
+                    "cache": "pages",
+                    "prefill_s": context * 2e-5,
+                    "ttft_s": context * 2.1e-5,
+                    "decode_tok_s": 0.7 * roof,
+                    "itl_ms_p50": wait,
+                    "itl_ms_p99": 1.4 * wait,
+                    "roofline_tok_s": roof,
+                }
+            )
             bytes_ = batch * context * state
-            tables["memory"].append({"batch": batch, "context": context, "state_bytes_predicted": bytes_, "state_bytes_measured": bytes_, "peak_memory_bytes": 2 * bytes_ + (300 << 20)})  # fmt: skip
+            tables["memory"].append(
+                {
+                    "batch": batch,
+                    "context": context,
+                    "state_bytes_predicted": bytes_,
+                    "state_bytes_measured": bytes_,
+                    "peak_memory_bytes": 2 * bytes_ + (300 << 20),
+                }
+            )
     if name == "baseline":
         lengths = (256, 512, 1024, 2048, 4096)
-        tables["kernels"] = [{"backend": b, "length": n, "seconds": k * n * n * 1e-9, "peak_bytes": m * n * (n if b == "naive" else 64), "traffic_bytes": 12 * n * n} for b, k, m in (("naive", 9, 16), ("tiled", 4, 64)) for n in lengths]  # fmt: skip
+        tables["kernels"] = [
+            {
+                "backend": b,
+                "length": n,
+                "seconds": k * n * n * 1e-9,
+                "peak_bytes": m * n * (n if b == "naive" else 64),
+                "traffic_bytes": 12 * n * n,
+            }
+            for b, k, m in (("naive", 9, 16), ("tiled", 4, 64))
+            for n in lengths
+        ]
         tables["lens"] = [{"layer": i, "loss_nats": 3.4 - 0.42 * i} for i in range(5)]
-        tables["wavelengths"] = [{"dim": i, "wavelength": 2 * math.pi * 10 ** (i / 2), "completes": i < 3} for i in range(8)]
+        tables["wavelengths"] = [
+            {"dim": i, "wavelength": 2 * math.pi * 10 ** (i / 2), "completes": i < 3} for i in range(8)
+        ]
         tables["expert_use"] = [{"layer": i, "busiest": 0.31, "idle": 0.02} for i in range(4)]
     if name in ("positions", "windows"):
         grid = [(n, n * d // 4) for n in (64, 128, 256, 512) for d in (1, 2, 3)]
-        tables["passkey"] = [{"length": n, "distance": d, "accuracy": max(0.1, min(1.0, 1.15 - n / 700 + rng.gauss(0, 0.03))), "chance": 0.1, "samples": 64} for n, d in grid]  # fmt: skip
-        tables["attention"] = [{"layer": i, "tokens": 4096, "sink_mass": 0.1 + 0.12 * i, "entropy_nats": 3.1 - 0.3 * i, "max_logit": 6 + i} for i in range(4)]  # fmt: skip
-        tables["steps_to_loss"] = [{"loss_nats": t, "steps": int(9e3 / t**3), "tokens": int(4.6e6 / t**3)} for t in (3.0, 2.5, 2.25, 2.1)]  # fmt: skip
+        tables["passkey"] = [
+            {
+                "length": n,
+                "distance": d,
+                "accuracy": max(0.1, min(1.0, 1.15 - n / 700 + rng.gauss(0, 0.03))),
+                "chance": 0.1,
+                "samples": 64,
+            }
+            for n, d in grid
+        ]
+        tables["attention"] = [
+            {"layer": i, "tokens": 4096, "sink_mass": 0.1 + 0.12 * i, "entropy_nats": 3.1 - 0.3 * i, "max_logit": 6 + i}
+            for i in range(4)
+        ]
+        tables["steps_to_loss"] = [
+            {"loss_nats": t, "steps": int(9e3 / t**3), "tokens": int(4.6e6 / t**3)} for t in (3.0, 2.5, 2.25, 2.1)
+        ]
     out = [measure(name, arm, 0, what, rows) for what, rows in tables.items()]
     if arm in ("none", "alibi", "w16"):
         text = "the key is 48213. The grass is green. The sky is blue. The key is the key is the key is the"
-        values = {"metric": "accuracy", "score": 0.0, "prompt": "Remember 91734. … What is the key?", "text": text, "why": "the answer repeats the question instead of the digits"}  # fmt: skip
+        values = {
+            "metric": "accuracy",
+            "score": 0.0,
+            "prompt": "Remember 91734. … What is the key?",
+            "text": text,
+            "why": "the answer repeats the question instead of the digits",
+        }
         out += [line("failure", name, arm, 0, values={**values, "score": s}) for s in (0.0, 0.05)]
     return out
-
-
-def chosen() -> list[Result]:
-    table = [
-        {"metric": "loss_nats", "unit": "nats", "baseline": 1.722, "chosen": 1.612, "delta": -0.11, "low": -0.145, "high": -0.075, "verdict": "better"},
-        {"metric": "state_bytes_per_token", "unit": "", "baseline": 1024, "chosen": 256, "delta": -768, "low": None, "high": None, "verdict": "better"},
-        {"metric": "decode_tok_s", "unit": "", "baseline": 2310.0, "chosen": 2984.0, "delta": 674.0, "low": 580.0, "high": 768.0, "verdict": "better"},
-        {"metric": "params_total", "unit": "", "baseline": 215000, "chosen": 214100, "delta": -900, "low": None, "high": None, "verdict": "not distinguishable"},
-    ]  # fmt: skip
-    choices = [
-        {"study": "positions", "arm": "rope", "reason": "0.381 nats better than none, the largest supported gain", "supported": True},
-        {"study": "kv-sharing", "arm": "mqa", "reason": "not distinguishable from MHA; a quarter of the state", "supported": False},
-        {"study": "windows", "arm": "w16", "reason": "0.059 nats better than full attention at this budget", "supported": True},
-    ]  # fmt: skip
-    values = {"constraints": {"state_bytes_per_token": 512, "params_total": 220000}, "choices": choices, "spec": YAML, "table": table, "checkpoint": "runs/tour/chosen"}  # fmt: skip
-    return [line("synthesis", "synthesis", values=values)]

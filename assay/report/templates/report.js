@@ -3,44 +3,36 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const cards = [...document.querySelectorAll("figure[data-figure]")];
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const coarse = matchMedia("(pointer: coarse), (max-width: 640px)");
+  const touch = matchMedia("(pointer: coarse), (max-width: 640px)");
   const config = {
     responsive: true,
     displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"],
+    modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
     doubleClick: "reset",
   };
 
-  function colour(name) {
-    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  }
-
-  function axisNames(layout) {
-    return Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key));
-  }
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const axisNames = ["xaxis", "yaxis"];
 
   /* The colours of ink and paper as a flat relayout, so that a change of scheme keeps zoom and visibility. */
-  function theme(layout) {
-    const ink = colour("--ink"), muted = colour("--muted"), line = colour("--line"), card = colour("--card");
+  function theme(layout, inked) {
+    const ink = colour("--ink"), muted = colour("--muted"), line = colour("--line");
     const update = {
       "font.color": muted,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      "hoverlabel.bgcolor": card,
+      "hoverlabel.bgcolor": colour("--card"),
       "hoverlabel.bordercolor": muted,
       "hoverlabel.font.color": ink,
       "modebar.bgcolor": "rgba(0,0,0,0)",
       "modebar.color": muted,
       "modebar.activecolor": ink,
     };
-    for (const axis of axisNames(layout)) {
-      update[axis + ".gridcolor"] = line;
-      update[axis + ".linecolor"] = muted;
-      update[axis + ".zerolinecolor"] = line;
+    for (const axis of axisNames) {
+      update[`${axis}.gridcolor`] = line;
+      update[`${axis}.linecolor`] = muted;
     }
-    (layout.shapes || []).forEach((shape, i) => {
-      if (shape.type === "line" && !shape.keep) update[`shapes[${i}].line.color`] = muted;
-    });
+    for (const i of inked) update[`shapes[${i}].line.color`] = muted;
     (layout.annotations || []).forEach((_, i) => { update[`annotations[${i}].font.color`] = muted; });
     return update;
   }
@@ -53,63 +45,139 @@
     at[last] = value;
   }
 
-  function legendRows(data, width) {
-    const names = new Set(data.filter((t) => t.name && t.showlegend !== false && t.visible !== false).map((t) => t.name));
-    const total = [...names].reduce((sum, name) => sum + 52 + 7 * Math.min(name.length, 40), 0);
-    return names.size > 1 ? Math.ceil(total / Math.max(200, width - 60)) : 0;
+  const trim = (value) => String(Number(value.toPrecision(3)));
+
+  function scaled(value, base, names) {
+    let step = 0;
+    while (Math.abs(value) >= base && step < names.length - 1) { value /= base; step += 1; }
+    return trim(value) + names[step];
   }
 
-  function draw(card) {
-    if (card.dataset.drawn) return;
-    card.dataset.drawn = "yes";
-    const { data, layout } = figures[Number(card.dataset.figure)];
-    const place = card.querySelector(".drawing");
-    const height = Number(card.dataset.height) + 20 * legendRows(data, place.clientWidth);
-    place.style.height = `${height}px`;
+  function tickText(value, kind) {
+    if (kind === "bytes") return scaled(value, 1024, [" B", " KiB", " MiB", " GiB", " TiB"]);
+    if (kind === "seconds" && value && value < 1) return value < 1e-3 ? `${trim(value * 1e6)} µs` : `${trim(value * 1e3)} ms`;
+    if (kind === "seconds") return `${trim(value)} s`;
+    if (kind === "binary") return value >= 131072 && value % 1024 === 0 ? scaled(value, 1024, ["", "Ki", "Mi"]) : value.toLocaleString("en");
+    return scaled(value, 1000, ["", "k", "M", "G", "T"]);
+  }
+
+  function spread(from, to, step) {
+    const found = [];
+    for (let at = Math.ceil(from / step - 1e-9); at * step <= to + 1e-9 * Math.abs(to); at += 1) found.push(at * step);
+    return found;
+  }
+
+  function niceStep(span) {
+    const power = 10 ** Math.floor(Math.log10(span / 4));
+    return power * [1, 2, 5, 10].find((m) => m * power >= span / 4);
+  }
+
+  /* Ticks of a log axis, or of a linear axis of bytes: powers of two, decades, or 1-2-5 where there are few decades. */
+  function ticks(low, high, kind, isLog) {
+    if (!isLog) return spread(low, high, 2 ** Math.ceil(Math.log2((high - low) / 6)));
+    const base = kind === "binary" || kind === "bytes" ? 2 : 10;
+    const from = Math.log(low) / Math.log(base), to = Math.log(high) / Math.log(base);
+    const start = Math.ceil(from - 1e-9), step = Math.max(1, Math.ceil((to - from) / 6));
+    let found = spread(0, to - start, step).map((e) => base ** (e + start));
+    if (base === 10 && found.length < 4)
+      found = spread(Math.floor(from), to, 1).flatMap((e) => [1, 2, 5].map((m) => m * 10 ** e));
+    found = found.filter((v) => v >= low * 0.999 && v <= high * 1.001);
+    return found.length > 2 ? found : spread(low, high, niceStep(high - low));
+  }
+
+  /* What the axes need after a draw, a zoom or a switch between linear and log; {} when they are right already. */
+  function ticksFor(place) {
+    const update = {};
+    for (const name of axisNames) {
+      const axis = place._fullLayout[name], kind = (place.layout.meta || {})[name[0]] || "";
+      const own = place.fixed[name];
+      const isLog = axis.type === "log";
+      if (axis.type === "category" || (own && !isLog && name === "yaxis")) continue;
+      if (own && isLog) { Object.assign(update, { [`${name}.tickvals`]: own.tickvals, [`${name}.ticktext`]: own.ticktext, [`${name}.tickmode`]: "array" }); continue; }
+      if (!isLog && kind !== "bytes") { update[`${name}.tickmode`] = "auto"; continue; }
+      const [low, high] = isLog ? axis.range.map((v) => 10 ** v) : axis.range;
+      const values = ticks(Math.min(low, high), Math.max(low, high), kind, isLog);
+      Object.assign(update, { [`${name}.tickmode`]: "array", [`${name}.tickvals`]: values, [`${name}.ticktext`]: values.map((v) => tickText(v, kind)) });
+    }
+    return update;
+  }
+
+  async function retick(place) {
+    if (place.ticking) return;
+    place.ticking = true;
+    const update = ticksFor(place);
+    if (Object.keys(update).length) await Plotly.relayout(place, update);
+    place.ticking = false;
+  }
+
+  function dress(layout, height) {
     Object.assign(layout, {
       height,
       autosize: true,
-      dragmode: coarse.matches ? false : "zoom",
+      showlegend: false,
+      dragmode: touch.matches ? false : "zoom",
       hovermode: "closest",
       hoverdistance: 30,
       font: { family: colour("--sans"), size: 12 },
       hoverlabel: { align: "left", namelength: -1, font: { size: 12 } },
-      margin: { l: 8, r: 14, t: 26, b: 8, pad: 2 },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, itemwidth: 30 },
-      showlegend: legendRows(data, 400) > 0,
+      margin: { l: 8, r: 14, t: 26, b: 4, pad: 2 },
     });
-    for (const axis of axisNames(layout)) {
-      layout[axis] = Object.assign({ automargin: true, zeroline: false, ticks: "outside", ticklen: 4, showline: true }, layout[axis]);
-      layout[axis].tickcolor = "rgba(0,0,0,0)";
-      if (layout[axis].title) layout[axis].title = Object.assign({ standoff: 8, font: { size: 12 } }, layout[axis].title);
+    for (const axis of axisNames) {
+      layout[axis] = { automargin: true, zeroline: false, ticks: "outside", ticklen: 4, tickcolor: "rgba(0,0,0,0)", showline: axis === "xaxis", ...layout[axis] };
+      layout[axis].title = { standoff: 8, font: { size: 12 }, ...layout[axis].title };
     }
-    layout.yaxis.showline = false;
-    for (const [path, value] of Object.entries(theme(layout))) assign(layout, path, value);
-    Plotly.newPlot(place, data, layout, config);
   }
 
-  function press(button, group) {
-    for (const other of group) other.setAttribute("aria-pressed", String(other === button));
+  async function draw(card) {
+    if (card.dataset.drawn) return;
+    card.dataset.drawn = "yes";
+    const { data, layout } = figures[Number(card.dataset.figure)];
+    const place = card.querySelector(".drawing");
+    dress(layout, Number(card.dataset.height));
+    place.fixed = {};
+    for (const axis of axisNames) if (layout[axis].tickvals) place.fixed[axis] = { tickvals: layout[axis].tickvals, ticktext: layout[axis].ticktext };
+    place.inked = (layout.shapes || []).map((shape, i) => (shape.type === "line" && !shape.line.color ? i : -1)).filter((i) => i >= 0);
+    for (const [path, value] of Object.entries(theme(layout, place.inked))) assign(layout, path, value);
+    await Plotly.newPlot(place, data, layout, config);
+    await retick(place);
+    place.on("plotly_relayout", () => retick(place));
   }
 
-  for (const card of cards) {
+  /* Visible is what the chosen view shows, less what the legend hides. */
+  function show(card) {
+    const place = card.querySelector(".drawing");
+    const view = card.querySelector('button[data-visible][aria-pressed="true"]');
+    const visible = view ? JSON.parse(view.dataset.visible) : place.data.map(() => true);
+    for (const entry of card.querySelectorAll('button[data-traces][aria-pressed="false"]'))
+      for (const i of JSON.parse(entry.dataset.traces)) visible[i] = false;
+    return Plotly.restyle(place, { visible });
+  }
+
+  async function press(card, button) {
+    await draw(card);
+    const place = card.querySelector(".drawing");
+    const on = button.getAttribute("aria-pressed") !== "true";
+    if (button.dataset.visible) {
+      for (const other of card.querySelectorAll("button[data-visible]")) other.setAttribute("aria-pressed", String(other === button));
+      await show(card);
+      const free = axisNames.filter((axis) => !figures[Number(card.dataset.figure)].layout[axis].fixedrange);
+      await Plotly.relayout(place, Object.fromEntries(free.map((axis) => [`${axis}.autorange`, true])));
+    } else if (button.dataset.traces) {
+      button.setAttribute("aria-pressed", String(on));
+      await show(card);
+    } else {
+      button.setAttribute("aria-pressed", String(on));
+      const axis = `${button.dataset.axis}axis`;
+      await Plotly.relayout(place, { [`${axis}.type`]: on ? "log" : "linear", [`${axis}.autorange`]: true, [`${axis}.tickmode`]: "auto" });
+    }
+    await retick(place);
+  }
+
+  for (const card of cards)
     card.addEventListener("click", (event) => {
-      const button = event.target.closest("button[data-visible], button[data-axis]");
-      if (!button) return;
-      draw(card);
-      const place = card.querySelector(".drawing");
-      if (button.dataset.visible) {
-        press(button, card.querySelectorAll("button[data-visible]"));
-        Plotly.restyle(place, { visible: JSON.parse(button.dataset.visible) });
-        Plotly.relayout(place, { "xaxis.autorange": true, "yaxis.autorange": true });
-      } else {
-        const on = button.getAttribute("aria-pressed") !== "true";
-        button.setAttribute("aria-pressed", String(on));
-        const axis = `${button.dataset.axis}axis`;
-        Plotly.relayout(place, { [`${axis}.type`]: on ? "log" : "linear", [`${axis}.autorange`]: true });
-      }
+      const button = event.target.closest("button[aria-pressed]");
+      if (button) press(card, button);
     });
-  }
 
   const near = new IntersectionObserver((entries) => {
     for (const entry of entries) if (entry.isIntersecting) { near.unobserve(entry.target); draw(entry.target); }
@@ -118,11 +186,7 @@
   addEventListener("beforeprint", () => cards.forEach(draw));
 
   dark.addEventListener("change", () => {
-    for (const card of cards) {
-      if (!card.dataset.drawn) continue;
-      const place = card.querySelector(".drawing");
-      Plotly.relayout(place, theme(place.layout));
-    }
+    for (const place of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(place, theme(place.layout, place.inked));
   });
 
   const links = new Map([...document.querySelectorAll(".toc a")].map((a) => [a.getAttribute("href").slice(1), a]));
