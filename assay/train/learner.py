@@ -1,0 +1,135 @@
+"""One optimiser step, for every architecture. It knows two prefixes of taps, `loss.` and `stat.`, and no mechanism."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay.data.dataset import Dataset
+from assay.data.loader import Batch, Loader
+from assay.model.lm import build, weight_table
+from assay.parts.base import Part
+from assay.parts.heads.lm import LossOptions
+from assay.spec.model import ModelSpec
+from assay.train.evaluate import step_of
+from assay.train.memory import SavedForBackward, available_bytes, need_of
+from assay.train.optim.adamw import adamw, load_state, set_rate, state_tensors
+from assay.train.optim.groups import groups
+from assay.train.precision import Runner
+from assay.train.recipe import Recipe
+from assay.train.schedule import factor
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken: the mean loss of its targets in nats, and the gradient's norm before clipping, both still
+    on the device; the learning rate."""
+
+    loss: Tensor
+    norm: Tensor
+    rate: float
+
+
+class Learner:
+    """A model, its optimiser and its data: everything that an optimiser step changes."""
+
+    def __init__(
+        self, spec: ModelSpec, recipe: Recipe, data: Dataset, device: torch.device, compiled: bool = False
+    ) -> None:
+        table = weight_table(spec)
+        need = need_of(table, recipe.precision)
+        need.check(available_bytes(device), "a narrower or shallower model needs less")
+        self.spec, self.recipe, self.device = spec, recipe, device
+        self.parameters = sum(w.numel for w in table.values())
+        self.model = build(spec, recipe.seed, device).train()
+        self.optimizer = adamw(recipe.optimizer, groups(self.model, table))
+        mix = [(recipe.mix.passkey, recipe.mix.share)] if recipe.mix.share else []
+        self.loader = Loader(data.train, recipe.batch.rows, recipe.batch.length, recipe.seed, mix)
+        self.runner = Runner(self.model, recipe.precision, compiled)
+        self.options = LossOptions(recipe.loss.smoothing, recipe.loss.z)
+        self._weights = list(self.model.parameters())
+        self._after = [m for m in self.model.modules() if isinstance(m, Part) and type(m).after is not Part.after]
+
+    def step(self, number: int, steps: int) -> Taken:
+        """Step `number` of 0 .. steps-1, on the next batch.
+
+        The loss is the sum over all targets of the batch by their count, however the batch is cut: a mean of the
+        pieces' means would weigh a target in a piece of few targets more.
+        """
+        batch = next(self.loader)
+        total = max(1, batch.counted)
+        pieces = self._pieces(batch)
+        nll = torch.zeros((), device=self.device)
+        stats: dict[str, Tensor] = {}
+        for piece in pieces:
+            share = piece.counted / total if len(pieces) > 1 else 1.0
+            nll = nll + self._backward(piece.to(self.device), total, share, stats)
+        most = self.recipe.clip if self.recipe.clip is not None else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._weights, most)
+        rate = self.recipe.optimizer.peak(self.spec.d_model) * factor(self.recipe.schedule, number, steps)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in self._after:
+            place = f"{part.name}."
+            part.after({k.removeprefix(place): v for k, v in stats.items() if k.startswith(place)})
+        return Taken(nll / total, norm, rate)
+
+    def _pieces(self, batch: Batch) -> tuple[Batch, ...]:
+        count = self.recipe.batch.accumulate
+        return (batch,) if count == 1 else tuple(batch.split(batch.grid[0] // count))
+
+    def _backward(self, piece: Batch, total: int, share: float, stats: dict[str, Tensor]) -> Tensor:
+        """Add the gradient of a piece; returns the sum of its losses.
+
+        A `loss.*` tap is a mean over the piece's tokens, weighted by its part, and counts by the piece's share of the
+        targets. `stat.*` taps are sums.
+        """
+        out = self.runner(step_of(piece), piece.targets, self.options)
+        assert out.loss is not None
+        objective = out.loss["objective"] / total
+        for name, value in out.taps.items():
+            if ".loss." in name:
+                objective = objective + value * share
+            elif ".stat." in name:
+                stats[name] = stats[name] + value.detach() if name in stats else value.detach()
+        objective.backward()
+        return out.loss["nll"].detach()
+
+    def check_memory(self) -> None:
+        """ValueError with the numbers when a step would not fit: one row is run to see what it saves for backward."""
+        batch = self.recipe.batch
+        ids = torch.zeros(batch.length, dtype=torch.long, device=self.device)
+        index = torch.arange(batch.length, device=self.device)
+        starts = torch.tensor([0, batch.length], device=self.device)
+        row = Batch(ids, ids, torch.zeros_like(ids), index, starts, torch.ones_like(ids), (1, batch.length))
+        with SavedForBackward(self.model) as saved:
+            Runner(self.model, self.recipe.precision)(step_of(row), row.targets, self.options)
+        need = need_of(weight_table(self.spec), self.recipe.precision).with_activations(
+            saved.bytes * (batch.rows // batch.accumulate)
+        )
+        held = need.weights
+        need.check(available_bytes(self.device) + held, "more pieces (recipe.batch.accumulate) save less at once")
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All but the weights: named tensors, and values for JSON."""
+        tensors = {f"optimizer/{k}": v for k, v in state_tensors(self.optimizer, self.model).items()}
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        return tensors, {"loader": self.loader.state()}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. ValueError for a state of another model or other data."""
+        prefix = "optimizer/"
+        load_state(
+            self.optimizer, self.model, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+        self.loader.restore(values["loader"])
+        torch.set_rng_state(tensors["rng/cpu"])
+        if self.device.type == "cuda" and "rng/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)

@@ -1,0 +1,1 @@
+"""Optimisers, one file each, and the groups of weights they work on."""

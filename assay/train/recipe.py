@@ -1,0 +1,175 @@
+"""The recipe: everything about a training run but the architecture. It sees sizes, never a mechanism. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from assay.data.corpora import CorpusSpec
+from assay.data.tasks.passkey import Passkey
+from assay.data.tokenizers import TokenizerSpec
+from assay.spec.base import Spec
+from assay.spec.load import apply_changes, digest, dump, find, read_mapping, validate
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Share = float
+"""A length of the schedule: below 1, a share of the run; from 1 on, a number of steps."""
+
+
+class AdamWSpec(Spec):
+    """AdamW. Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2 (decay times the learning rate, as in torch).
+
+    lr_width: the width that `lr` was found at; a model of another width is given lr * lr_width / d_model, the scaling
+    of muP for hidden matrices (Yang et al. 2022, arXiv 2203.03466, table 3) used for all weights. null: lr as it is.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(4e-3, gt=0.0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.1, ge=0.0)
+    lr_width: int | None = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> Self:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas: {list(self.betas)}; accepted: two numbers from 0 to below 1")
+        return self
+
+    def peak(self, d_model: int) -> float:
+        """The learning rate at the top of the schedule for a model of this width."""
+        return self.lr if self.lr_width is None else self.lr * self.lr_width / d_model
+
+
+class ScheduleSpec(Spec):
+    """The learning rate over the run, as a multiple of its peak; `assay.train.schedule.factor` has the formulas.
+
+    warmup, decay: below 1 a share of the run, from 1 on a number of steps. final: the multiple at the last step.
+    wsd is warmup, stable, decay (Hu et al. 2024, arXiv 2404.06395); `decay` is read by it alone.
+    """
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup: Share = Field(0.1, ge=0.0)
+    final: float = Field(0.1, ge=0.0, le=1.0)
+    decay: Share = Field(0.2, ge=0.0)
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> Self:
+        for name in ("warmup", "decay"):
+            value = getattr(self, name)
+            if value >= 1 and value != int(value):
+                raise ValueError(f"{name}: {value}; accepted: a share below 1, or a whole number of steps")
+        return self
+
+
+class BatchSpec(Spec):
+    """One optimiser step: `rows` rows of `length` tokens, computed in `accumulate` pieces of equally many rows.
+
+    The pieces change how much memory a step takes, and nothing else.
+    """
+
+    rows: int = Field(4, ge=1)
+    length: int = Field(128, ge=1)
+    accumulate: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _even_pieces(self) -> Self:
+        if self.rows % self.accumulate:
+            raise ValueError(f"accumulate: {self.accumulate}; rows is {self.rows}, which is not a multiple of it")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+class PerParam(Spec):
+    """A number of training tokens for each parameter of the model: about 20 is where a fixed amount of compute buys
+    the lowest loss (Hoffmann et al. 2022, arXiv 2203.15556, table 3)."""
+
+    per_param: float = Field(gt=0.0)
+
+
+class LossSpec(Spec):
+    """smoothing: label smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7). z: weight of the z-loss
+    z * logsumexp^2 (Chowdhery et al. 2022, arXiv 2204.02311, section 5)."""
+
+    smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    z: float = Field(0.0, ge=0.0)
+
+
+class MixSpec(Spec):
+    """The share of rows that are passkey documents, and what these are made of; the others are the corpus."""
+
+    share: float = Field(0.0, ge=0.0, le=1.0)
+    passkey: Passkey = Passkey()
+
+
+class EvaluationSpec(Spec):
+    """Validation on the same `tokens` tokens (at most) every time, `points` times, evenly spread, last at the end.
+
+    tokens: 0 leaves validation out.
+    """
+
+    tokens: int = Field(65_536, ge=0)
+    points: int = Field(4, ge=1)
+
+
+class Recipe(Spec):
+    """What is held fixed while architectures are compared.
+
+    tokens: how many to train on, rounded up to whole steps, or `{per_param: 20}`.
+    precision: of the matrix products; weights and optimiser state are float32. `auto` is bfloat16 where the machine
+    multiplies it natively and float32 elsewhere (`assay.train.precision.resolve`, before the digest is taken).
+    clip: the largest global norm of the gradient; null: not clipped. seed: initial weights, data order and dropout.
+    """
+
+    data: CorpusSpec = CorpusSpec()
+    tokenizer: TokenizerSpec = TokenizerSpec()
+    optimizer: AdamWSpec = AdamWSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    batch: BatchSpec = BatchSpec()
+    tokens: int | PerParam = 262_144
+    precision: Precision = "auto"
+    clip: float | None = Field(1.0, gt=0.0)
+    loss: LossSpec = LossSpec()
+    mix: MixSpec = MixSpec()
+    seed: int = Field(0, ge=0)
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    @model_validator(mode="after")
+    def _some_tokens(self) -> Self:
+        if isinstance(self.tokens, int) and self.tokens < 1:
+            raise ValueError(f"tokens: {self.tokens}; accepted: 1 or more, or {{per_param: number}}")
+        return self
+
+    def steps(self, parameters: int) -> int:
+        """Optimiser steps for a model of this many parameters: the tokens, rounded up to whole batches."""
+        wanted = self.tokens.per_param * parameters if isinstance(self.tokens, PerParam) else self.tokens
+        return max(1, math.ceil(wanted / self.batch.tokens))
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over everything but the seed, which stands beside it in a Result. ValueError for `auto`,
+        which means different things on different machines."""
+        if self.precision == "auto":
+            raise ValueError("recipe.precision: auto has no digest; resolve it for a device first")
+        return digest(self.model_copy(update={"seed": type(self).model_fields["seed"].default}))
+
+
+def load_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a shipped name, a YAML file or a run's folder, with dotted changes (`recipe.` is optional)."""
+    folder = Path(source)
+    path = folder / "recipe.yaml" if (folder / "recipe.yaml").is_file() else find(source, "recipes")
+    recipe = validate(Recipe, read_mapping(path), str(source))
+    return change_recipe(recipe, changes, str(source)) if changes else recipe
+
+
+def change_recipe(recipe: Recipe, changes: Mapping[str, Any], where: str = "changes") -> Recipe:
+    """The recipe with dotted paths set, validated again."""
+    tree = apply_changes(dump(recipe), {path.removeprefix("recipe."): value for path, value in changes.items()})
+    return validate(Recipe, tree, where)
