@@ -60,6 +60,7 @@ class Step:
     grid: tuple[int, int] | None = None
     decodes: int = 0
     longest: int = 0
+    reach: int | None = None  # every position is below it; None: its maker did not say
     saves: Int[Tensor, "M"] | None = None
     emit: Int[Tensor, "E"] | None = None
     tree: Bool[Tensor, "N M"] | None = None
@@ -93,13 +94,14 @@ def training_step(
     horizon: int,
     listen: frozenset[str] = frozenset(),
 ) -> Step:
-    """Rows of packed documents without a past. Sequences are numbered as `seq` says; every length plans for `horizon`."""
+    """Rows of packed documents without a past, numbered by `seq`; length-dependent schemes plan for `horizon`."""
     # The number of sequences changes from batch to batch; nothing in training reads per-sequence tensors but these,
     # so they are given one entry a row and the program's shapes stay the same.
     rows = grid[0]
     starts = torch.arange(rows + 1, device=ids.device) * grid[1]
     past = torch.zeros(rows, dtype=torch.long, device=ids.device)
-    return Step({"ids": ids}, seq, index, index, starts, past, torch.full_like(past, horizon), grid, 0, grid[1], listen=listen)
+    horizons = torch.full_like(past, horizon)
+    return Step({"ids": ids}, seq, index, index, starts, past, horizons, grid, 0, grid[1], grid[1], listen=listen)
 
 
 def rows_step(ids: Int[Tensor, "R T"], past: int = 0, horizon: int | None = None, **more: Any) -> Step:
@@ -120,6 +122,7 @@ def rows_step(ids: Int[Tensor, "R T"], past: int = 0, horizon: int | None = None
         (rows, length),
         rows if length == 1 else 0,
         length,
+        past + length,
         saves=starts[1:] - 1,
         **more,
     )
