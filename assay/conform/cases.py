@@ -20,6 +20,18 @@ from assay.spec import registry
 from assay.spec.base import SLOTS, Init, PartSpec, Site, StateField
 
 D, V, MEMORY = 32, 11, 5
+TIGHT = 1e-10
+TOKENS = ("mixers", "ffns", "norms", "residuals", "positions")  # slots whose parts map tokens to tokens
+
+
+def close(a: Tensor, b: Tensor, what: str, tolerance: float = TIGHT) -> None:
+    """Largest difference relative to the larger of 1 and the largest value."""
+    assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)} against {tuple(b.shape)}"
+    a, b = a.detach(), b.detach()
+    assert torch.isfinite(a).all(), f"{what}: not finite"
+    if a.numel():
+        worst = float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
+        assert worst <= tolerance, f"{what}: differs by {worst:.2e}, more than {tolerance:.0e}"
 
 
 @dataclass(frozen=True)
@@ -96,22 +108,22 @@ class Case:
     def apply(self, x: Tensor, step: Step, here: Here) -> Tensor:
         part = self.part
         if isinstance(part, Position):
-            return self.mixer(part.on_embed(x, step), step, here)  # type: ignore[no-any-return]
+            return self.mixer(part.on_embed(x, step), step, here)
         if isinstance(part, Norm):
-            return part(x, step)  # type: ignore[no-any-return]
+            return part(x, step)
         if isinstance(part, Residual):
             return part.close(part.wrap(part.open(x), self.sublayer, step))
         if isinstance(part, Embed):
             ids = x.detach()[:, 0].mul(1e4).long().remainder(V)
-            return part(step.with_(inputs={"ids": ids}))  # type: ignore[no-any-return]
+            return part(step.with_(inputs={"ids": ids}))
         if isinstance(part, Head):
-            return part(x, step, noise((V, D), 5).to(x.dtype))  # type: ignore[no-any-return]
+            return part(x, step, noise((V, D), 5).to(x.dtype))
         if self.slot == "linears":
-            return part(x, step)  # type: ignore[no-any-return]
+            return part(x, step)
         if self.slot == "routers":
             choice, share = part(x, step, here)
             return torch.zeros(x.shape[0], self.site.d_out, dtype=share.dtype).scatter(1, choice, share)
-        return part(x, step, here)  # type: ignore[no-any-return]
+        return part(x, step, here)
 
 
 def noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -164,14 +176,3 @@ def every() -> Iterator[type[PartSpec]]:
     """Every registered part, slot by slot."""
     for slot in SLOTS:
         yield from registry.table(slot).values()
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a law said of one spec; `reason` is empty when it holds."""
-
-    kind: str
-    law: str
-    spec: str
-    outcome: str
-    reason: str = field(default="")

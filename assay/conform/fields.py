@@ -109,4 +109,3 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     if a.keys() != b.keys() or a["facts"] != b["facts"]:
         return False
     return all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a if k != "facts")
-

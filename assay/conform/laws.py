@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,23 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from assay.conform.cases import MEMORY, Case, case, noise
+from assay.conform.cases import MEMORY, TOKENS, Case, case, close, noise
+from assay.ops.state import Stateless
 from assay.ops.step import Step
-from assay.spec.base import PartSpec
+from assay.spec.base import StateField
 from assay.spec.load import canonical, digest, dump, parse_yaml, to_yaml
-
-TIGHT = 1e-10
-TOKENS = ("mixers", "ffns", "norms", "residuals", "positions")  # slots whose parts map tokens to tokens
-
-
-def close(a: Tensor, b: Tensor, what: str, tolerance: float = TIGHT) -> None:
-    """Largest difference relative to the larger of 1 and the largest value."""
-    assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)} against {tuple(b.shape)}"
-    a, b = a.detach(), b.detach()
-    assert torch.isfinite(a).all(), f"{what}: not finite"
-    if a.numel():
-        worst = float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
-        assert worst <= tolerance, f"{what}: differs by {worst:.2e}, more than {tolerance:.0e}"
 
 
 def law_reference(c: Case) -> None:
@@ -54,12 +42,12 @@ def law_reference(c: Case) -> None:
 
 def _reference(c: Case, weights: dict[str, Tensor], x: Tensor, step: Step) -> Tensor:
     if c.slot == "norms":
-        return c.reference(c.spec, weights, x)  # type: ignore[no-any-return]
+        return c.reference(c.spec, weights, x)
     if c.slot == "residuals":
         extra = {"layers": c.site.layers} if "layers" in c.reference.__code__.co_varnames else {}
-        return c.reference(c.spec, weights, x, c.sublayer, **extra)  # type: ignore[no-any-return]
+        return c.reference(c.spec, weights, x, c.sublayer, **extra)
     given = {"memory": step.memory.h} if step.memory is not None else {}
-    return c.reference(c.spec, weights, x, step.positions, **given)  # type: ignore[no-any-return]
+    return c.reference(c.spec, weights, x, step.positions, **given)
 
 
 def law_causal(c: Case) -> None:
@@ -137,6 +125,40 @@ def law_executed(c: Case) -> None:
     assert counter.get_total_flops() == predicted, f"{counter.get_total_flops()} counted, {predicted} declared"
 
 
+def law_split(c: Case) -> None:
+    """Cut in two along the declared dimensions and summed, the halves equal the whole (tensor parallelism)."""
+    table = c.spec.weights(c.site)
+    if c.slot not in ("mixers", "ffns") or all(w.split is None for w in table.values()):
+        return
+    x, step = noise((12, c.site.d_in), 1), c.step(2, 6)
+    halves = [c.run(x, step, half_states(c)) for c in (halved(c, 0), halved(c, 1))]
+    close(halves[0] + halves[1], c.run(x, step), "the sum of two halves")
+
+
+def halved(c: Case, rank: int) -> Case:
+    """A copy whose parameters are one half of those that say how they split."""
+    half = copy.deepcopy(c)
+    table = c.spec.weights(c.site)
+    for name, p in half.part.named_parameters():
+        weight = table[name]
+        if weight.split is not None:
+            assert weight.shape[weight.split] % 2 == 0, f"{name}: {weight.shape[weight.split]} is not cut in two"
+            p.data = p.data.chunk(2, weight.split)[rank].clone()
+        row = table.get(name.removesuffix("bias") + "weight")
+        if rank and name.endswith("bias") and row is not None and row.split == 1:
+            p.data.zero_()  # the bias of a sum of halves is added once
+    return half
+
+
+def half_states(c: Case) -> dict[str, Stateless]:
+    def cut(f: StateField) -> StateField:
+        if f.split is None:
+            return f
+        return replace(f, shape=tuple(n // 2 if i == f.split else n for i, n in enumerate(f.shape)))
+
+    return {n: Stateless(tuple(cut(f) for f in fs), torch.float64, torch.device("cpu")) for n, fs in c.fields.items()}
+
+
 def law_checkpoint(c: Case) -> None:
     """Recomputed in the backward pass: the same gradients and the same taps, once each."""
     if c.slot not in TOKENS or c.slot == "norms":
@@ -201,47 +223,3 @@ def law_traces(c: Case) -> None:
         x, step = noise((12, c.site.d_in), seed), c.step(2, 6)
         close(run(x, step), c.run(x, step), "traced", 1e-12)
     assert traced == 1, f"traced {traced} times for two batches of one size"
-
-
-Law = Callable[[Case], None]
-
-
-def _laws() -> dict[str, Law]:
-    from assay.conform.fields import law_fields
-    from assay.conform.stored import law_chunking, law_rewind, law_state
-
-    return {
-        "reference": law_reference,
-        "precision": law_precision,
-        "causal": law_causal,
-        "neighbours": law_neighbours,
-        "packing": law_packing,
-        "weights": law_weights,
-        "state": law_state,
-        "executed": law_executed,
-        "chunking": law_chunking,
-        "rewind": law_rewind,
-        "checkpoint": law_checkpoint,
-        "traces": law_traces,
-        "roundtrip": law_roundtrip,
-        "fields": law_fields,
-    }
-
-
-LAWS: Mapping[str, Law] = MappingProxyType(_laws())
-
-
-def obeys(spec: PartSpec, law: str) -> str:
-    """`holds`, or `refuses: <reason>` where the part says so and the law is shown to fail. Raises on a broken law."""
-    reason = spec.refusals().get(law)
-    c = case(spec)
-    if c.slot == "norms" and law in spec.refuses:
-        c.part.train()
-    if reason is None:
-        LAWS[law](c)
-        return "holds"
-    try:
-        LAWS[law](c)
-    except (AssertionError, ValueError, NotImplementedError):
-        return f"refuses: {reason}"
-    raise AssertionError(f"`refuses` names {law!r} ({reason}), but the law holds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ class Block(nn.Module):
                 if branch.post is not None:
                     self.add_module(f"{name}_post", branch.post.build(site.child(f"{name}_post")))
 
+    if TYPE_CHECKING:  # residuals, norms and branches are added by name
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def forward(
         self, h: Tensor, given: Mapping[str, Any], step: Step, states: Mapping[str, State], place: str | None = None
     ) -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
@@ -45,6 +49,13 @@ class Block(nn.Module):
             residual = getattr(self, f"residual{number}")
             h = residual.wrap(h, lambda x, n=number, s=stage: self._branches(x, n, s, step, here), step)
         return here.tap("out", h), values, taps
+
+    def open(self, x: Tensor) -> Tensor:
+        """The embedding becomes the residual stream, in the form this model's residuals carry."""
+        return self.residual0.open(x)
+
+    def close(self, h: Tensor) -> Tensor:
+        return self.residual0.close(h)
 
     def _branches(self, x: Tensor, number: int, stage: StageSpec, step: Step, here: Here) -> Tensor:
         """The stage's branches on the stream x, summed."""

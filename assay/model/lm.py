@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Int
@@ -40,7 +41,7 @@ class LM(nn.Module):
         stages = spec.expand()
         for layer, source in enumerate(spec.sources):
             blocks.append(blocks[source] if source != layer else Block(stages[layer], self._layer_site(layer)))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.final_norm = spec.final_norm.build(self._site("final_norm")) if spec.final_norm is not None else None
         self.head = spec.head.build(head_site(spec, prefix)) if spec.head is not None else None
         self.encoder = LM(spec.encoder, f"{prefix}encoder.") if spec.encoder is not None else None
@@ -69,14 +70,14 @@ class LM(nn.Module):
         states = states if states is not None else self._stateless(step)
         step = step.with_(tables=self._tables(step, states))
         x = self.embed(step)
-        for scheme in self.positions.values():
-            x = scheme.on_embed(x, step)
+        for name in self.spec.positions:
+            x = cast(Position, self.positions[name]).on_embed(x, step)
         given: dict[str, object] = {"embed": x}
-        h = self._open(x)
+        h = self.blocks[0].open(x)
         for layer, block in enumerate(self.blocks):
             h, given, new = block(h, given, step, states, f"{self.prefix}blocks.{layer}")
             taps.update(new)
-        h = self._close(h)
+        h = self.blocks[0].close(h)
         h = self.final_norm(h, step) if self.final_norm is not None else h
         if step.listen and f"{self.prefix}final" in step.listen:
             taps[f"{self.prefix}final"] = h
@@ -86,12 +87,6 @@ class LM(nn.Module):
             return Output(None, self.head.loss(h, targets, step, self.embed.table(), options), taps)
         h = h if step.emit is None else h.index_select(0, step.emit)
         return Output(self.head(h, step, self.embed.table()), None, taps)
-
-    def _open(self, x: Tensor) -> Tensor:
-        return self.blocks[0].residual0.open(x) if len(self.blocks) else x  # type: ignore[no-any-return,union-attr]
-
-    def _close(self, h: Tensor) -> Tensor:
-        return self.blocks[0].residual0.close(h) if len(self.blocks) else h  # type: ignore[no-any-return,union-attr]
 
     def _encoded(self, step: Step, taps: dict[str, Tensor]) -> Step:
         """Run the encoder over `step.encode` and hand its features on as the memory."""
@@ -104,7 +99,9 @@ class LM(nn.Module):
 
     def _stateless(self, step: Step) -> dict[str, State]:
         weight = next(self.parameters())
-        return {name: Stateless(f, weight.dtype, weight.device) for name, f in state_table(self.spec, self.prefix).items()}
+        return {
+            name: Stateless(f, weight.dtype, weight.device) for name, f in state_table(self.spec, self.prefix).items()
+        }
 
     def _tables(self, step: Step, states: Mapping[str, State]) -> dict[str, object]:
         """`prepare`, once for each distinct key; parts that share a key and a layout share the result."""

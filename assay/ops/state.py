@@ -50,7 +50,7 @@ def dtype_of(field: StateField, model: torch.dtype) -> torch.dtype:
         return model
     if field.dtype not in DTYPE_BYTES:
         raise ValueError(f"state field {field.name}: dtype {field.dtype!r}; accepted: model, {', '.join(DTYPE_BYTES)}")
-    return getattr(torch, field.dtype)  # type: ignore[no-any-return]
+    return getattr(torch, field.dtype)
 
 
 def step_layout(step: Step) -> Layout:

@@ -7,7 +7,7 @@ its spec, its forward pass and its reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +37,10 @@ class Part(nn.Module):
             setattr(self, name, linear_at(site, name).build_fan(fan, site, name))
         for name, (child, place) in spec.children(site).items():
             setattr(self, name, child.build(place))
+
+    if TYPE_CHECKING:  # what the spec declares becomes attributes: parameters, linears, child parts
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def prepare_key(self) -> object | None:
         """Parts with equal keys (and equal state layouts) share one table a step; None: nothing to prepare."""
@@ -84,6 +88,9 @@ class Ffn(Part):
 class Position(Part):
     """A position scheme, standing on the stack under a name. Each hook is optional: the default does nothing."""
 
+    def serve(self, heads: int, head_dim: int) -> None:
+        """A mixer with these query heads will ask: what `prepare` makes may depend on it."""
+
     def on_embed(self, x: Float[Tensor, "N D"], step: Step) -> Float[Tensor, "N D"]:
         return x
 
@@ -128,7 +135,9 @@ class Head(Part):
     def forward(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N V"]:
         raise NotImplementedError
 
-    def loss(self, features: Tensor, targets: Int[Tensor, "N"], step: Step, table: Tensor, options: Any) -> dict[str, Tensor]:
+    def loss(
+        self, features: Tensor, targets: Int[Tensor, "N"], step: Step, table: Tensor, options: Any
+    ) -> dict[str, Tensor]:
         raise NotImplementedError
 
 

@@ -18,7 +18,15 @@ from pydantic_core import CoreSchema, core_schema
 Role = Literal["embed", "matrix", "vector", "expert", "head"]
 Per = Literal["token", "sequence", "memory"]
 
-DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+}
 
 
 class NestedError(ValueError):
@@ -289,6 +297,9 @@ class MixerSpec(PartSpec):
     slot: ClassVar[str] = "mixers"
     abstract_slot: ClassVar[bool] = True
 
+    def meets(self, scheme: PositionSpec, site: Site) -> None:
+        """Raise ValueError where this mixer cannot work with the position scheme that its `position` names."""
+
 
 class FfnSpec(PartSpec):
     slot: ClassVar[str] = "ffns"
@@ -298,6 +309,18 @@ class FfnSpec(PartSpec):
 class PositionSpec(PartSpec):
     slot: ClassVar[str] = "positions"
     abstract_slot: ClassVar[bool] = True
+
+    @property
+    def reads(self) -> bool:
+        """Keys are stored raw and turned when they are read."""
+        return False
+
+    def fits(self, heads: int, head_dim: int) -> None:
+        """Raise ValueError for query heads of a number or size that the scheme cannot serve."""
+
+    def limit(self, site: Site) -> int | None:
+        """How many positions the scheme has (0 to limit - 1); a later one raises. None: no end."""
+        return None
 
 
 class NormSpec(PartSpec):
@@ -354,7 +377,7 @@ def linear_at(site: Site, name: str) -> LinearSpec:
         from assay.spec import registry
 
         rule = registry.get("linears", "dense")()
-    return rule  # type: ignore[no-any-return]
+    return rule
 
 
 def first_error(error: ValidationError) -> tuple[tuple[Any, ...], str]:

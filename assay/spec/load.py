@@ -121,12 +121,14 @@ def find(source: str | Path, folder: str) -> Path:
     near = difflib.get_close_matches(str(source), known, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     if path.exists():
-        raise ValueError(f"{source}: not a YAML file or a checkpoint folder with a model.yaml; shipped {folder}: {', '.join(known)}")
+        raise ValueError(
+            f"{source}: not a YAML file or a checkpoint folder with a model.yaml; shipped {folder}: {', '.join(known)}"
+        )
     raise FileNotFoundError(f"{source}: no such file, and no shipped name{hint}; shipped {folder}: {', '.join(known)}")
 
 
 def load_model(source: str | Path, changes: Mapping[str, Any] | None = None) -> ModelSpec:
-    """A model spec from a shipped name, a YAML file or a checkpoint folder, with dotted changes (`model.` is optional)."""
+    """A model spec from a shipped name, a YAML file or a checkpoint folder, with dotted changes."""
     path = find(source, "models")
     tree = read_mapping(path)
     tree.pop("format", None)
@@ -135,7 +137,7 @@ def load_model(source: str | Path, changes: Mapping[str, Any] | None = None) -> 
 
 
 def change(spec: S, changes: Mapping[str, Any], where: str = "changes") -> S:
-    """The spec with dotted paths set; validated again. Paths are relative to the spec; a leading `model.` is dropped."""
+    """The spec with dotted paths set, validated again. A leading `model.` is dropped."""
     tree = dump(spec)
     tree = apply_changes(tree, {path.removeprefix("model."): value for path, value in changes.items()})
     return validate(type(spec), tree, where)
@@ -178,7 +180,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def dump(spec: BaseModel) -> dict[str, Any]:
     """Every field, as plain data that `validate` reads back."""
-    return json.loads(spec.model_dump_json())  # type: ignore[no-any-return]
+    return json.loads(spec.model_dump_json())
 
 
 def to_yaml(tree: Any) -> str:

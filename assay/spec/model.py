@@ -34,7 +34,7 @@ class BlockNorm(Spec):
     """Where a block normalises. pre: x + f(n(x)). post: n(x + f(x)). output: x + n(f(x)). sandwich: x + n(f(n(x)))."""
 
     place: Place = "pre"
-    kind: NormSpec = Field(default="rmsnorm", validate_default=True)  # type: ignore[assignment]
+    kind: NormSpec = Field(default="rmsnorm", validate_default=True)
 
 
 class BranchSpec(Spec):
@@ -64,7 +64,7 @@ class StageSpec(Spec):
     """A residual around parallel branches, summed. `pre` is one norm shared by all branches."""
 
     branches: tuple[BranchSpec, ...] = Field(min_length=1)
-    residual: ResidualSpec = Field(default="add", validate_default=True)  # type: ignore[assignment]
+    residual: ResidualSpec = Field(default="add", validate_default=True)
     pre: NormSpec | None = None
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
@@ -78,8 +78,8 @@ class BlockSpec(Spec):
 
     mixer: MixerSpec | None = None
     ffn: FfnSpec | None = None
-    norm: BlockNorm = Field(default={}, validate_default=True)  # type: ignore[assignment]
-    residual: ResidualSpec = Field(default="add", validate_default=True)  # type: ignore[assignment]
+    norm: BlockNorm = Field(default={}, validate_default=True)
+    residual: ResidualSpec = Field(default="add", validate_default=True)
     parallel: Literal["no", "own", "shared"] = "no"
     scale: float = 1.0
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -97,7 +97,9 @@ class BlockSpec(Spec):
         if self.parallel != "no" and (self.mixer is None or self.ffn is None):
             raise ValueError("`parallel` needs both `mixer` and `ffn`")
         if self.parallel == "shared" and self.norm.place not in ("pre", "none"):
-            raise ValueError(f"`parallel: shared` shares one pre-norm; norm.place is {self.norm.place!r}, accepted: pre")
+            raise ValueError(
+                f"`parallel: shared` shares one pre-norm; norm.place is {self.norm.place!r}, accepted: pre"
+            )
         return self
 
     def expand(self) -> tuple[StageSpec, ...]:
@@ -137,9 +139,9 @@ class ModelSpec(Spec):
     blocks: dict[str, BlockSpec] = Field(min_length=1)
     pattern: tuple[str, ...] = ()
     positions: dict[str, PositionSpec] = {}
-    embed: EmbedSpec = Field(default="token", validate_default=True)  # type: ignore[assignment]
-    final_norm: NormSpec | None = Field(default="rmsnorm", validate_default=True)  # type: ignore[assignment]
-    head: HeadSpec | None = Field(default="lm", validate_default=True)  # type: ignore[assignment]
+    embed: EmbedSpec = Field(default="token", validate_default=True)
+    final_norm: NormSpec | None = Field(default="rmsnorm", validate_default=True)
+    head: HeadSpec | None = Field(default="lm", validate_default=True)
     init: InitSpec = InitSpec()
     encoder: ModelSpec | None = None
 
@@ -155,18 +157,20 @@ class ModelSpec(Spec):
         for site, part in self.parts():
             try:
                 part.check(site)
-                self._check_position(part)
+                self._check_position(part, site)
             except NestedError as error:
                 raise NestedError((site.name, *error.loc), str(error)) from None
             except ValueError as error:
                 raise NestedError((site.name,), str(error)) from None
         return self
 
-    def _check_position(self, part: PartSpec) -> None:
+    def _check_position(self, part: PartSpec, site: Site) -> None:
         name = getattr(part, "position", None)
         if isinstance(name, str) and name not in self.positions:
             accepted = ", ".join(self.positions) or "none are declared"
             raise NestedError(("position",), f"no position named {name!r}; accepted: {accepted}")
+        if isinstance(name, str) and isinstance(part, MixerSpec):
+            part.meets(self.positions[name], site)
 
     @cached_property
     def plan(self) -> tuple[str, ...]:
@@ -181,7 +185,9 @@ class ModelSpec(Spec):
             return layer
         number = like.removeprefix("blocks.")
         if not number.isdigit() or int(number) >= layer or self.blocks[self.plan[int(number)]].like is not None:
-            raise NestedError(("blocks", self.plan[layer], "like"), f"{like!r} is not an earlier layer of its own: blocks.N")
+            raise NestedError(
+                ("blocks", self.plan[layer], "like"), f"{like!r} is not an earlier layer of its own: blocks.N"
+            )
         return int(number)
 
     @cached_property

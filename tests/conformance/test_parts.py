@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from assay.conform.cases import every, tiny
-from assay.conform.laws import LAWS, obeys
+from assay.conform.suite import LAWS, obeys
 from assay.spec.base import PartSpec
 
 CASES = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -25,6 +25,9 @@ class DenseFfn(FfnSpec):
     width: int = Field(ge=1)
     act: Activation = "gelu"
     bias: bool = False
+
+    def refusals(self) -> Mapping[str, str]:
+        return {"split": f"a width of {self.width} is not cut in two"} if self.width % 2 else {}
 
     def linears(self, site: Site) -> dict[str, Fan]:
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -25,6 +25,9 @@ class Gated(FfnSpec):
     width: int = Field(ge=1)
     act: Activation = "silu"
     bias: bool = False
+
+    def refusals(self) -> Mapping[str, str]:
+        return {"split": f"a width of {self.width} is not cut in two"} if self.width % 2 else {}
 
     def linears(self, site: Site) -> dict[str, Fan]:
         return {
@@ -50,6 +53,7 @@ class GatedFfn(Ffn):
 
 def reference(spec: Gated, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
     """[N, D] in float64, one token at a time."""
+
     def linear(name: str, row: Tensor) -> Tensor:
         y = weights[f"{name}.weight"] @ row
         return y + weights[f"{name}.bias"] if spec.bias else y

@@ -29,8 +29,9 @@ class Moe(FfnSpec):
     experts: int = Field(ge=1)
     width: int = Field(ge=1)
     act: Activation = "silu"
-    router: RouterSpec = Field(default="topk", validate_default=True)  # type: ignore[assignment]
+    router: RouterSpec = Field(default="topk", validate_default=True)
     refuses: ClassVar[Mapping[str, str]] = {
+        "split": "experts are cut by dispatching tokens to them, not by summing halves",
         "executed": "the grouped product's FLOPs depend on the routing kernel; the counter has no formula for it",
     }
 
@@ -69,7 +70,9 @@ class MoeFfn(Ffn):
         choice, share = self.router(x, step, here["router"])
         flat = choice.flatten()
         order = torch.argsort(flat, stable=True)
-        counts = torch.zeros(self.spec.experts, dtype=torch.long, device=x.device).index_add(0, flat, torch.ones_like(flat))
+        counts = torch.zeros(self.spec.experts, dtype=torch.long, device=x.device).index_add(
+            0, flat, torch.ones_like(flat)
+        )
         token = order // choice.shape[1]
         rows = x.index_select(0, token)
         inner = activate(self.spec.act, grouped(rows, self.gate, counts)) * grouped(rows, self.up, counts)
@@ -83,7 +86,7 @@ def reference(spec: Moe, weights: dict[str, Tensor], x: Tensor, positions: Tenso
     for row in x:
         raw = (weights["router.map.weight"] @ row).exp()
         shares = raw / raw.sum()
-        chosen = sorted(range(spec.experts), key=lambda e: (-float(shares[e]), e))[: spec.k]
+        chosen = sorted(range(spec.experts), key=lambda e: (-shares[e].item(), e))[: spec.k]
         total = sum(shares[e] for e in chosen) if spec.router.renormalise else 1.0  # type: ignore[attr-defined]
         y = torch.zeros_like(row)
         for e in chosen:

@@ -38,7 +38,9 @@ class LmHead(HeadSpec):
 
     def check(self, site: Site) -> None:
         if self.tie and self.bias:
-            raise ValueError("`bias` on a tied head is not supported; accepted: tie: false with bias, or tie: true without")
+            raise ValueError(
+                "`bias` on a tied head is not supported; accepted: tie: false with bias, or tie: true without"
+            )
 
     def linears(self, site: Site) -> dict[str, Fan]:
         return {} if self.tie else {"out": Fan(site.d_in, site.d_out, self.bias, split=0, role="head")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -38,6 +38,9 @@ class Cross(MixerSpec):
     def groups(self) -> int:
         return self.heads if self.kv_heads is None else self.kv_heads
 
+    def refusals(self) -> Mapping[str, str]:
+        return {"split": f"{self.groups} heads are not cut in two"} if self.groups % 2 else {}
+
     def size(self, site: Site) -> int:
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads
 
@@ -58,7 +61,7 @@ class Cross(MixerSpec):
         return tuple(StateField(n, "memory", shape, split=0) for n in ("k", "v"))
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
-        """Every query sees the whole memory. `k` and `v` are linears of the memory's tokens: taken off the new ones'."""
+        """Every query sees the whole memory. `k` and `v` map the memory's tokens, not the new ones."""
         attention = 4 * self.heads * self.size(site) * new * memory
         source = 2 * 2 * (self.d_memory or site.d_in) * self.groups * self.size(site)
         moved = source * ((memory if seen == 0 else 0) - new)
@@ -108,8 +111,10 @@ def reference(spec: Cross, weights: dict[str, Tensor], x: Tensor, positions: Ten
         heads = []
         for h in range(spec.heads):
             g = h // (spec.heads // spec.groups)
-            z = torch.stack([q[i, h * d : (h + 1) * d] @ k[j, g * d : (g + 1) * d] / d**0.5 for j in range(memory.shape[0])])
+            z = torch.stack(
+                [q[i, h * d : (h + 1) * d] @ k[j, g * d : (g + 1) * d] / d**0.5 for j in range(memory.shape[0])]
+            )
             p = z.exp() / z.exp().sum()
-            heads.append(sum(p[j] * v[j, g * d : (g + 1) * d] for j in range(memory.shape[0])))
+            heads.append(torch.stack([p[j] * v[j, g * d : (g + 1) * d] for j in range(memory.shape[0])]).sum(0))
         rows.append(weights["out.weight"] @ torch.cat(heads) + weights.get("out.bias", zero))
     return torch.stack(rows)

@@ -16,7 +16,7 @@ from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Step, View
 from assay.parts.base import Mixer, Position
-from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, Site, Spec, StateField, Weight
+from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, PositionSpec, Site, Spec, StateField, Weight
 
 
 class ScoreRule(Spec):
@@ -33,7 +33,7 @@ class QkNorm(Spec):
     over: `head` (each head's own K values) or `full` (all heads together, OLMo 2). when: before or after the turn.
     """
 
-    norm: NormSpec = Field(default="rmsnorm", validate_default=True)  # type: ignore[assignment]
+    norm: NormSpec = Field(default="rmsnorm", validate_default=True)
     over: Literal["head", "full"] = "head"
     when: Literal["before", "after"] = "before"
 
@@ -67,18 +67,31 @@ class Gqa(MixerSpec):
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads
 
     def refusals(self) -> Mapping[str, str]:
-        if self.sees.causal:
-            return self.refuses
-        both = "a bidirectional layer sees later tokens"
-        return {"causal": both, "chunking": both, "rewind": both}
+        found = (
+            {} if self.sees.causal else dict.fromkeys(("causal", "chunking"), "a bidirectional layer sees later tokens")
+        )
+        if self.groups % 2:
+            found["split"] = f"{self.groups} key heads are not cut in two"
+        elif self.qk_norm is not None and self.qk_norm.over == "full":
+            found["split"] = "the norm on queries and keys goes over all heads"
+        return found
 
     def check(self, site: Site) -> None:
         if self.heads % self.groups:
             raise ValueError(f"`heads` ({self.heads}) is not a multiple of `kv_heads` ({self.groups})")
         if self.qk_norm is not None and self.qk_norm.norm.refuses:
-            raise ValueError(f"`qk_norm.norm` {self.qk_norm.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+            raise ValueError(
+                f"`qk_norm.norm` {self.qk_norm.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm"
+            )
         if self.head_dim is None and site.d_in % self.heads:
             raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
+
+    def meets(self, scheme: PositionSpec, site: Site) -> None:
+        scheme.fits(self.heads, self.size(site))
+        if scheme.reads and self.qk_norm is not None and self.qk_norm.when == "after":
+            raise ValueError(
+                "`qk_norm.when: after` needs a scheme with `turns: write`: this one turns keys when they are read"
+            )
 
     def linears(self, site: Site) -> dict[str, Fan]:
         k, qkv = self.size(site), self.bias != "none"
@@ -120,7 +133,9 @@ class Gqa(MixerSpec):
         yield cls(heads=4, kv_heads=2, head_dim=6, bias="all")
         yield cls(heads=4, kv_heads=1, sees=Sees(window=5), gate="element", scores=ScoreRule(sink=True))
         yield cls(heads=2, sees=Sees(chunk=6), qk_norm=QkNorm(), bias="qkv", scores=ScoreRule(scale=0.3))
-        yield cls(heads=4, kv_heads=2, gate="head", scores=ScoreRule(softcap=2.0), qk_norm=QkNorm(over="full", when="after"))
+        yield cls(
+            heads=4, kv_heads=2, gate="head", scores=ScoreRule(softcap=2.0), qk_norm=QkNorm(over="full", when="after")
+        )
         yield cls(heads=2, sees=Sees(window=4, first=2))
         yield cls(heads=2, sees=Sees(causal=False))
 
@@ -134,6 +149,8 @@ class GqaMixer(Mixer):
 
     def bind(self, positions: Mapping[str, Position]) -> None:
         self.scheme = (positions[self.spec.position],) if self.spec.position is not None else ()
+        for scheme in self.scheme:
+            scheme.serve(self.spec.heads, self.spec.size(self.site))
 
     def prepare_key(self) -> object:
         return ("attend", self.spec.sees, self.spec.takes)
@@ -229,7 +246,8 @@ def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
                 z = [spec.scores.softcap * torch.tanh(value / spec.scores.softcap) for value in z]
             e = [value.exp() for value in z]
             total = sum(e) + (weights["sink"][h].exp() if spec.scores.sink else 0.0)
-            heads.append(sum(w / total * v[j, g * d : (g + 1) * d] for w, j in zip(e, seen, strict=True)))
+            values = [w / total * v[j, g * d : (g + 1) * d] for w, j in zip(e, seen, strict=True)]
+            heads.append(torch.stack(values).sum(0))
         mix = torch.stack(heads)
         if spec.gate != "none":
             gate = 1 / (1 + torch.exp(-(weights["gate_map.weight"] @ x[i])))

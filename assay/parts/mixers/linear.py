@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -28,6 +28,9 @@ class LinearAttention(MixerSpec):
     head_dim: int | None = Field(default=None, ge=1)
     normalise: bool = True
 
+    def refusals(self) -> Mapping[str, str]:
+        return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
+
     def size(self, site: Site) -> int:
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads
 
@@ -48,7 +51,7 @@ class LinearAttention(MixerSpec):
         return tuple(fields)
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
-        """The recurrence: k v^T and q S for each token, q.z where it normalises. Executed: the quadratic training form."""
+        """The recurrence: k v^T and q S a token, and q.z where it normalises. Executed: the quadratic form."""
         k = self.size(site)
         per_token = 4 * self.heads * k * k + (2 * self.heads * k if self.normalise else 0)
         columns = k + 1 if self.normalise else k

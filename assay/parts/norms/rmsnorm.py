@@ -55,6 +55,8 @@ def reference(spec: RmsNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     rows = []
     for row in x:
         root = (sum(v**2 for v in row) / len(row) + spec.eps) ** 0.5
-        scale = {"none": 1.0, "one": weights.get("weight", 1.0), "plus_one": weights.get("weight", 0.0) + 1.0}[spec.weight]
+        scale = {"none": 1.0, "one": weights.get("weight", 1.0), "plus_one": weights.get("weight", 0.0) + 1.0}[
+            spec.weight
+        ]
         rows.append(row / root * scale)
     return torch.stack(rows)

@@ -24,7 +24,7 @@ class Post(ResidualSpec):
     """
 
     kind: Literal["post"] = "post"
-    norm: NormSpec = Field(default="layernorm", validate_default=True)  # type: ignore[assignment]
+    norm: NormSpec = Field(default="layernorm", validate_default=True)
     deep: bool = False
 
     def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
@@ -52,7 +52,9 @@ class PostResidual(Residual):
         return self.norm((h if alpha == 1.0 else h * alpha) + f(h), step)
 
 
-def reference(spec: Post, weights: dict[str, Tensor], h: Tensor, f: Callable[[Tensor], Tensor], layers: int = 1) -> Tensor:
+def reference(
+    spec: Post, weights: dict[str, Tensor], h: Tensor, f: Callable[[Tensor], Tensor], layers: int = 1
+) -> Tensor:
     """[N, D] in float64; the norm is written out for the two kinds that stand here."""
     x = h * ((2 * layers) ** 0.25 if spec.deep else 1.0) + f(h)
     if spec.norm.kind_name() == "layernorm":

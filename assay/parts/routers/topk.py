@@ -49,7 +49,9 @@ class TopK(RouterSpec):
 class TopKRouter(Part):
     """[N, D] -> choice [N, k] and share [N, k]. Taps router.logits, router.choice, stat.load, loss.balance, loss.z."""
 
-    def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> tuple[Int[Tensor, "N k"], Float[Tensor, "N k"]]:
+    def forward(
+        self, x: Float[Tensor, "N D"], step: Step, here: Here
+    ) -> tuple[Int[Tensor, "N k"], Float[Tensor, "N k"]]:
         logits = here.tap("logits", self.map(x, step).to(torch.promote_types(x.dtype, torch.float32)))
         shares = torch.softmax(logits, -1)
         share, choice = shares.topk(self.spec.k, -1)
