@@ -53,6 +53,7 @@ class Trial:
     recipe_digest: str
     seed: int
     uses: tuple[Use, ...]
+    tokens: int
     measurements: tuple[tuple[str, Tree], ...] = ()
 
     @property
@@ -62,10 +63,6 @@ class Trial:
     @property
     def name(self) -> str:
         return f"{self.uses[0].study}/{self.uses[0].arm} seed {self.seed}"
-
-    @property
-    def tokens(self) -> int:
-        return int(self.recipe["tokens"])
 
     def job(self) -> Tree:
         """What a worker is handed: plain data."""
@@ -92,7 +89,10 @@ class Stage:
     recipe: Tree
     recipe_digest: str
     models: Mapping[str, tuple[Tree, str]]
+    tokens: Mapping[str, int]
     tuned: Mapping[str, int] = field(default_factory=dict)
+    budget: BudgetSpec = field(default_factory=BudgetSpec)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def court(self) -> Court:
@@ -171,6 +171,28 @@ def make_plan(
     return Plan(request.name, request.budget, tuple(stages), _shared(found), scale)
 
 
+def synthesis_stage(
+    name: str, like: Stage, changes: Mapping[str, Any], materials: Materials, scale: float
+) -> tuple[Stage, tuple[Trial, ...]]:
+    """The chosen configuration beside the baseline, with the base, recipe, seeds and measurements of another stage."""
+    given = like.study
+    study = StudySpec.model_validate(
+        {
+            "title": "Synthesis",
+            "question": "Do the choices that won one by one hold together?",
+            "base": given.base,
+            "recipe": given.recipe,
+            "metric": given.metric,
+            "arms": {"baseline": {}, "chosen": {"changes": dict(changes)}},
+            "seeds": given.seeds,
+            "measurements": given.measurements,
+        }
+    )
+    budget = like.budget.model_copy(update={"arms": None})
+    stage = _stage(name, study, budget, like.overrides, materials, scale)
+    return stage, tuple(_trials(stage, budget))
+
+
 def _merged(inner: BudgetSpec, outer: BudgetSpec) -> BudgetSpec:
     """The stage's own budget, and what the study of studies says on top."""
     said = {name: getattr(outer, name) for name in outer.model_fields_set if name != "overrides"}
@@ -186,8 +208,8 @@ def _stage(
     )
     recipe, recipe_digest = materials.recipe(study.recipe, recipe_changes)
     if scale != 1.0:
-        tokens = max(TOKEN_STEP, int(recipe["tokens"] * scale) // TOKEN_STEP * TOKEN_STEP)
-        recipe, recipe_digest = materials.recipe(study.recipe, {**recipe_changes, "recipe.tokens": tokens})
+        scaled = {**recipe_changes, "recipe.tokens": _scaled(recipe["tokens"], scale)}
+        recipe, recipe_digest = materials.recipe(study.recipe, scaled)
     arms = [arm for arm in study.all_arms if budget.arms is None or arm in budget.arms or arm == study.base_arm]
     models: dict[str, tuple[Tree, str]] = {}
     tuned: dict[str, int] = {}
@@ -203,7 +225,24 @@ def _stage(
                 f"{name}: arms {same} and {arm} are the same model ({models[arm][1]}); give them different changes"
             )
     base = models[study.base_arm][0]
-    return Stage(name, study, tuple(arms), base, recipe, recipe_digest, models, tuned)
+    tokens = {arm: _tokens(recipe["tokens"], tree, materials) for arm, (tree, _) in models.items()}
+    resolved = (base, recipe, recipe_digest, models, tokens, tuned)
+    return Stage(name, study, tuple(arms), *resolved, budget, overrides)
+
+
+def _scaled(tokens: Any, scale: float) -> Any:
+    if isinstance(tokens, dict):
+        return {"per_param": tokens["per_param"] * scale}
+    return max(TOKEN_STEP, int(tokens * scale) // TOKEN_STEP * TOKEN_STEP)
+
+
+def _tokens(tokens: Any, model: Tree, materials: Materials) -> int:
+    """What a recipe's `tokens` means for this model: a number, or so many for each parameter."""
+    if not isinstance(tokens, dict):
+        return int(tokens)
+    if materials.sizes is None:
+        raise ValueError("recipe.tokens: per_param needs the model's parameters counted")
+    return int(tokens["per_param"] * materials.sizes(model)["params"])
 
 
 def _built(materials: Materials, study: StudySpec, changes: Tree, where: str) -> tuple[Tree, str]:
@@ -224,7 +263,10 @@ def _trials(stage: Stage, budget: BudgetSpec) -> Iterator[Trial]:
             if i < len(seeds[arm]):
                 tree, digest = stage.models[arm]
                 use = Use(stage.name, arm, tuple(m.name for m in asked))
-                yield Trial(tree, stage.recipe, digest, stage.recipe_digest, seeds[arm][i], (use,), measurements)
+                tokens = stage.tokens[arm]
+                yield Trial(
+                    tree, stage.recipe, digest, stage.recipe_digest, seeds[arm][i], (use,), tokens, measurements
+                )
 
 
 def _shared(trials: list[Trial]) -> tuple[Trial, ...]:

@@ -51,6 +51,18 @@ class Folder:
         os.close(self._lock)
         self._lock = None
 
+    def held(self) -> dict[str, Any] | None:
+        """What the folder's plan says of itself; None for a new folder. ValueError where it cannot be read."""
+        if not self._plan.exists():
+            return None
+        try:
+            held: dict[str, Any] = json.loads(self._plan.read_text())
+            if not isinstance(held["digest"], str):
+                raise ValueError("digest")
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self._plan}: not a plan; remove the folder or choose another --out") from None
+        return held
+
     def bind(self, digest: str, about: dict[str, Any]) -> dict[str, Any]:
         """Tie the folder to a plan; what was said when it was first bound is returned, so that a resumed run agrees.
 
@@ -60,11 +72,9 @@ class Folder:
             if self.results.exists():
                 raise ValueError(f"{self.path} holds results and no plan.json: they are of no study this could resume")
             self._replace(self._plan, json.dumps({"digest": digest, **about}, indent=1) + "\n")
-        try:
-            held: dict[str, Any] = json.loads(self._plan.read_text())
-            found = held["digest"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self._plan}: not a plan; remove the folder or choose another --out") from None
+        held = self.held()
+        assert held is not None
+        found = held["digest"]
         if found != digest:
             raise ValueError(
                 f"{self.path} holds another study's plan ({held.get('study')}, {held.get('budget')}: {found}) and this "

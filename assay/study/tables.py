@@ -1,0 +1,143 @@
+"""What a study shows at the terminal: the dry run, and a live table of the trials that run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live as RichLive
+from rich.markup import escape
+from rich.table import Table
+
+from assay.study.plan import Materials, Plan, Trial, expected_seconds, wall_seconds
+from assay.study.runners.local import Silent
+
+
+def plan_rows(plan: Plan, materials: Materials) -> list[dict[str, Any]]:
+    """One row for each arm of each stage: seeds, tokens of one run, params, expected seconds of its own runs.
+
+    A run that stages share is counted where it first appears. None: nothing counts it.
+    """
+    seconds = expected_seconds(plan, materials) if materials.rate else [None] * len(plan.trials)
+    rows: list[dict[str, Any]] = []
+    for stage in plan.stages:
+        for arm in stage.arms:
+            used = [i for i, t in enumerate(plan.trials) if any((u.study, u.arm) == (stage.name, arm) for u in t.uses)]
+            own = [i for i in used if (plan.trials[i].uses[0].study, plan.trials[i].uses[0].arm) == (stage.name, arm)]
+            known = [s for i in own if (s := seconds[i]) is not None]
+            rows.append(
+                {
+                    "study": stage.name,
+                    "arm": arm,
+                    "seeds": len(used),
+                    "runs": len(own),
+                    "tokens": stage.tokens[arm],
+                    "params": int(materials.sizes(stage.models[arm][0])["params"]) if materials.sizes else None,
+                    "seconds": sum(known) if len(known) == len(own) else None,
+                    "tuned": stage.tuned.get(arm),
+                }
+            )
+    return rows
+
+
+def plan_table(plan: Plan, materials: Materials, workers: int) -> Table:
+    """The dry run: what would be run, and for how long on so many workers."""
+    rows = plan_rows(plan, materials)
+    caption = f"{len(plan.trials)} runs, {sum(t.tokens for t in plan.trials):,} tokens, {workers} workers"
+    if materials.rate:
+        caption += f", about {_duration(wall_seconds(expected_seconds(plan, materials), workers))}"
+    table = Table(title=escape(f"{plan.name}, budget {plan.budget}"), caption="\n".join([caption, *plan.notes]))
+    for name in ("study", "arm"):
+        table.add_column(name)
+    for name in ("seeds", "runs", "tokens", "params", "expected"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        counts = [
+            str(row["seeds"]),
+            str(row["runs"]),
+            f"{row['tokens']:,}",
+            "" if row["params"] is None else f"{row['params']:,}",
+        ]
+        expected = "" if row["seconds"] is None else _duration(row["seconds"])
+        table.add_row(escape(row["study"]), escape(row["arm"]), *counts, expected)
+    return table
+
+
+@dataclass
+class _Row:
+    trial: Trial
+    since: float = field(default_factory=time.monotonic)
+    fraction: float = 0.0
+    loss: float | None = None
+
+
+class Live(Silent):
+    """Draws on stderr: a table while it is a terminal, and otherwise one line for each finished trial."""
+
+    def __init__(self, trials: Sequence[Trial], console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.total, self.done, self.failed = len(trials), 0, 0
+        self.began = time.monotonic()
+        self.rows: dict[str, _Row] = {}
+        self._live = RichLive(console=self.console, refresh_per_second=4, get_renderable=self.table, transient=True)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def started(self, trial: Trial, worker: int) -> None:
+        if not self.rows and not self.done:
+            self.began = time.monotonic()
+        self.rows[trial.name] = _Row(trial)
+
+    def progressed(self, trial: Trial, event: dict[str, Any]) -> None:
+        row = self.rows[trial.name]
+        row.fraction = float(event.get("fraction", row.fraction))
+        row.loss = event.get("loss_nats", row.loss)
+
+    def finished(self, trial: Trial, why: str | None) -> None:
+        row = self.rows.pop(trial.name)
+        self.done += 1
+        self.failed += why is not None
+        taken = _duration(time.monotonic() - row.since)
+        said = f"failed: {why.splitlines()[0]}" if why else f"done in {taken}"
+        self.console.print(f"[{self.done}/{self.total}] {trial.name}: {said}", markup=False, highlight=False)
+
+    def table(self) -> Table:
+        table = Table(caption=self._caption())
+        for name in ("study", "arm"):
+            table.add_column(name)
+        for name in ("seed", "progress", "loss", "left"):
+            table.add_column(name, justify="right")
+        for row in list(self.rows.values()):
+            use, spent = row.trial.uses[0], time.monotonic() - row.since
+            loss = "" if row.loss is None else f"{row.loss:.3f}"
+            left = _duration(spent / row.fraction - spent) if row.fraction > 0 else ""
+            cells = [str(row.trial.seed), f"{row.fraction:.0%}", loss, left]
+            table.add_row(escape(use.study), escape(use.arm), *cells)
+        return table
+
+    def _caption(self) -> str:
+        finished = self.done + sum(row.fraction for row in self.rows.values())
+        spent = time.monotonic() - self.began
+        left = f", about {_duration(spent / finished * (self.total - finished))} left" if finished else ""
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"{self.done} of {self.total} runs{failed}{left}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
