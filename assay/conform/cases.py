@@ -132,7 +132,7 @@ def noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def site_of(spec: PartSpec) -> Site:
-    site = Site("part", 0, 2, D, D, (), 64)
+    site = Site("part", 0, 2, D, D, (), D)
     if spec.slot == "embeds":
         return replace(site, d_in=V)
     return replace(site, d_out={"heads": V, "routers": 6}.get(spec.slot, D))

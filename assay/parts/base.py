@@ -89,7 +89,8 @@ class Position(Part):
     """A position scheme, standing on the stack under a name. Each hook is optional: the default does nothing."""
 
     def serve(self, heads: int, head_dim: int) -> None:
-        """A mixer with these query heads will ask: what `prepare` makes may depend on it."""
+        """A mixer with these query heads will ask: `prepare` may depend on it. ValueError where they do not fit."""
+        self.spec.fits(heads, head_dim)
 
     def on_embed(self, x: Float[Tensor, "N D"], step: Step) -> Float[Tensor, "N D"]:
         return x

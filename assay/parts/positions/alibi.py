@@ -40,7 +40,7 @@ def slopes(heads: int, device: torch.device | None = None) -> Float[Tensor, "H"]
     """[heads] in float32, steepest first within each of the two series."""
     below = 2 ** int(math.log2(heads))
     first = torch.arange(1, below + 1, device=device) * (-8.0 / below)
-    second = torch.arange(1, 2 * (heads - below), 2, device=device) * (-4.0 / below)
+    second = torch.arange(1, max(1, 2 * (heads - below)), 2, device=device) * (-4.0 / below)
     return torch.cat([first, second]).exp2()
 
 

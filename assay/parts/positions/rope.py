@@ -153,6 +153,7 @@ class RopePosition(Position):
         self.sizes: tuple[int, ...] = ()
 
     def serve(self, heads: int, head_dim: int) -> None:
+        super().serve(heads, head_dim)
         self.sizes = tuple(sorted({*self.sizes, head_dim}))
 
     def prepare_key(self) -> object | None:

@@ -37,8 +37,8 @@ class T5(PositionSpec):
             )
         if self.buckets % 2 or self.max_distance <= self.exact:
             raise ValueError(
-                f"`buckets` ({self.buckets}) must be even with fewer exact distances ({self.exact}) than `max_distance` "
-                f"({self.max_distance})"
+                f"`buckets` ({self.buckets}) must be even, and `max_distance` ({self.max_distance}) above the "
+                f"{self.exact} distances that have a bucket of their own"
             )
 
     @property
