@@ -15,6 +15,7 @@ ARROW = (
     ("parts",),
     ("model",),
     ("cost", "cache", "passes"),
+    ("conform",),
     ("data",),
     ("hub",),
     ("train", "engine"),

@@ -7,24 +7,19 @@ import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
-from assay.parts.positions.rope import turn
+from assay.ops.step import rows_step
 from tests.shapes import CHECKED, checked
 
 
-def wrong() -> tuple[Tensor, Tensor, Tensor]:
-    """Two tokens of 3 heads of 4, and angles for one token: torch would broadcast them without a word."""
-    return torch.zeros(2, 3, 4), torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)
-
-
 @pytest.mark.skipif(not CHECKED, reason="ASSAY_NO_SHAPES is set")
-def test_a_shape_that_broadcasts_silently_is_refused() -> None:
-    with pytest.raises(TypeCheckError, match="cos"):
-        turn(*wrong())
+def test_ids_that_are_not_integers_are_refused() -> None:
+    with pytest.raises(TypeCheckError, match="ids"):
+        rows_step(torch.zeros(2, 3))
 
 
 @pytest.mark.traces
 def test_a_test_that_traces_runs_without_checks() -> None:
-    assert turn(*wrong()).shape == (2, 3, 4)
+    assert rows_step(torch.zeros(2, 3)).grid == (2, 3)
 
 
 def test_only_array_annotations_are_checked() -> None:
