@@ -1,6 +1,7 @@
 """Corpora: the split by name, laziness, digests, and what is refused."""
 
 import hashlib
+import itertools
 import json
 import sysconfig
 from pathlib import Path
@@ -102,8 +103,8 @@ def test_one_document_is_cut_near_its_end(text: str) -> None:
 
 
 def test_no_side_is_left_empty() -> None:
-    for count in range(2, 12):
-        corpus = split(Documents.of(["x"] * count), 10)
+    for count, one_in in itertools.product(range(2, 12), (2, 3, 10)):
+        corpus = split(Documents.of(["x"] * count), one_in)
         assert len(corpus.train) >= 1 and len(corpus.valid) >= 1
         assert len(corpus.train) + len(corpus.valid) == count
         assert not {*corpus.train.names} & {*corpus.valid.names}

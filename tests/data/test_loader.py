@@ -77,6 +77,8 @@ def test_epochs_and_seeds_order_documents_and_rows_anew() -> None:
     shard = numbered([40] * 10)
     orders = [tuple(batch.inputs.tolist()) for seed in (0, 1) for batch in islice(Loader(shard, 49, 8, seed), 2)]
     assert len(set(orders)) == 4
+    one = [tuple(batch.inputs.tolist()) for batch in islice(Loader(numbered([400]), 49, 8, 0), 2)]
+    assert one[0] != one[1]  # of one document, only the rows can be ordered anew
     # Neighbouring rows come from one document one time in ten, as chance has it, and not nearly always.
     documents = np.array(orders)[:, ::8] // 40
     assert (documents[:, 1:] == documents[:, :-1]).mean() < 0.3

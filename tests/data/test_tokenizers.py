@@ -102,7 +102,8 @@ def test_char_has_the_characters_of_the_corpus_and_refuses_others() -> None:
     ours = KINDS["char"]
     assert ours.vocab_size == len(set(TEXT + "€")) + 1
     assert ours.encode(TEXT + "€").tolist() == ours.hf.encode(TEXT + "€").ids
-    for strange in ("Q", "\U0001f600", "\x00"):
+    after = chr(max(map(ord, TEXT + "€")) + 2 + ord("x"))  # one that would wrap round the table
+    for strange in ("Q", "\U0001f600", "\x00", after):
         with pytest.raises(ValueError, match="is not in this tokenizer's corpus"):
             ours.encode("x" + strange)
 
@@ -123,8 +124,16 @@ def _merges(made: tokenizers.Tokenizer) -> list[list[str]]:
     return json.loads(made.to_str())["model"]["merges"]
 
 
+def test_bpe_encodes_a_corpus_as_the_library_does() -> None:
+    _same_encoding("\n".join(corpus().valid))
+
+
 @given(st.text(st.sampled_from(list("aber' \n\t1².!é数'stdl\u3000\x1c")), max_size=40))
 def test_bpe_encodes_as_the_library_does(text: str) -> None:
+    _same_encoding(text)
+
+
+def _same_encoding(text: str) -> None:
     made = KINDS["bpe"]
     back = {char: bytes([b]) for b, char in enumerate(bpe.byte_symbols())}
     merges = [tuple(b"".join(back[c] for c in token) for token in pair) for pair in _merges(made.hf)]
