@@ -1,23 +1,115 @@
 """Every mechanism: its slot, its paper, and what it refuses.
 
-A part supports all laws and features that it does not refuse; the reason stands with each refusal.
+A part obeys every law that it does not refuse by name. `assay parts check FILE.py` runs all laws on a mechanism of
+your own; `assay parts --matrix` runs them on every shipped one and prints what each said.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from assay.cli.common import Json, Part, emit_json, load_parts
+import typer
+
+from assay.cli.common import Json, Part, emit_json, load_parts, progress
+
+if TYPE_CHECKING:
+    from assay.conform.suite import Finding
+    from assay.spec.base import PartSpec
+
+app = typer.Typer()
 
 
-def run(part: Part = None, json: Json = False) -> None:
+@app.callback(invoke_without_command=True)
+def run(
+    ctx: typer.Context,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Run every law on every part, and print the table.")] = False,
+    part: Part = None,
+    json: Json = False,
+) -> None:
+    """Every mechanism: its slot, its paper, and what it refuses."""
+    if ctx.invoked_subcommand is not None:
+        return
     load_parts(part)
+    if matrix:
+        from assay.conform.cases import every
+
+        return conclude(examine(list(every())), json)
     found = rows()
     if json:
         emit_json({"parts": found})
     else:
         show(found)
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(metavar="FILE.py")], json: Json = False) -> None:
+    """The conformance suite on the mechanisms of your own file; exit 1 when a law is broken."""
+    from assay.spec import registry
+
+    conclude(examine(registry.load_file(file)), json)
+
+
+def examine(kinds: list[type[PartSpec]]) -> list[Finding]:
+    """Every law on every size of these parts, with progress on stderr."""
+    from assay.conform.suite import check as laws_of
+
+    found = []
+    with progress() as bar:
+        task = bar.add_task("laws", total=len(kinds))
+        for kind in kinds:
+            bar.update(task, description=f"{kind.slot} {kind.kind_name()}")
+            found += list(laws_of(kind))
+            bar.advance(task)
+    return found
+
+
+def conclude(found: list[Finding], json: bool) -> None:
+    """A row a part and a column a law: holds, refused or broken over all its sizes; then each reason."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    broken = [f for f in found if f.outcome == "broken"]
+    if json:
+        emit_json({"findings": [asdict(f) for f in found], "broken": len(broken)})
+    else:
+        console = Console(highlight=False)
+        console.print(grid(found), crop=False, no_wrap=True, overflow="ignore")
+        console.print("yes: holds, no: refused by name (no*: for some of its sizes), BROKEN: see below")
+        for f in dict.fromkeys((f.slot, f.kind, f.law, f.outcome, f.reason) for f in found if f.reason):
+            console.print(f"{f[0]} {f[1]}: {f[2]} {f[3]}: {f[4]}", markup=False)
+    if broken:
+        raise typer.Exit(1)
+
+
+def grid(found: list[Finding]) -> Any:
+    """Laws down and parts across, or turned where there are many parts."""
+    from rich.table import Table
+
+    parts = list(dict.fromkeys((f.slot, f.kind) for f in found))
+    laws = list(dict.fromkeys(f.law for f in found))
+    cells = {
+        (p, law): mark({f.outcome for f in found if (f.slot, f.kind) == p and f.law == law})
+        for p in parts
+        for law in laws
+    }
+    if len(parts) <= 4:
+        table = Table("law", *(f"{slot} {kind}" for slot, kind in parts), header_style="bold", pad_edge=False)
+        for law in laws:
+            table.add_row(law, *(cells[part, law] for part in parts))
+        return table
+    table = Table("part", *(law[:7] for law in laws), header_style="bold", pad_edge=False, box=None)
+    for part in parts:
+        table.add_row(" ".join(part), *(cells[part, law] for law in laws))
+    return table
+
+
+def mark(outcomes: set[str]) -> str:
+    if "broken" in outcomes:
+        return "BROKEN"
+    return "yes" if outcomes == {"holds"} else "no" if outcomes == {"refuses"} else "no*"
 
 
 def rows() -> list[dict[str, Any]]:
