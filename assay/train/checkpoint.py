@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,7 +68,14 @@ def describe(folder: Path, spec: ModelSpec, tokenizer: Tokenizer, recipe: Spec |
 def save_weights(folder: Path, model: LM, step: int | None) -> None:
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
-    replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    replace(folder / WEIGHTS, lambda path: write_tensors(path, tensors, metadata))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)  # the library's own file is readable by its owner alone
 
 
 def save_run(folder: Path, model: LM, saved: Saved) -> None:
@@ -79,9 +87,8 @@ def save_run(folder: Path, model: LM, saved: Saved) -> None:
             shutil.rmtree(left, ignore_errors=True)
         try:
             part.mkdir(parents=True)
-            save_file(
-                {k: t.detach().cpu().contiguous() for k, t in saved.tensors.items()}, part / "optimizer.safetensors"
-            )
+            tensors = {k: t.detach().cpu().contiguous() for k, t in saved.tensors.items()}
+            write_tensors(part / "optimizer.safetensors", tensors, {"format": "pt"})
             (part / "run.json").write_text(json.dumps({"format": FORMAT, "step": saved.step, **saved.values}), "utf-8")
             for path in part.iterdir():
                 sync(path)
@@ -212,5 +219,6 @@ def _room(folder: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        full = f"os error {errno.ENOSPC}" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(folder)) from None

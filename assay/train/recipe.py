@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from assay.data.corpora import CorpusSpec
 from assay.data.tasks.passkey import Passkey
@@ -141,11 +141,15 @@ class Recipe(Spec):
     seed: int = Field(0, ge=0)
     evaluation: EvaluationSpec = EvaluationSpec()
 
-    @model_validator(mode="after")
-    def _some_tokens(self) -> Self:
-        if isinstance(self.tokens, int) and self.tokens < 1:
-            raise ValueError(f"tokens: {self.tokens}; accepted: 1 or more, or {{per_param: number}}")
-        return self
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _a_count(cls, value: Any) -> Any:
+        """Said here: what pydantic says about a union names both of its sides."""
+        if isinstance(value, PerParam) or (isinstance(value, Mapping) and value.keys() == {"per_param"}):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
+            raise ValueError(f"{value!r}; accepted: a whole number from 1 on, or {{per_param: number}}")
+        return int(value)
 
     def steps(self, parameters: int) -> int:
         """Optimiser steps for a model of this many parameters: the tokens, rounded up to whole batches."""

@@ -47,4 +47,5 @@ def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapp
         parameter = parameters[name]
         if tensor.numel() != 1 and tensor.shape != parameter.shape:
             raise ValueError(f"{key}: shape {list(tensor.shape)}, the weight has {list(parameter.shape)}")
-        optimizer.state[parameter][what] = tensor.to(parameter.device) if tensor.numel() != 1 else tensor.clone()
+        place = parameter.device if tensor.numel() != 1 else tensor.device  # the count of steps stays where it was
+        optimizer.state[parameter][what] = tensor.to(place, copy=True)
