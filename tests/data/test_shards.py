@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from assay.data.corpora import Corpus, CorpusSpec, Documents
+from assay.data.corpora import Corpus, CorpusSpec, Documents, open_corpus
 from assay.data.dataset import open_dataset
 from assay.data.shards import Shard, default_cache, encode_documents
 from assay.data.tokenizers import Tokenizer, TokenizerSpec, build_tokenizer
@@ -176,6 +176,8 @@ def test_a_dataset_opens_the_same_from_the_cache(tmp_path: Path, kind: str) -> N
         again.valid.digest,
     )
     assert first.tokenizer.decode(first.train.document(0)[:-1]).startswith("why do amos")
+    for shard, texts in ((first.train, open_corpus(corpus).train), (first.valid, open_corpus(corpus).valid)):
+        assert [first.tokenizer.decode(shard.document(i)[:-1]) for i in range(len(shard))] == list(texts)
     assert open_dataset(corpus.model_copy(update={"valid_one_in": 0}), spec, tmp_path).valid is None
 
 
