@@ -136,11 +136,15 @@ class Cache:
             raise ValueError("a slot stands twice in one step")
         if step.tree is not None:
             raise ValueError("a step with a tree cannot be stored: entries are told apart by their place")
+        if step.past.shape[0] != len(rows):
+            raise ValueError(f"the step has {step.past.shape[0]} sequences, and {len(rows)} slots are given")
         counts = torch.bincount(step.seq[step.seq >= 0], minlength=len(rows)).tolist()
-        if len(counts) != len(rows) or step.past.shape[0] != len(rows):
+        if len(counts) != len(rows):
             raise ValueError(
-                f"the step has {max(len(counts), step.past.shape[0])} sequences, and {len(rows)} slots are given"
+                f"a token of the step belongs to sequence {len(counts) - 1}, and {len(rows)} slots are given"
             )
+        if self.saves is not None and step.saves is None:
+            raise ValueError("step.saves is missing: the tokens after which sequence fields are kept")
         for i, (row, past, count) in enumerate(zip(rows, step.past.tolist(), counts, strict=True)):
             if past != self.lengths[row]:
                 raise ValueError(

@@ -156,8 +156,7 @@ class Saves:
 
     def arrive(self, rows: Sequence[int], step: Step, lengths: Sequence[int]) -> Saving:
         """`lengths[i]`: tokens of the step's sequence i once the step is done; each that grows must be saved there."""
-        if step.saves is None:
-            raise ValueError("step.saves is missing: the tokens after which sequence fields are kept")
+        assert step.saves is not None
         start = [row * self.depth + self.cursor[row] for row in rows]
         saved: dict[int, list[tuple[int, int]]] = {}
         places, seqs = (t.index_select(0, step.saves).tolist() for t in (step.index, step.seq))
