@@ -11,7 +11,7 @@ from tests.report.synthetic import tour
 
 HOSTILE = (
     "</script><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>"
-    '<b>b</b><a href="https://attacker.example">a</a>"%{x}{{7*7}}&lt;\u2028]]>'
+    '<b>b</b><a href="https://attacker.example">a</a>"%{pwned}{{7*7}}&lt;\u2028]]>'
 )
 CLOSED_WORDS = {"verdict", "outcome", "what"}
 NAMED_BY_USERS = {"changes", "constraints"}

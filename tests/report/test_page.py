@@ -76,7 +76,7 @@ def hostile_page(hostile: list[Result]) -> Page:
 
 def test_hostile_text_adds_no_tag_and_no_attribute(plain_page: Page, hostile_page: Page) -> None:
     assert hostile_page.tags == plain_page.tags
-    assert len(hostile_page.scripts) == 3
+    assert len(hostile_page.scripts) == 3 and "<" not in hostile_page.scripts[0]
 
 
 def test_hostile_text_is_shown_as_written(hostile_page: Page) -> None:
