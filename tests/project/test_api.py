@@ -47,17 +47,15 @@ def test_a_bill_counts_what_is_built() -> None:
 def test_load_gives_the_model_that_was_saved(tmp_path: Path) -> None:
     from assay.data.corpora import CorpusSpec, open_corpus
     from assay.data.tokenizers import TokenizerSpec, build_tokenizer
-    from assay.model.lm import LM
+    from assay.model.lm import build
     from assay.ops.step import rows_step
     from assay.train.checkpoint import save_checkpoint
 
-    model = LM(assay.spec("gpt-11m", layers=1)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter.data, std=0.02)
+    model = build(assay.spec("gpt-11m", layers=1), seed=3).eval()
     corpus = open_corpus(CorpusSpec(kind="generated"))
     save_checkpoint(tmp_path, model, build_tokenizer(TokenizerSpec(kind="byte"), corpus))
     loaded, tokenizer = assay.load(tmp_path)
-    step = rows_step(torch.tensor([tokenizer.encode("assay")]))
+    step = rows_step(torch.tensor(tokenizer.encode("assay"))[None])
     logits = model(step).logits
     assert logits.isfinite().all() and torch.equal(loaded(step).logits, logits)
 
