@@ -24,7 +24,7 @@ def _forest(stage: Stage, metric: str) -> Plot | None:
     if not found:
         return None
     base = stage.base.title if stage.base else "the baseline"
-    canvas = Canvas(f"difference from {label(base, 30)} ({unit(metric) or title_of(metric)})", "")
+    canvas = Canvas(f"difference ({label(unit(metric) or title_of(metric), 30)})", "")
     for row, (arm, values) in enumerate(reversed(found)):
         canvas.add(_difference(values, row, metric), name=arm.title)
     canvas.axes["y"] = {
@@ -39,7 +39,7 @@ def _forest(stage: Stage, metric: str) -> Plot | None:
         canvas.shapes.append(_band(max(floors)))
     canvas.shapes.append({"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 1}})
     _directions(canvas, lower_is_better(metric))
-    note = "Points are paired differences, bars their intervals, the band the noise floor of the baseline's seeds."
+    note = f"Points are differences from {base}, bars their intervals, the band the noise floor of its seeds."
     return canvas.plot(f"Differences in {title_of(metric)}", note, height=110 + 38 * len(found), wide=True)
 
 

@@ -32,7 +32,7 @@ def headline(stages: Sequence[Stage]) -> list[str]:
         lines.append(f"{plural(arms, 'arm')}{where}, compared with {against} over {plural(len(trials), 'run')}{spent}.")
     verdicts = Counter(word for stage in stages for word in decided(stage).values())
     if verdicts:
-        lines.append(f"{_sentence(_tally(verdicts, VERDICTS))}.")
+        lines.append(f"Of the {plural(arms, 'arm')}, {_tally(verdicts, VERDICTS)}.")
     claims = claim_counts(stages)
     if sum(claims.values()):
         outcomes = _tally(claims, OUTCOMES)
@@ -49,10 +49,6 @@ def _own_times(stage: Stage, arm: Any) -> list[float]:
 
 def _is_time(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == value
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _tally(counts: Counter[str], order: tuple[str, ...]) -> str:

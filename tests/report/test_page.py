@@ -121,7 +121,7 @@ def test_losses_of_two_recipes_never_share_the_front(plain_page: Page, plain: li
 
 def test_the_headline_counts_what_was_decided(plain_page: Page) -> None:
     assert "10 arms in 5 stages, compared with their baselines over 45 runs" in plain_page.text
-    assert "6 are better, 3 are not distinguishable and 1 was not tested." in plain_page.text
+    assert "Of the 10 arms, 6 are better, 3 are not distinguishable and 1 was not tested." in plain_page.text
     assert "Of 8 claims written down before the runs, 4 were confirmed, 2 were contradicted" in plain_page.text
     assert "The synthesis takes Rotary (RoPE) and Window 16 on evidence and One head (MQA) because it costs less" in (
         plain_page.text
@@ -129,7 +129,7 @@ def test_the_headline_counts_what_was_decided(plain_page: Page) -> None:
 
 
 def test_an_arm_without_a_verdict_says_not_tested(plain_page: Page) -> None:
-    assert re.search(r"Five local to one full 1\.4\d\d – – – – 3 ○ not tested", plain_page.text)
+    assert re.search(r"Five local to one full ○ not tested – – – – 1\.4\d\d 3", plain_page.text)
 
 
 def test_kinds_that_are_missing_leave_no_heading() -> None:
@@ -167,9 +167,9 @@ def test_a_stage_borrows_runs_of_an_equal_spec() -> None:
     trial = line("trial", "first", "x", 0, values={"loss_nats": 1.25}, recipe_digest="r")
     arms = [{"name": "y", "title": "Why", "changes": {}, "spec_digest": trial.spec_digest}]
     study = line("study", "second", values={"arms": arms, "base_arm": "y"}, recipe_digest="r")
-    assert re.search(r"Why 1\.250", Page(render([trial, study], "t")).text)
+    assert re.search(r"Why ● baseline – – – – 1\.250 1", Page(render([trial, study], "t")).text)
     other = study.model_copy(update={"recipe_digest": "other"})
-    assert not re.search(r"Why 1\.250", Page(render([trial, other], "t")).text)
+    assert not re.search(r"Why ● baseline – – – – 1\.250 1", Page(render([trial, other], "t")).text)
 
 
 def test_the_last_line_of_a_kind_wins() -> None:

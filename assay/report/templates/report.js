@@ -120,7 +120,7 @@
       hoverdistance: 30,
       font: { family: colour("--sans"), size: 12 },
       hoverlabel: { align: "left", namelength: -1, font: { size: 12 } },
-      margin: { l: 8, r: 14, t: 26, b: 4, pad: 2 },
+      margin: { l: 8, r: 14, t: touch.matches ? 46 : 26, b: 4, pad: 2 },
     });
     for (const axis of axisNames) {
       layout[axis] = { automargin: true, zeroline: false, ticks: "outside", ticklen: 4, tickcolor: "rgba(0,0,0,0)", showline: axis === "xaxis", ...layout[axis] };
@@ -133,7 +133,8 @@
     card.dataset.drawn = "yes";
     const { data, layout } = figures[Number(card.dataset.figure)];
     const place = card.querySelector(".drawing");
-    dress(layout, Number(card.dataset.height));
+    dress(layout, Number(card.dataset.height) + (touch.matches ? 20 : 0));
+    place.style.height = `${layout.height}px`;
     place.fixed = {};
     for (const axis of axisNames) if (layout[axis].tickvals) place.fixed[axis] = { tickvals: layout[axis].tickvals, ticktext: layout[axis].ticktext };
     place.inked = (layout.shapes || []).map((shape, i) => (shape.type === "line" && !shape.line.color ? i : -1)).filter((i) => i >= 0);
