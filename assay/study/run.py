@@ -105,9 +105,10 @@ def run_study(request: Request, out: str | Path, session: Session, seconds: floa
 
 
 def _run(trials: Sequence[Trial], folder: Folder, session: Session) -> list[Failed]:
-    watching = session.watch(trials) if session.watch else nullcontext(None)
+    left = folder.adopt(trials)
+    watching = session.watch(left) if session.watch else nullcontext(None)
     with watching as watcher:
-        return run_trials(trials, folder, session.pool, watcher)
+        return run_trials(left, folder, session.pool, watcher)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ if __name__ == "__main__":
     from pathlib import Path
     from tests.study.test_local import TWO, _plan, _run
 
-    _run(Path(sys.argv[1]), _plan("full"), replace(TWO, function="tests.study.toy_trials:slow"))
+    _run(Path(sys.argv[1]), _plan("full"), replace(TWO, function="tests.study.toy_trials:hanging"))
 """
 
 
@@ -154,7 +154,8 @@ def test_stopping_loses_nothing_and_leaves_no_process(tmp_path: Path, how: str) 
     else:
         process.kill()
     _, said = process.communicate(timeout=20)
-    assert ("KeyboardInterrupt" in said) == (how == "ctrl-c")
+    # The command's own traceback, and none from a worker.
+    assert said.count("KeyboardInterrupt") == (how == "ctrl-c")
     deadline = time.monotonic() + 10
     while _alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -67,11 +67,6 @@ def hanging(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
     return run_trial(job, progress)
 
 
-def slow(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
-    time.sleep(0.25)
-    return run_trial(job, progress)
-
-
 def wordy(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
     """Says what is no Result."""
     return [{"kind": "nonsense", "values": {}}]

@@ -1,0 +1,120 @@
+"""One trial: a model trained under a recipe, and everything that is measured on it. What a pool's worker runs."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from assay import __version__
+from assay.cost.bill import Question, bill
+from assay.measure.subject import Subject
+from assay.measure.topics import run as measured
+from assay.spec import registry
+from assay.spec.load import validate
+from assay.spec.model import ModelSpec
+from assay.spec.result import Result
+from assay.study.run import commit
+from assay.train.loop import Options, train
+from assay.train.outcome import Diverged, Status, TrainResult
+from assay.train.recipe import Recipe
+
+Progress = Callable[[dict[str, Any]], None]
+TRAINING_SHARE = 0.8  # of a trial's progress; the rest is measuring
+
+
+def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
+    """Train `job`'s model with its seed, measure it, and return Results as plain data. See `Trial.job` for the keys."""
+    for path in job.get("parts", ()):
+        if Path(path).stem not in {name.removeprefix("assay_user_") for name in sys.modules}:
+            registry.load_file(path)
+    spec = validate(ModelSpec, job["spec"], "spec")
+    recipe = validate(Recipe, {**job["recipe"], "seed": job["seed"]}, "recipe")
+
+    def told(status: Status) -> None:
+        progress({"fraction": TRAINING_SHARE * status.step / status.steps, "loss_nats": status.loss_nats})
+
+    keep = Path(job["keep"]) if job.get("keep") else None
+    try:
+        trained = train(spec, recipe, keep, on_progress=told, options=Options())
+    except Diverged as error:
+        return [line(job, "trial", {**sizes(spec), "loss_nats": None, "diverged": True, "steps": error.step})]
+    results = [line(job, "trial", values(spec, trained))]
+    subject = Subject.of(trained)
+    for i, asked in enumerate(job["measurements"]):
+        for kind, found in measured(asked["name"], subject, asked["options"]):
+            results.append(line(job, kind, found))
+        done = TRAINING_SHARE + (1 - TRAINING_SHARE) * (i + 1) / len(job["measurements"])
+        progress({"fraction": done, "loss_nats": trained.losses[-1][1]})
+    return results
+
+
+def line(job: dict[str, Any], kind: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A Result of this job, as plain data."""
+    made = Result(
+        kind=kind,
+        study=job["study"],
+        arm=job["arm"],
+        seed=job["seed"],
+        spec_digest=job["spec_digest"],
+        recipe_digest=job["recipe_digest"],
+        commit=commit(),
+        version=__version__,
+        device="cpu",
+        threads=torch.get_num_threads(),
+        values=found,
+    )
+    return made.model_dump(mode="json")
+
+
+def sizes(spec: ModelSpec) -> dict[str, Any]:
+    """What a model costs whether or not it learns anything."""
+    found = bill(spec, Question(spec.context))
+    return {
+        "params_total": found.params["total"],
+        "params_active": found.params["active"],
+        "params_embedding": found.params["embedding"],
+        "state_bytes_per_token": found.state_bytes_per_token,
+        "state_bytes": found.state_bytes,
+        "train_flops_per_token": found.flops["train_per_token"],
+    }
+
+
+def values(spec: ModelSpec, trained: TrainResult) -> dict[str, Any]:
+    """The `trial` line: losses on validation text, what it cost, and the curves."""
+    found = trained.evaluation
+    if found is None:
+        raise ValueError("recipe.evaluation.tokens: 0; a study needs validation")
+    places, losses = found.by_position()
+    return {
+        **sizes(spec),
+        "loss_nats": found.loss_nats,
+        "bits_per_byte": found.bits_per_byte,
+        "in_context_nats": found.in_context_nats,
+        "tokens": trained.tokens,
+        "steps": trained.steps,
+        "train_s": trained.train_s,
+        "train_tok_s": trained.train_tok_s,
+        "train_flops": trained.train_flops,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "diverged": False,
+        "data_digest": trained.dataset.digest,
+        "curve": curve(thinned(trained.losses)),
+        "valid_curve": curve(trained.valid_losses),
+        "by_position": {"position": places, "loss_nats": losses},
+    }
+
+
+def curve(points: Any) -> dict[str, list[float]]:
+    return {"tokens": [t for t, _ in points], "loss_nats": [round(loss, 5) for _, loss in points]}
+
+
+def thinned(points: Any, most: int = 60) -> list[tuple[int, float]]:
+    """At most `most` points, each the mean of a run of steps."""
+    width = max(1, -(-len(points) // most))
+    runs = [points[i : i + width] for i in range(0, len(points), width)]
+    return [(run[-1][0], sum(loss for _, loss in run) / len(run)) for run in runs]
