@@ -1,0 +1,93 @@
+"""Continue a text: the continuation alone on stdout, as it is made.
+
+A seed makes it reproducible. The reply ends at the end-of-text token, unless --ignore-eos is given.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from assay.cli import _engine as options
+from assay.cli.common import Device, Json, Part, console, emit_json, fail, load_parts
+
+if TYPE_CHECKING:
+    from assay.data.tokenizers import Tokenizer
+    from assay.engine.request import Request
+    from assay.engine.runner import Token
+    from assay.model.lm import LM
+
+
+def run(
+    ckpt: options.Checkpoint,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue; - reads it from stdin.")],
+    max_new: options.MaxNew = None,
+    temperature: options.Temperature = 1.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.Repetition = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    dtype: options.Dtype = None,
+    device: Device = "auto",
+    part: Part = None,
+    json: Json = False,
+) -> None:
+    load_parts(part)
+    from assay.engine.request import Request, SamplingParams
+    from assay.engine.runner import context_limit
+
+    sampling = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    model, tokenizer = options.load(ckpt, device, dtype)
+    ids = tuple(tokenizer.encode(sys.stdin.read() if prompt == "-" else prompt).tolist()) or start(tokenizer)
+    new = options.room(len(ids), max_new, context_limit(model.spec))
+    ends = frozenset() if ignore_eos or tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    request = Request(prompt=ids, sampling=sampling, max_new=new, stop_tokens=ends, stop=tuple(stop or ()))
+    report = write(model, tokenizer, request)
+    if json:
+        print()
+        emit_json(report)
+
+
+def start(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What an empty prompt begins with: the first token of a text, or what stands between two."""
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if first is None:
+        fail("--prompt is empty, and this model's tokenizer names no token that a text begins with")
+    return (first,)
+
+
+def write(model: LM, tokenizer: Tokenizer, request: Request) -> dict[str, object]:
+    """Print the continuation piece by piece; what `--json` tells about it."""
+    from assay.engine.runner import generate
+
+    began = time.perf_counter()
+    times, ids, text, finish = [], [], "", None
+    tokens: Iterator[Token] = generate(model, tokenizer, [request])
+    for token in tokens:
+        times.append(time.perf_counter())
+        ids.append(token.id)
+        text, finish = text + token.text, token.finish
+        sys.stdout.write(token.text)
+        sys.stdout.flush()
+    if sys.stdout.isatty():
+        print()
+    decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    if decode is not None and console().is_terminal:
+        console().print(f"{len(ids)} tokens, {decode:.1f} tok/s", style="dim")
+    return {
+        "text": text,
+        "tokens": ids,
+        "finish": finish,
+        "prompt_tokens": len(request.prompt),
+        "ttft_s": times[0] - began,
+        "decode_tok_s": decode,
+    }
