@@ -15,18 +15,13 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-Role = Literal["embed", "matrix", "vector", "expert", "head"]
-Per = Literal["token", "sequence", "memory"]
-
-DTYPE_BYTES: Mapping[str, int] = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int8": 1,
-}
+from assay.spec.values import DTYPE_BYTES as DTYPE_BYTES
+from assay.spec.values import Cost as Cost
+from assay.spec.values import Fan as Fan
+from assay.spec.values import Init as Init
+from assay.spec.values import Role as Role
+from assay.spec.values import StateField as StateField
+from assay.spec.values import Weight as Weight
 
 
 class NestedError(ValueError):
@@ -52,110 +47,6 @@ class Spec(BaseModel):
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise NestedError((key,), f"unknown field{hint}; accepted: {', '.join(cls.model_fields)}")
         return data
-
-
-@dataclass(frozen=True)
-class Init:
-    """How a weight is drawn: `normal` (mean 0, `std`), `uniform` in (-std, std), or the constant `value`."""
-
-    kind: Literal["normal", "uniform", "constant"] = "normal"
-    std: float = 0.02
-    value: float = 0.0
-
-    @staticmethod
-    def constant(value: float) -> Init:
-        return Init("constant", 0.0, value)
-
-    @staticmethod
-    def fan_in(fan: int, gain: float = 1.0) -> Init:
-        return Init("normal", gain / math.sqrt(fan))
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One declared parameter: allocation, init, import shapes, sharding and decay groups come from this table.
-
-    `shape` is torch's ([out, in] for a linear). `split` is the dimension that tensor parallelism cuts.
-    `active` is the share of the weight that one token uses (top_k / experts for a routed expert).
-    """
-
-    shape: tuple[int, ...]
-    role: Role = "matrix"
-    init: Init = field(default_factory=Init)
-    dtype: str = "float32"
-    split: int | None = None
-    active: float = 1.0
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def flops(self) -> int:
-        """FLOPs per token of the product with this weight, 2 per multiply-add; lookups and scalings count nothing."""
-        return round(2 * self.numel * self.active) if self.role in ("matrix", "expert", "head") else 0
-
-
-@dataclass(frozen=True)
-class Fan:
-    """A linear map d_in -> d_out at a site. `out`: it writes to the residual stream. `split`: 0 column, 1 row."""
-
-    d_in: int
-    d_out: int
-    bias: bool = False
-    out: bool = False
-    split: int | None = None
-    role: Role = "matrix"
-
-
-@dataclass(frozen=True)
-class StateField:
-    """What must be remembered: one entry a token, a sequence, or a token of the memory (cross-attention)."""
-
-    name: str
-    per: Per
-    shape: tuple[int, ...]
-    dtype: str = "model"
-    init: float = 0.0
-    split: int | None = None
-    keep: int | None = None
-    every: int = 1
-
-    def entries(self, tokens: int, memory: int = 0) -> int:
-        """How many entries a sequence of `tokens` tokens (and `memory` memory tokens) has that can still be read."""
-        if self.per == "sequence":
-            return 1
-        count = memory if self.per == "memory" else tokens
-        count = count if self.keep is None else min(count, self.keep)
-        return count // self.every
-
-    def slots(self, tokens: int, page: int, memory: int = 0) -> int:
-        """Entries that storage reserves: whole pages of `page` tokens; a window keeps room for one page in flight."""
-        if self.per == "sequence":
-            return 1
-        count = memory if self.per == "memory" else tokens
-        if self.keep is not None:
-            count = min(count, self.keep + page - 1)
-        return -(-count // (page * self.every)) * page
-
-    def bytes(self, tokens: int, dtype: str, memory: int = 0) -> int:
-        width = DTYPE_BYTES[dtype if self.dtype == "model" else self.dtype]
-        return self.entries(tokens, memory) * math.prod(self.shape) * width
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs that the linears do not cover.
-
-    `flops`: what the mathematics needs (visible pairs, the recurrence). `executed`: what the matmul backend runs
-    (full squares, padding), equal to torch's FlopCounterMode there. Both count 2 for each multiply-add.
-    """
-
-    flops: int = 0
-    executed: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.executed + other.executed)
 
 
 class InitSpec(Spec):
