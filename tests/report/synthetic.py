@@ -147,9 +147,31 @@ def measure(name: str, arm: str, seed: int, what: str, rows: list[dict[str, Any]
     return line("measure", name, arm, seed, values={"what": what, "rows": rows})
 
 
+Tables = dict[str, list[dict[str, Any]]]
+
+
 def measures(name: str, arm: str, loss: float, shape: tuple[int, float], rng: random.Random) -> list[Result]:
-    state, growth = shape
-    tables: dict[str, list[dict[str, Any]]] = {"latency": [], "memory": []}
+    tables = speed(*shape)
+    if name == "baseline":
+        tables |= inside(loss)
+    if name in ("positions", "windows"):
+        tables |= recall(rng)
+    out = [measure(name, arm, 0, what, rows) for what, rows in tables.items()]
+    if arm in ("none", "alibi", "w16"):
+        text = "the key is 48213. The grass is green. The sky is blue. The key is the key is the key is the"
+        values = {
+            "metric": "accuracy",
+            "score": 0.0,
+            "prompt": "Remember 91734. … What is the key?",
+            "text": text,
+            "why": "the answer repeats the question instead of the digits",
+        }
+        out += [line("failure", name, arm, 0, values={**values, "score": s}) for s in (0.0, 0.05)]
+    return out
+
+
+def speed(state: int, growth: float) -> Tables:
+    tables: Tables = {"latency": [], "memory": []}
     for batch in (1, 8):
         for context in (128, 512, 2048, 8192):
             roof = batch * 2.0e10 / (860_000 + batch * context * state * (1 + growth))
@@ -177,52 +199,49 @@ def measures(name: str, arm: str, loss: float, shape: tuple[int, float], rng: ra
                     "peak_memory_bytes": 2 * bytes_ + (300 << 20),
                 }
             )
-    if name == "baseline":
-        lengths = (256, 512, 1024, 2048, 4096)
-        tables["kernels"] = [
-            {
-                "backend": b,
-                "length": n,
-                "seconds": k * n * n * 1e-9,
-                "peak_bytes": m * n * (n if b == "naive" else 64),
-                "traffic_bytes": 12 * n * n,
-            }
-            for b, k, m in (("naive", 9, 16), ("tiled", 4, 64))
-            for n in lengths
-        ]
-        tables["lens"] = [{"layer": i, "loss_nats": 3.4 - 0.42 * i} for i in range(5)]
-        tables["wavelengths"] = [
-            {"dim": i, "wavelength": 2 * math.pi * 10 ** (i / 2), "completes": i < 3} for i in range(8)
-        ]
-        tables["expert_use"] = [{"layer": i, "busiest": 0.31, "idle": 0.02} for i in range(4)]
-    if name in ("positions", "windows"):
-        grid = [(n, n * d // 4) for n in (64, 128, 256, 512) for d in (1, 2, 3)]
-        tables["passkey"] = [
-            {
-                "length": n,
-                "distance": d,
-                "accuracy": max(0.1, min(1.0, 1.15 - n / 700 + rng.gauss(0, 0.03))),
-                "chance": 0.1,
-                "samples": 64,
-            }
-            for n, d in grid
-        ]
-        tables["attention"] = [
-            {"layer": i, "tokens": 4096, "sink_mass": 0.1 + 0.12 * i, "entropy_nats": 3.1 - 0.3 * i, "max_logit": 6 + i}
-            for i in range(4)
-        ]
-        tables["steps_to_loss"] = [
-            {"loss_nats": t, "steps": int(9e3 / t**3), "tokens": int(4.6e6 / t**3)} for t in (3.0, 2.5, 2.25, 2.1)
-        ]
-    out = [measure(name, arm, 0, what, rows) for what, rows in tables.items()]
-    if arm in ("none", "alibi", "w16"):
-        text = "the key is 48213. The grass is green. The sky is blue. The key is the key is the key is the"
-        values = {
-            "metric": "accuracy",
-            "score": 0.0,
-            "prompt": "Remember 91734. … What is the key?",
-            "text": text,
-            "why": "the answer repeats the question instead of the digits",
+    return tables
+
+
+def inside(loss: float) -> Tables:
+    tables: Tables = {}
+    lengths = (256, 512, 1024, 2048, 4096)
+    tables["kernels"] = [
+        {
+            "backend": b,
+            "length": n,
+            "seconds": k * n * n * 1e-9,
+            "peak_bytes": m * n * (n if b == "naive" else 64),
+            "traffic_bytes": 12 * n * n,
         }
-        out += [line("failure", name, arm, 0, values={**values, "score": s}) for s in (0.0, 0.05)]
-    return out
+        for b, k, m in (("naive", 9, 16), ("tiled", 4, 64))
+        for n in lengths
+    ]
+    tables["lens"] = [{"layer": i, "loss_nats": loss + 0.42 * (4 - i)} for i in range(5)]
+    tables["wavelengths"] = [
+        {"dim": i, "wavelength": 2 * math.pi * 10 ** (i / 2), "completes": i < 3} for i in range(8)
+    ]
+    tables["expert_use"] = [{"layer": i, "busiest": 0.31, "idle": 0.02} for i in range(4)]
+    return tables
+
+
+def recall(rng: random.Random) -> Tables:
+    tables: Tables = {}
+    grid = [(n, n * d // 4) for n in (64, 128, 256, 512) for d in (1, 2, 3)]
+    tables["passkey"] = [
+        {
+            "length": n,
+            "distance": d,
+            "accuracy": max(0.1, min(1.0, 1.15 - n / 700 + rng.gauss(0, 0.03))),
+            "chance": 0.1,
+            "samples": 64,
+        }
+        for n, d in grid
+    ]
+    tables["attention"] = [
+        {"layer": i, "tokens": 4096, "sink_mass": 0.1 + 0.12 * i, "entropy_nats": 3.1 - 0.3 * i, "max_logit": 6 + i}
+        for i in range(4)
+    ]
+    tables["steps_to_loss"] = [
+        {"loss_nats": t, "steps": int(9e3 / t**3), "tokens": int(4.6e6 / t**3)} for t in (3.0, 2.5, 2.25, 2.1)
+    ]
+    return tables
