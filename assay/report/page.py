@@ -61,7 +61,12 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _title(results: Sequence[Result]) -> str:
-    return next((str(r.values["title"]) for r in results if r.kind == "study" and r.values.get("title")), "")
+    """The frame's title, or that of the only study; several without a frame go by what the environment calls them."""
+    titles = {r.study: str(r.values["title"]) for r in results if r.kind == "study" and r.values.get("title")}
+    frames = [r.study for r in results if r.kind == "study" and not r.values.get("arms") and r.study in titles]
+    if frames or len(titles) == 1:
+        return titles[frames[0]] if frames else next(iter(titles.values()))
+    return next((r.study for r in results if r.kind == "environment"), "")
 
 
 def render(results: Sequence[Result], title: str) -> str:

@@ -189,6 +189,11 @@ def test_write_report_reads_torn_lines_and_replaces_in_one_step(tmp_path: Path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "results.jsonl"]
 
 
+def test_stages_without_a_frame_go_by_the_study_that_ran_them(tmp_path: Path, plain: list[Result]) -> None:
+    write_results(tmp_path / "results.jsonl", [r for r in plain if r.study != "tour" or r.kind == "environment"])
+    assert "<h1>tour</h1>" in write_report(tmp_path).read_text()
+
+
 def test_a_refused_report_leaves_the_old_one(tmp_path: Path, plain: list[Result]) -> None:
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(ValueError, match=r"results\.jsonl does not exist"):
