@@ -9,7 +9,7 @@ from assay.ops.attend import Bias
 from assay.parts.base import Position
 
 
-class DistanceBias(Position):
+class DistancePosition(Position):
     """A scheme that adds a number for each head and distance; it is its own `Bias`."""
 
     def by_distance(self, distance: Int[Tensor, "*d"]) -> Float[Tensor, "H *d"]:
@@ -18,12 +18,16 @@ class DistanceBias(Position):
 
     def tile(self, scores: Tensor, q: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """scores [..., H, T, S] plus the bias; q_pos [..., T] and k_pos [..., S] may have an axis of one for H."""
-        distance = q_pos[..., :, None] - k_pos[..., None, :]
-        distance = distance.squeeze(-3) if distance.dim() == scores.dim() else distance
-        return scores + self.by_distance(distance).movedim(0, -3).to(scores.dtype)
+        return scores + self.by_distance(between(scores, q_pos, k_pos)).movedim(0, -3).to(scores.dtype)
 
     def bias(self) -> Bias:
         return self
+
+
+def between(scores: Tensor, q_pos: Tensor, k_pos: Tensor) -> Int[Tensor, "*d T S"]:
+    """Query position minus key position for scores [..., H, T, S], without the axis of heads."""
+    distance = q_pos[..., :, None] - k_pos[..., None, :]
+    return distance.squeeze(-3) if distance.dim() == scores.dim() else distance
 
 
 def refuse_heads(kind: str, heads: int, asked: int) -> None:

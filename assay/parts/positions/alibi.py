@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from assay.parts.positions._distance import DistanceBias, refuse_heads
+from assay.parts.positions._distance import DistancePosition, between, refuse_heads
 from assay.spec.base import PositionSpec, Site
 
 
@@ -44,10 +44,16 @@ def slopes(heads: int, device: torch.device | None = None) -> Float[Tensor, "H"]
     return torch.cat([first, second]).exp2()
 
 
-class AlibiPosition(DistanceBias):
+class AlibiPosition(DistancePosition):
     def by_distance(self, distance: Int[Tensor, "*d"]) -> Float[Tensor, "H *d"]:
         slope = slopes(self.spec.heads, distance.device)
         return -slope.view(-1, *[1] * distance.dim()) * distance.abs()
+
+    def tile(self, scores: Tensor, q: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """As `by_distance` says, in one pass over the scores."""
+        slope = slopes(self.spec.heads, scores.device).to(scores.dtype).view(-1, 1, 1)
+        distance = between(scores, q_pos, k_pos).abs().to(scores.dtype)
+        return torch.addcmul(scores, slope, distance.unsqueeze(-3), value=-1)
 
 
 def alibi_bias(heads: int, q_pos: Int[Tensor, "T"], k_pos: Int[Tensor, "S"]) -> Float[Tensor, "H T S"]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from assay.parts.positions._distance import DistanceBias, refuse_heads
+from assay.parts.positions._distance import DistancePosition, refuse_heads
 from assay.spec.base import Init, PositionSpec, Site, Weight
 
 
@@ -73,7 +73,7 @@ def bucket(spec: T5, distance: Int[Tensor, "*d"]) -> Int[Tensor, "*d"]:
     return later + torch.where(away < spec.exact, away, wide.clamp(max=side - 1))
 
 
-class T5Position(DistanceBias):
+class T5Position(DistancePosition):
     def by_distance(self, distance: Int[Tensor, "*d"]) -> Float[Tensor, "H *d"]:
         return F.embedding(bucket(self.spec, distance), self.weight).movedim(-1, 0)
 

@@ -11,7 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from assay.model.lm import build
 from assay.ops.step import rows_step
 from assay.parts.positions import alibi, t5
-from assay.parts.positions._distance import DistanceBias
+from assay.parts.positions._distance import DistancePosition
 from assay.parts.positions.alibi import Alibi, alibi_bias, slopes
 from assay.parts.positions.t5 import T5, bucket
 from assay.spec.base import Site
@@ -54,7 +54,7 @@ def test_buckets_equal_transformers(buckets: int, reach: int, bidirectional: boo
     assert torch.equal(own.long(), bucket(spec, distance.clamp(min=0)))
 
 
-def scheme(kind: str) -> tuple[DistanceBias, Tensor]:
+def scheme(kind: str) -> tuple[DistancePosition, Tensor]:
     """A built scheme for six heads, and its reference's bias for some queries and keys."""
     q_pos, k_pos = torch.tensor([4, 5, 40]), torch.tensor([0, 3, 5, 39])
     if kind == "alibi":
