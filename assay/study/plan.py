@@ -55,6 +55,7 @@ class Trial:
     uses: tuple[Use, ...]
     tokens: int
     measurements: tuple[tuple[str, Tree], ...] = ()
+    keep: bool = False
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -174,7 +175,10 @@ def make_plan(
 def synthesis_stage(
     name: str, like: Stage, changes: Mapping[str, Any], materials: Materials, scale: float
 ) -> tuple[Stage, tuple[Trial, ...]]:
-    """The chosen configuration beside the baseline, with the base, recipe, seeds and measurements of another stage."""
+    """The chosen configuration beside the baseline, with the base, recipe, seeds and measurements of another stage.
+
+    The first run of the chosen configuration keeps its checkpoint.
+    """
     given = like.study
     study = StudySpec.model_validate(
         {
@@ -190,7 +194,10 @@ def synthesis_stage(
     )
     budget = like.budget.model_copy(update={"arms": None})
     stage = _stage(name, study, budget, like.overrides, materials, scale)
-    return stage, tuple(_trials(stage, budget))
+    trials = list(_trials(stage, budget))
+    first = next(i for i, trial in enumerate(trials) if trial.uses[0].arm == "chosen")
+    trials[first] = replace(trials[first], keep=True)
+    return stage, tuple(trials)
 
 
 def _merged(inner: BudgetSpec, outer: BudgetSpec) -> BudgetSpec:

@@ -116,6 +116,7 @@ class _Chosen:
     name: str
     stage: Stage
     synthesis: Synthesis
+    checkpoint: Path | None = None
 
 
 def _synthesise_all(
@@ -138,7 +139,8 @@ def _synthesise_all(
             continue
         stage, trials = synthesis_stage(entry.name, like, found.changes, session.materials, plan.scale)
         failed += _run(trials, folder, session)
-        chosen.append(_Chosen(entry.name, stage, found))
+        kept = next(folder.checkpoint(trial) for trial in trials if trial.keep)
+        chosen.append(_Chosen(entry.name, stage, found, kept if kept.exists() else None))
     return chosen, failed
 
 
@@ -221,7 +223,7 @@ def _synthesis_lines(
         "changes": synthesis.changes,
         "spec": to_yaml(spec),
         "table": table,
-        "checkpoint": None,
+        "checkpoint": str(found.checkpoint) if found.checkpoint else None,
     }
     labels = {"kind": "synthesis", "study": name, "recipe_digest": stage.recipe_digest, "values": values}
     lines = _judged(stage, plan, runs, about, session) if trained else []

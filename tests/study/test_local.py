@@ -55,13 +55,13 @@ def _trials(path: Path) -> list[Result]:
 
 def test_every_trial_gives_its_lines_and_a_second_run_does_nothing(tmp_path: Path) -> None:
     plan, seen = _plan(), Seen()
-    assert _run(tmp_path, plan, watcher=seen) == []
+    assert _run(tmp_path, plan, replace(TWO, parts=("mine.py",)), seen) == []
     found = {(r.arm, r.seed): r for r in _trials(tmp_path)}
     for trial in plan.trials:
         result = found[trial.uses[0].arm, trial.seed]
         assert result.values["loss_nats"] == loss(trial.spec, trial.seed)
         assert (result.spec_digest, result.recipe_digest) == trial.key[:2] and result.study == "s"
-        assert result.values["threads"] == 1
+        assert result.values["threads"] == 1 and result.values["parts"] == ["mine.py"]
     pids = {r.values["pid"] for r in found.values()}
     assert 1 <= len(pids) <= 2 and os.getpid() not in pids
     assert ("s/none seed 0", "0.5") in seen.events and ("s/none seed 0", "done") in seen.events

@@ -22,7 +22,7 @@ from assay.study.statistics import (
     power,
 )
 
-STUDIES = 500
+STUDIES = 400
 
 
 def _samples(values: object, start: int = 0) -> dict[int, float]:

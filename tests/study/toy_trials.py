@@ -43,8 +43,11 @@ def run_trial(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
         "params_total": size["params"],
         "state_bytes_per_token": size["state_bytes"],
         "pid": os.getpid(),
+        "parts": job["parts"],
         "threads": int(os.environ.get("OMP_NUM_THREADS", "0")),
     }
+    if job["keep"]:
+        os.makedirs(job["keep"])
     out: list[Tree] = [{"kind": "trial", **common, "values": values}]
     for asked in job["measurements"]:
         rows = [{"ratio": r, "loss_nats": value + 0.1 * r} for r in asked["options"].get("ratios", [1, 8])]

@@ -86,6 +86,10 @@ class Folder:
     def read(self) -> list[Result]:
         return read_results(self.results) if self.results.exists() else []
 
+    def checkpoint(self, trial: Trial) -> Path:
+        """Where a trial that keeps its model puts it."""
+        return self.path.resolve() / "checkpoints" / f"{trial.uses[0].study}-{trial.uses[0].arm}"
+
     def append(self, results: Iterable[Result]) -> None:
         """All of them or none: a write that fails is taken back, so that what is there stays whole."""
         size = self.results.stat().st_size if self.results.exists() else 0

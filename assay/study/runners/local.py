@@ -54,12 +54,14 @@ class Pool:
     """How to run: `function` is `package.module:name`, called as function(job, progress) -> list of Result dicts.
 
     `progress({"fraction": 0..1, "loss_nats": ...})` may be called as often as one likes. `timeout_s` is for one trial.
+    `parts`: the user's own mechanisms, files that each trial is told to load (`job["parts"]`).
     """
 
     workers: int = 0
     function: str = RUN_TRIAL
     threads: int = 1
     timeout_s: float | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -150,9 +152,13 @@ class _Run:
         worker.trial, worker.since = self.left.popleft(), time.monotonic()
         self.watcher.started(worker.trial, worker.process.pid or 0)
         try:
-            worker.pipe.send(worker.trial.job())
+            worker.pipe.send(self._job(worker.trial))
         except OSError:
             self._lost(worker)
+
+    def _job(self, trial: Trial) -> dict[str, Any]:
+        keep = str(self.folder.checkpoint(trial)) if trial.keep else None
+        return {**trial.job(), "parts": list(self.pool.parts), "keep": keep}
 
     def _done(self, worker: _Worker, lines: list[dict[str, Any]]) -> None:
         trial = worker.trial
