@@ -27,7 +27,9 @@ class Sees(Spec):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.window is not None and not self.causal:
-            raise ValueError("`window` counts keys back from a causal query; a bidirectional layer uses `band: [left, right]`")
+            raise ValueError(
+                "`window` counts keys back from a causal query; a bidirectional layer uses `band: [left, right]`"
+            )
         if self.band is not None and (self.causal or min(self.band) < 0):
             raise ValueError("`band: [left, right]` is for `causal: false`, with both >= 0")
         if self.first and self.window is None:
@@ -61,18 +63,21 @@ class Sees(Spec):
         limits = [n for n in (self.window, self.chunk) if n is not None]
         return min(limits) if limits else None
 
-    def pairs(self, new: int, seen: int) -> int:
-        """Visible (query, key) pairs when `new` tokens arrive after `seen` others; exact."""
-        q = np.arange(seen, seen + new, dtype=np.int64)
-        low, high = np.zeros_like(q), np.full_like(q, seen + new - 1)
-        if self.causal:
-            high = q
+    def spans(self, q: Any, total: int) -> tuple[Any, Any]:
+        """Lowest and highest visible place, inclusive, of each place in the array q when `total` tokens are stored;
+        what lies between is visible, and so are the `first` keys below."""
+        low, high = np.zeros_like(q), q if self.causal else np.full_like(q, total - 1)
         if self.chunk is not None:
             low, high = q // self.chunk * self.chunk, np.minimum(high, q // self.chunk * self.chunk + self.chunk - 1)
         if self.band is not None:
             low, high = np.maximum(low, q - self.band[0]), np.minimum(high, q + self.band[1])
         if self.window is not None:
             low = np.maximum(low, q - self.window + 1)
+        return low, high
+
+    def pairs(self, new: int, seen: int) -> int:
+        """Visible (query, key) pairs when `new` tokens arrive after `seen` others; exact."""
+        low, high = self.spans(np.arange(seen, seen + new, dtype=np.int64), seen + new)
         return int((high - low + 1 + np.minimum(low, self.first)).sum())
 
     def __and__(self, other: Sees) -> Sees:

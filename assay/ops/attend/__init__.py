@@ -1,5 +1,11 @@
 """Attention over a view: one interface, several backends, the oracle first."""
 
-from assay.ops.attend.api import Bias, Plan, Scores, attend, plan
+from assay.ops.attend.api import attend, attend_lse, plan
+from assay.ops.attend.merge import merge
+from assay.ops.attend.plan import BACKENDS, Plan, executed_pairs, visible
+from assay.ops.attend.rule import Bias, DistanceBias, Scores, softmax
 
-__all__ = ["Bias", "Plan", "Scores", "attend", "plan"]
+__all__ = [
+    "BACKENDS", "Bias", "DistanceBias", "Plan", "Scores", "attend", "attend_lse", "executed_pairs", "merge", "plan",
+    "softmax", "visible",
+]  # fmt: skip

@@ -1,0 +1,230 @@
+"""Attention by matrix products, forward and backward: the fast path on a CPU, and the plain one that does everything.
+
+The blocked path multiplies each block of queries with the keys that somebody in it sees, in pieces that stay in cache,
+keeps the probabilities, and has its own backward. The plain path is a few lines that autograd (or a compiler) reads.
+
+Legend: R rows of the grid, C of them in a piece, T queries, S keys, H query heads, G key heads, P = H / G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from assay.ops.attend.call import Call, compute_dtype
+from assay.ops.attend.plan import Block, Plan
+from assay.ops.attend.rule import DistanceBias, softmax
+
+# A piece of a batch holds about this many logits: fewer calls for small rows, and large rows one at a time in cache.
+PIECE = 1 << 19
+
+
+def refuses(call: Call) -> str | None:
+    return None
+
+
+def run(call: Call, lse: bool = False) -> tuple[Tensor, Tensor | None]:
+    """[R, T, H, V], and the log-sum-exp [R, T, H] if asked."""
+    call = call.masked()
+    rule, plan = call.scores, call.plan
+    bias = banded(call)
+    if not plan.blocks or rule.softcap is not None or (rule.bias is not None and bias is None):
+        return plain(call, lse)
+    want = lse or rule.sink is not None
+    if call.trains() or (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
+        out, total = Blocked.apply(call.q, call.k, call.v, bias, plan, rule.scale, want)
+    else:
+        out, total, _ = forward(call.q, call.k, call.v, bias, Work(plan, rule.scale, want, False))
+    if rule.sink is None:
+        return out, total
+    # The sink's logit takes 1 - sigmoid(lse - sink) of every softmax and gives no value.
+    sink = rule.sink.to(total.dtype)
+    return out * torch.sigmoid(total - sink)[..., None].to(out.dtype), torch.logaddexp(total, sink) if lse else None
+
+
+def banded(call: Call) -> Tensor | None:
+    """[H, T, S]: a bias by distance, if distance is the same in all rows: one line of biases, shifted row by row."""
+    bias, plan = call.scores.bias, call.plan
+    if bias is None or not isinstance(bias, DistanceBias) or plan.mask is None or plan.shift is None:
+        return None
+    _, tokens, entries = plan.mask.shape
+    distance = torch.arange(plan.shift - entries + 1, plan.shift + tokens, device=plan.mask.device)
+    return bias.by_distance(distance).flip(-1).unfold(-1, entries, 1).flip(-2)
+
+
+def plain(call: Call, lse: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The whole square at once, by autograd."""
+    plan, rule = call.plan, call.scores
+    assert plan.mask is not None
+    dtype = compute_dtype(call.q)
+    q, k, v = (t.transpose(1, 2).to(dtype) for t in (call.q, call.k, call.v))
+    rows, heads, tokens, size = q.shape
+    groups, entries = k.shape[1], k.shape[2]
+    grouped = (rows, groups, heads // groups * tokens)
+    raw = (q.reshape(*grouped, size) @ k.transpose(-1, -2)).view(rows, heads, tokens, entries)
+    q_pos, k_pos = call.positions(slice(None), slice(None))
+    z = rule.logits(raw, q, q_pos, k_pos).masked_fill(~plan.mask[:, None], float("-inf"))
+    p = softmax(z, rule.sink).to(dtype)
+    out = (p.view(*grouped, entries) @ v).view(rows, heads, tokens, v.shape[-1]).transpose(1, 2).to(call.v.dtype)
+    if not lse:
+        return out, None
+    total = torch.logsumexp(z, -1).transpose(1, 2)
+    return out, total if rule.sink is None else torch.logaddexp(total, rule.sink.to(total.dtype))
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a blocked call is cut up. lse: log-sum-exp wanted; keep: probabilities wanted."""
+
+    plan: Plan
+    scale: float
+    lse: bool
+    keep: bool
+
+    def pieces(self, heads: int) -> Iterator[slice]:
+        """Rows of the grid taken together."""
+        assert self.plan.mask is not None
+        rows, tokens, entries = self.plan.mask.shape
+        step = max(1, PIECE // max(1, heads * tokens * entries))
+        return (slice(r, min(rows, r + step)) for r in range(0, rows, step))
+
+    def hide(self, z: Tensor, rows: slice, block: Block) -> None:
+        """Add -inf where a query of z [C, H, T, S] must not look."""
+        added = self.plan.added
+        assert added is not None
+        if block.edge < block.end:
+            rows = rows if added.shape[0] > 1 else slice(None)
+            hidden = added[rows, None, block.first : block.last, block.edge : block.end]
+            z[..., block.edge - block.low : block.end - block.low].add_(hidden)
+
+
+def heads_first(x: Tensor, groups: int) -> Tensor:
+    """[C, T, H, K] to [C * G, P * T, K]; a view, which a batched product reads as it is, for one row of G == H."""
+    rows, tokens, heads, size = x.shape
+    if heads == groups:
+        return x.transpose(1, 2).reshape(rows * heads, tokens, size)
+    return x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).reshape(rows * groups, -1, size)
+
+
+def tokens_first(x: Tensor, into: Tensor) -> None:
+    """[C * G, P * T, K] into [C, T, H, K]."""
+    rows, tokens, heads, size = into.shape
+    into.copy_(x.view(rows, heads, tokens, size).transpose(1, 2))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, work: Work
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """out [R, T, H, V], log-sum-exp [R, T, H], probabilities of each piece and block."""
+    (rows, tokens, heads, _), groups, out_dtype, dtype = q.shape, k.shape[2], v.dtype, compute_dtype(q)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    out = torch.empty(rows, tokens, heads, v.shape[-1], dtype=out_dtype)
+    total = torch.empty(rows, heads, tokens, dtype=dtype) if work.lse else None
+    kept: list[Tensor] = []
+    for piece in work.pieces(heads):
+        keys, values = heads_first(k[piece], groups).transpose(1, 2), heads_first(v[piece], groups)
+        queries = heads_first(q[piece], heads) if heads == groups else None
+        for block in work.plan.blocks:
+            part, span = slice(block.first, block.last), slice(block.low, block.high)
+            a = queries[:, part] if queries is not None else heads_first(q[piece, part], groups)
+            z = torch.empty(a.shape[0], a.shape[1], block.high - block.low, dtype=dtype)
+            torch.baddbmm(z, a, keys[:, :, span], beta=0, alpha=work.scale, out=z)
+            grid = z.view(piece.stop - piece.start, heads, block.last - block.first, z.shape[-1])
+            if bias is not None:
+                grid.add_(bias[:, part, span])
+            work.hide(grid, piece, block)
+            if total is not None:
+                total[piece, :, part] = torch.logsumexp(grid, -1)
+            torch.softmax(z, -1, out=z)
+            if work.plan.dead is not None:
+                grid.masked_fill_(work.plan.dead[piece, None, part, None], 0.0)
+            tokens_first(torch.bmm(z, values[:, span]), out[piece, part])
+            if work.keep:
+                kept.append(z)
+    return out, None if total is None else total.transpose(1, 2), kept
+
+
+class Blocked(torch.autograd.Function):
+    """dS = P * (dP - rowsum(P * dP) + dlse), all else is products, block by block, on the kept probabilities."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: Plan, scale: float, lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.work = Work(plan, scale, lse, True)
+        out, total, kept = forward(q, k, v, bias, ctx.work)
+        ctx.save_for_backward(q, k, v, bias, *kept)
+        ctx.set_materialize_grads(False)
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, *kept = ctx.saved_tensors
+        if d_out is None:
+            d_out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
+        dtype = compute_dtype(q)
+        grads = Gradients(ctx.work, q.to(dtype), k.to(dtype), v.to(dtype), d_out.to(dtype), d_total, d_bias)
+        dq, dk, dv = grads.run(kept, (q.dtype, k.dtype, v.dtype))
+        return dq, dk, dv, d_bias, None, None, None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The backward pass, piece by piece."""
+
+    work: Work
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_out: Tensor
+    d_total: Tensor | None
+    d_bias: Tensor | None
+
+    def run(self, kept: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty(t.shape, dtype=d) for t, d in zip((self.q, self.k, self.v), dtypes, strict=True))
+        blocks = self.work.plan.blocks
+        for number, piece in enumerate(self.work.pieces(self.q.shape[2])):
+            into = kept[number * len(blocks) : (number + 1) * len(blocks)]
+            d_keys, d_values = self._piece(piece, into, dq)
+            tokens_first(d_keys, dk[piece])
+            tokens_first(d_values, dv[piece])
+        return dq, dk, dv
+
+    def _piece(self, piece: slice, kept: list[Tensor], dq: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes dq of the piece; returns dk and dv as [C * G, S, K]."""
+        groups, scale = self.k.shape[2], self.work.scale
+        keys, values = heads_first(self.k[piece], groups), heads_first(self.v[piece], groups).transpose(1, 2)
+        d_keys = d_values = None
+        for block, p in zip(reversed(self.work.plan.blocks), reversed(kept), strict=True):
+            part, span = slice(block.first, block.last), slice(block.low, block.high)
+            a, d = heads_first(self.q[piece, part], groups), heads_first(self.d_out[piece, part], groups)
+            ds = self._scores(p, torch.bmm(d, values[:, :, span]), piece, part, span)
+            from_block = torch.bmm(ds.transpose(1, 2), a), torch.bmm(p.transpose(1, 2), d)
+            tokens_first(torch.bmm(ds, keys[:, span]).mul_(scale), dq[piece, part])
+            if d_keys is None and block.high - block.low == keys.shape[1]:
+                d_keys, d_values = from_block
+                continue
+            if d_keys is None or d_values is None:
+                d_keys, d_values = keys.new_zeros(keys.shape), keys.new_zeros(keys.shape[0], keys.shape[1], d.shape[-1])
+            d_keys[:, span].add_(from_block[0])
+            d_values[:, span].add_(from_block[1])
+        if d_keys is None or d_values is None:
+            return keys.new_zeros(keys.shape), values.new_zeros(values.transpose(1, 2).shape)
+        return d_keys.mul_(scale), d_values
+
+    def _scores(self, p: Tensor, dp: Tensor, piece: slice, part: slice, span: slice) -> Tensor:
+        """The gradient of the logits, written over dp."""
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
+        shape = (piece.stop - piece.start, self.q.shape[2], part.stop - part.start, span.stop - span.start)
+        if self.d_total is not None:
+            ds.view(shape).addcmul_(p.view(shape), self.d_total[piece, part].transpose(1, 2)[..., None])
+        if self.d_bias is not None:
+            self.d_bias[:, part, span].add_(ds.view(shape).sum(0))
+        return ds

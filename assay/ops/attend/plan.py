@@ -1,0 +1,142 @@
+"""What a step's attention layers share, found once: the mask, and the part of the square that anybody sees.
+
+Legend: R x T rows and columns of the grid, S entries of the view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from assay.ops.sees import Sees
+from assay.ops.step import Layout, Step
+
+BACKENDS = ("oracle", "tiled", "matmul", "sdpa")
+TILE = 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries [first, last) are multiplied with keys [low, high); in columns [edge, end) somebody must be masked."""
+
+    first: int
+    last: int
+    low: int
+    high: int
+    edge: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`blocks` (empty: not looked for) and `added` serve `matmul`: `added` is 0 or -inf, one row if all rows agree.
+
+    `dead` marks the tokens that see nothing; None where it is known that there are none.
+    """
+
+    backend: str
+    mask: Bool[Tensor, "R T S"] | None = None
+    q_pos: Int[Tensor, "R T"] | None = None
+    k_pos: Int[Tensor, "R S"] | None = None
+    added: Float[Tensor, "_ T S"] | None = None
+    blocks: tuple[Block, ...] = ()
+    dead: Bool[Tensor, "R T"] | None = None
+
+    @cached_property
+    def shift(self) -> int | None:
+        """c where q_pos - k_pos is t - s + c for every visible pair, so that a bias by distance is one band matrix."""
+        assert self.mask is not None and self.q_pos is not None and self.k_pos is not None
+        if not self.blocks:
+            return None
+        (_, tokens, entries), device = self.mask.shape, self.mask.device
+        column = torch.arange(tokens, device=device)[:, None] - torch.arange(entries, device=device)
+        offsets = (self.q_pos[:, :, None] - self.k_pos[:, None, :] - column)[self.mask]
+        if offsets.numel() == 0:
+            return 0
+        return int(offsets[0]) if bool((offsets == offsets[0]).all()) else None
+
+    @cached_property
+    def causal(self) -> bool:
+        """Every row is the plain lower triangle."""
+        if not self.blocks or self.mask is None or self.mask.shape[1] != self.mask.shape[2]:
+            return False
+        return torch.equal(self.mask, torch.ones_like(self.mask).tril())
+
+
+def seen(q_seq: Tensor, q_index: Tensor, k_seq: Tensor, k_index: Tensor, sees: Sees) -> Bool[Tensor, "R T S"]:
+    """Which entries each token sees, for sequences and places [R, T] and [R, S]."""
+    q_seq, q_index, k_seq, k_index = q_seq[:, :, None], q_index[:, :, None], k_seq[:, None], k_index[:, None]
+    return (q_seq == k_seq) & (q_seq >= 0) & sees.visible(q_index, k_index)
+
+
+def aligned(step: Step, layout: Layout) -> tuple[Tensor, ...]:
+    """Sequence, place and position of the queries [R, T] and of the entries [R, S]; one row if they are not aligned."""
+    rows = layout.seq.shape[0] if layout.aligned else 1
+    queries = (t.view(rows, -1) for t in (step.seq, step.index, step.positions))
+    return (*queries, *(t.reshape(rows, -1) for t in (layout.seq, layout.index, layout.positions)))
+
+
+def visible(step: Step, layout: Layout, sees: Sees) -> Bool[Tensor, "R T S"]:
+    """Which entries each token sees. Aligned: rows of the grid against rows of the view; else all against all."""
+    q_seq, q_index, _, k_seq, k_index, _ = aligned(step, layout)
+    return seen(q_seq, q_index, k_seq, k_index, sees)
+
+
+def materialised(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan:
+    """A plan with its mask. On a CPU, where looking costs no synchronisation, also the structure of the mask."""
+    _, _, q_pos, _, _, k_pos = aligned(step, layout)
+    mask = visible(step, layout, sees)
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return Plan(backend, mask, q_pos, k_pos, dead=~mask.any(-1))
+    some, every = mask.any(0), mask.all(0)
+    one = mask[:1] if torch.equal(some, every) else mask
+    added = torch.zeros(one.shape).masked_fill_(~one, float("-inf"))
+    alive = mask.any(-1)
+    return Plan(backend, mask, q_pos, k_pos, added, _blocks(some, every), None if bool(alive.all()) else ~alive)
+
+
+def _blocks(some: Bool[Tensor, "T S"], every: Bool[Tensor, "T S"]) -> tuple[Block, ...]:
+    found = []
+    for first, last in query_blocks(some.shape[0]):
+        columns = np.flatnonzero(some[first:last].any(0).numpy())
+        low, high = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+        hidden = low + np.flatnonzero(~every[first:last, low:high].all(0).numpy())
+        edge, end = (int(hidden[0]), int(hidden[-1]) + 1) if len(hidden) else (high, high)
+        found.append(Block(first, last, low, high, edge, end))
+    return tuple(found)
+
+
+def query_blocks(tokens: int) -> list[tuple[int, int]]:
+    """How `matmul` cuts its queries: short rows stay whole, since there the calls cost more than the products."""
+    size = tokens if tokens < 256 else 64 if tokens < 512 else 128
+    return [(first, min(first + size, tokens)) for first in range(0, tokens, max(size, 1))]
+
+
+def executed_pairs(new: int, past: int, sees: Sees, backend: str = "matmul") -> int:
+    """(query, key) pairs that `backend` multiplies when one sequence brings `new` tokens after `past` others, its view
+    holding just these in order, and so does each of a batch of equal ones. 4 * heads * head_dim FLOPs a pair, forward.
+
+    Holds for the blocked path (a CPU, no softcap); the plain path multiplies the whole square, new * (new + past).
+    """
+    if backend == "oracle":
+        return sees.pairs(new, past)
+    if backend == "sdpa":
+        raise ValueError("executed_pairs: `sdpa` does not say what it skips; accepted: oracle, tiled, matmul")
+    if backend not in BACKENDS:
+        raise ValueError(f"executed_pairs: backend is {backend!r}; accepted: oracle, tiled, matmul")
+    total, low, high = 0, *sees.spans(np.arange(past, past + new, dtype=np.int64), past + new)
+    tiles = [(a, min(a + TILE, new)) for a in range(0, new, TILE)] if backend == "tiled" else query_blocks(new)
+    for first, last in tiles:
+        begin, end = int(low[first:last].min()), int(high[first:last].max()) + 1
+        keep = min(sees.first, end)
+        if backend == "matmul":
+            total += (last - first) * (end - (0 if keep else begin))
+        else:
+            visited = set(range(begin // TILE, -(-end // TILE))) | set(range(-(-keep // TILE)))
+            total += (last - first) * sum(min(TILE, past + new - i * TILE) for i in visited)
+    return total
