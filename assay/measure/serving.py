@@ -1,0 +1,194 @@
+"""Prefill and decode by the clock, with the cache and without it, and the roofline they stand under."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.cache import Size, predict
+from assay.cost.bill import Question, bill
+from assay.engine.request import SamplingParams
+from assay.engine.runner import CHUNK, Runner
+from assay.engine.sampler import Settings, sample
+from assay.measure.machine import matmul_flop_s, memory_byte_s, seconds, wait
+from assay.model.lm import LM, state_table, weight_table
+from assay.ops.step import rows_step
+from assay.spec.model import ModelSpec
+
+LEAST = 3
+
+
+@dataclass(frozen=True)
+class Load:
+    """`batch` sequences of `context` tokens, the last `new` of them decoded; cache: kept, or all read again a token."""
+
+    batch: int
+    context: int
+    new: int
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("batch", self.batch, 1), ("new tokens", self.new, 1), ("context", self.context, 2)):
+            if value < least:
+                raise ValueError(f"{name}: {value}; accepted: {least} or more")
+        if self.new >= self.context:
+            raise ValueError(f"new tokens: {self.new}; accepted: fewer than the context, {self.context}")
+
+    @property
+    def prompt(self) -> int:
+        return self.context - self.new
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds: reading a whole context, until its first token is chosen, and between two tokens (many)."""
+
+    prefill: float
+    first: float
+    gaps: tuple[float, ...]
+
+    @property
+    def gap(self) -> float:
+        return median(self.gaps)
+
+    def late(self, share: float) -> float:
+        return float(np.percentile(self.gaps, 100 * share))
+
+
+class Serving:
+    """A model under a load, driven as the engine drives it: greedy sampling included, text decoding not."""
+
+    def __init__(self, model: LM, load: Load) -> None:
+        self.model, self.load = model.eval(), load
+        self.device = next(model.parameters()).device
+        self.greedy = Settings.of([SamplingParams(temperature=0.0)] * load.batch, self.device)
+        self.uniforms = torch.zeros(load.batch, dtype=torch.float64, device=self.device)
+        draws = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(model.spec.vocab, (load.batch, load.context), generator=draws)
+
+    def choose(self, logits: Tensor) -> list[list[int]]:
+        return [[token] for token in sample(logits, self.greedy, self.uniforms, None).tolist()]
+
+    def measure(self, budget_s: float) -> Times:
+        """Prefill three times or more within a third of the budget, then decode, again and again, within the rest."""
+        prefills: list[tuple[float, float]] = []
+        end = time.perf_counter() + budget_s / 3
+        self._prefill()
+        while len(prefills) < LEAST or time.perf_counter() < end:
+            prefills.append(self._prefill())
+        gaps: list[float] = []
+        end = time.perf_counter() + budget_s * 2 / 3
+        while len(gaps) < LEAST or time.perf_counter() < end:
+            gaps += self._decode(end, LEAST - len(gaps))
+        return Times(median(read for read, _ in prefills), median(first for _, first in prefills), tuple(gaps))
+
+    def _prefill(self) -> tuple[float, float]:
+        """Reading the whole context, and that with the choice of a token."""
+        if self.load.cache:
+            runner, slots = self._open()
+            rows = self.ids.tolist()
+            read = lambda: runner.feed(slots, rows)  # noqa: E731
+        else:
+            read = lambda: self._again(self.ids)  # noqa: E731
+        wait(self.device)
+        start = time.perf_counter()
+        logits = read()
+        wait(self.device)
+        middle = time.perf_counter()
+        self.choose(logits)
+        return middle - start, time.perf_counter() - start
+
+    def _open(self) -> tuple[Runner, list[Any]]:
+        load = self.load
+        runner = Runner(self.model, Size(load.batch, load.context, min(CHUNK, load.context)))
+        return runner, [runner.open(load.context) for _ in range(load.batch)]
+
+    def _decode(self, end: float, least: int) -> list[float]:
+        """Seconds of each token from the prompt to the full context, as far as time allows."""
+        found: list[float] = []
+        for step in self._steps():
+            found.append(seconds(step, self.device))
+            if time.perf_counter() > end and len(found) >= least:
+                break
+        return found[1:] if len(found) > 1 else found
+
+    def _steps(self) -> Iterator[Any]:
+        prompt = self.ids[:, : self.load.prompt]
+        if not self.load.cache:
+            for past in range(self.load.prompt, self.load.context):
+                yield lambda past=past: self.choose(self._again(self.ids[:, : past + 1]))
+            return
+        runner, slots = self._open()
+        rows = self.choose(runner.feed(slots, prompt.tolist()))
+
+        def step() -> None:
+            nonlocal rows
+            rows = self.choose(runner.feed(slots, rows))
+
+        for _ in range(self.load.new):
+            yield step
+
+    @torch.inference_mode()
+    def _again(self, ids: Tensor) -> Tensor:
+        """Logits after the last token of each row, from nothing."""
+        rows, length = ids.shape
+        last = torch.arange(1, rows + 1, device=self.device) * length - 1
+        logits = self.model(rows_step(ids.to(self.device), horizon=self.load.context, emit=last)).logits
+        assert logits is not None
+        return logits
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The least time of a decode step and of a prefill: bytes over the memory rate or FLOPs over the matmul rate,
+    whichever is more. Both rates were measured in this process."""
+
+    weight_bytes_read: int
+    state_bytes_read: int
+    memory_byte_s: float
+    matmul_flop_s: float
+    decode_s: float
+    prefill_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "weight_bytes_read": self.weight_bytes_read,
+            "state_bytes_read": self.state_bytes_read,
+            "memory_gb_s": self.memory_byte_s / 1e9,
+            "matmul_gflop_s": self.matmul_flop_s / 1e9,
+            "decode_s": self.decode_s,
+            "prefill_s": self.prefill_s,
+        }
+
+
+def roofline(model: LM, load: Load) -> Roofline:
+    """Of a load: a decode step reads the weights once and the state of every sequence; without a cache it is a prefill
+    of the whole context."""
+    weight = next(model.parameters())
+    name = str(weight.dtype).removeprefix("torch.")
+    read = weights_read(model.spec, load.batch) * weight.element_size()
+    kept = predict(state_table(model.spec), Size(load.batch, load.context), name).stored if load.cache else 0
+    rate, flop_s = memory_byte_s(read + kept, weight.device), matmul_flop_s(weight.dtype, weight.device)
+    flops = bill(model.spec, Question(load.context, load.batch)).flops
+    prefill = max(read / rate, flops["prefill"] / flop_s)
+    decode = max((read + kept) / rate, load.batch * flops["decode_per_token"] / flop_s) if load.cache else prefill
+    return Roofline(read, kept, rate, flop_s, decode, prefill)
+
+
+def weights_read(spec: ModelSpec, batch: int) -> int:
+    """Parameters that one decode step must read: of an expert at most `batch` times a token's share; of a lookup table
+    only rows, unless a tied head multiplies with it."""
+    table = weight_table(spec)
+    tied = not any(w.role == "head" for w in table.values())
+    total = 0.0
+    for name, weight in table.items():
+        if weight.role != "embed" or (name == "embed.weight" and tied):
+            total += weight.numel * min(1.0, batch * weight.active)
+    return round(total)
