@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,7 @@ def _reference(c: Case, weights: dict[str, Tensor], x: Tensor, step: Step) -> Te
     if c.slot == "norms":
         return c.reference(c.spec, weights, x)
     if c.slot == "residuals":
-        extra = {"layers": c.site.layers} if "layers" in c.reference.__code__.co_varnames else {}
+        extra = {"layers": c.site.layers} if "layers" in inspect.signature(c.reference).parameters else {}
         return c.reference(c.spec, weights, x, c.sublayer, **extra)
     given = {"memory": step.memory.h} if step.memory is not None else {}
     return c.reference(c.spec, weights, x, step.positions, **given)
