@@ -73,12 +73,11 @@ def in_use(folder: Path) -> Iterator[None]:
 
 def claim(folder: Path, spec: ModelSpec, recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> None:
     """Begin a run in this folder, or see that the one it holds is this one. ValueError says what it holds instead."""
-    if not (folder / MODEL).exists():
-        taken = [name for name in (WEIGHTS, METRICS) if (folder / name).exists()]
-        if taken:
-            raise ValueError(f"{folder}: holds {taken[0]} without a {MODEL}; choose another folder")
+    if not (folder / WEIGHTS).exists():  # nothing here, or a run that was stopped before its first save
         describe(folder, spec, tokenizer, recipe)
         return
+    if not (folder / MODEL).exists():
+        raise ValueError(f"{folder}: holds {WEIGHTS} without a {MODEL}; choose another folder")
     if not (folder / RECIPE).exists():
         raise ValueError(f"{folder}: holds a model that was not trained here; choose another folder")
     same(folder, load_spec(folder), spec, "model")

@@ -67,11 +67,11 @@ def train(
             stack.enter_context(in_use(out))
         data = dataset(recipe, options.cache)
         check(spec, recipe, data)
-        if out is not None:
-            claim(out, spec, recipe, data.tokenizer, resume is True)
         stack.enter_context(torch.random.fork_rng(devices=_cuda(device)))
         learner = Learner(spec, recipe, data, torch.device(device), options.compile)
         learner.check_memory()
+        if out is not None:
+            claim(out, spec, recipe, data.tokenizer, resume is True)
         torch.manual_seed(recipe.seed)
         run = Run(recipe, data, learner, options)
         if isinstance(resume, Path):

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 
 from assay.train import checkpoint
 from assay.train.checkpoint import load_checkpoint, read_run
-from assay.train.folder import METRICS, in_use, read_metrics
+from assay.train.folder import METRICS, claim, in_use, read_metrics
 from assay.train.loop import Options, train
 from assay.train.outcome import Status, TrainResult
-from tests.train.small import model, recipe
+from tests.train.small import data, model, recipe
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -119,6 +119,11 @@ def test_a_folder_is_not_shared_or_overwritten(tmp_path: Path) -> None:
     with in_use(tmp_path), pytest.raises(ValueError, match="in use by another run"):
         train(model(), recipe(), tmp_path, resume=True)
     assert lines(tmp_path) == before
+
+
+def test_a_folder_whose_run_saved_nothing_is_free(tmp_path: Path) -> None:
+    claim(tmp_path, model(layers=1), recipe(), data().tokenizer, resume=False)
+    assert train(model(), recipe(), tmp_path).steps == 8
 
 
 def test_a_torn_line_is_dropped_and_a_broken_one_is_named(tmp_path: Path) -> None:
