@@ -27,12 +27,16 @@ LEAST = 3
 
 @dataclass(frozen=True)
 class Load:
-    """`batch` sequences of `context` tokens, the last `new` of them decoded; cache: kept, or all read again a token."""
+    """`batch` sequences of `context` tokens, the last `new` of them decoded; cache: kept, or all read again a token.
+
+    read: tokens of the prefill that is timed by itself; null is the whole context.
+    """
 
     batch: int
     context: int
     new: int
     cache: bool = True
+    read: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (("batch", self.batch, 1), ("new tokens", self.new, 1), ("context", self.context, 2)):
@@ -45,10 +49,14 @@ class Load:
     def prompt(self) -> int:
         return self.context - self.new
 
+    @property
+    def reading(self) -> int:
+        return self.context if self.read is None else self.read
+
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds: reading a whole context, until its first token is chosen, and between two tokens (many)."""
+    """Seconds: reading the prefill, until its first token is chosen, and between two tokens (many)."""
 
     prefill: float
     first: float
@@ -90,16 +98,13 @@ class Serving:
         return Times(median(read for read, _ in prefills), median(first for _, first in prefills), tuple(gaps))
 
     def _prefill(self) -> tuple[float, float]:
-        """Reading the whole context, and that with the choice of a token."""
-        if self.load.cache:
-            runner, slots = self._open()
-            rows = self.ids.tolist()
-            read = lambda: runner.feed(slots, rows)  # noqa: E731
-        else:
-            read = lambda: self._again(self.ids)  # noqa: E731
+        """Reading the prefill, and that with the choice of a token."""
+        ids = self.ids[:, : self.load.reading]
+        opened = self._open() if self.load.cache else None
+        rows = ids.tolist()
         wait(self.device)
         start = time.perf_counter()
-        logits = read()
+        logits = opened[0].feed(opened[1], rows) if opened is not None else self._again(ids)
         wait(self.device)
         middle = time.perf_counter()
         self.choose(logits)
@@ -176,10 +181,11 @@ def roofline(model: LM, load: Load) -> Roofline:
     read = weights_read(model.spec, load.batch) * weight.element_size()
     kept = predict(state_table(model.spec), Size(load.batch, load.context), name).stored if load.cache else 0
     rate, flop_s = memory_byte_s(read + kept, weight.device), matmul_flop_s(weight.dtype, weight.device)
-    flops = bill(model.spec, Question(load.context, load.batch)).flops
-    prefill = max(read / rate, flops["prefill"] / flop_s)
-    decode = max((read + kept) / rate, load.batch * flops["decode_per_token"] / flop_s) if load.cache else prefill
-    return Roofline(read, kept, rate, flop_s, decode, prefill)
+    whole = bill(model.spec, Question(load.context, load.batch)).flops
+    first = bill(model.spec, Question(load.reading, load.batch)).flops["prefill"]
+    flops = load.batch * whole["decode_per_token"] if load.cache else whole["prefill"]
+    decode = max((read + kept) / rate, flops / flop_s)
+    return Roofline(read, kept, rate, flop_s, decode, max(read / rate, first / flop_s))
 
 
 def weights_read(spec: ModelSpec, batch: int) -> int:
