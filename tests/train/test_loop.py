@@ -122,6 +122,30 @@ def test_packed_documents_have_the_losses_of_separate_ones() -> None:
         torch.testing.assert_close(token_losses(held.model, alone), packed[start:stop], rtol=0, atol=2e-5)
 
 
+def test_the_recipes_loss_is_what_is_minimised() -> None:
+    """Smoothing and z-loss reach the gradient: against the two formulas on the model's own logits."""
+    held = learner(how=recipe(loss__smoothing=0.2, loss__z=0.01))
+    batch = next(held.loader)
+    found = gradients(held, batch)
+    held.optimizer.zero_grad()
+    kept = batch.targets >= 0
+    logits = held.model(step_of(batch)).logits[kept]
+    log_p = torch.log_softmax(logits, -1)
+    plain = -log_p.gather(1, batch.targets[kept][:, None])[:, 0]
+    total = 0.8 * plain - 0.2 * log_p.mean(-1) + 0.01 * torch.logsumexp(logits, -1).square()
+    total.mean().backward()
+    for name, parameter in held.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_mix_is_in_the_batches() -> None:
+    sentence = b"The passkey is "
+    for share, rows in ((0.0, 0), (1.0, 4)):
+        held = learner(model(context=64), recipe(mix__share=share, batch__length=64, data__document_bytes=200))
+        texts = [bytes(row.tolist()) for row in next(held.loader).inputs.view(4, 64)]
+        assert sum(sentence in text for text in texts) == rows
+
+
 class Tapped(GatedFfn):
     """A feed-forward part with a loss of its own (the mean of |y|, times 0.5), a count, and something to do after."""
 
