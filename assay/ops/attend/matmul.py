@@ -200,14 +200,14 @@ class Gradients:
     def _piece(self, piece: slice, kept: list[Tensor], dq: Tensor) -> tuple[Tensor, Tensor]:
         """Writes dq of the piece; returns dk and dv as [C * G, S, K]."""
         groups, scale = self.k.shape[2], self.work.scale
-        keys, values = heads_first(self.k[piece], groups), heads_first(self.v[piece], groups).transpose(1, 2)
+        keys, values = heads_first(self.k[piece], groups) * scale, heads_first(self.v[piece], groups).transpose(1, 2)
         d_keys = d_values = None
         for block, p in zip(reversed(self.work.plan.blocks), reversed(kept), strict=True):
             part, span = slice(block.first, block.last), slice(block.low, block.high)
             a, d = heads_first(self.q[piece, part], groups), heads_first(self.d_out[piece, part], groups)
             ds = self._scores(p, torch.bmm(d, values[:, :, span]), piece, part, span)
             from_block = torch.bmm(ds.transpose(1, 2), a), torch.bmm(p.transpose(1, 2), d)
-            tokens_first(torch.bmm(ds, keys[:, span]).mul_(scale), dq[piece, part])
+            tokens_first(torch.bmm(ds, keys[:, span]), dq[piece, part])
             if d_keys is None and block.high - block.low == keys.shape[1]:
                 d_keys, d_values = from_block
                 continue

@@ -113,7 +113,7 @@ def _blocks(some: Bool[Tensor, "T S"], every: Bool[Tensor, "T S"]) -> tuple[Bloc
 
 def query_blocks(tokens: int) -> list[tuple[int, int]]:
     """How `matmul` cuts its queries: short rows stay whole, since there the calls cost more than the products."""
-    size = tokens if tokens < 256 else 64 if tokens < 512 else 128
+    size = tokens if tokens < 256 else 128
     return [(first, min(first + size, tokens)) for first in range(0, tokens, max(size, 1))]
 
 
