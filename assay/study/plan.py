@@ -263,13 +263,14 @@ def _trials(stage: Stage, budget: BudgetSpec) -> Iterator[Trial]:
     """Seed by seed, the base arm first, so that a study that is cut short has something to say about every arm."""
     study = stage.study
     asked = [m for m in study.measurements if budget.measurements is None or m.name in budget.measurements]
-    measurements = tuple((m.name, m.options) for m in asked)
     seeds = {arm: budget.seeds_for(study.all_arms[arm].role, study.seeds) for arm in stage.arms}
     for i in range(max(map(len, seeds.values()))):
         for arm in stage.arms:
             if i < len(seeds[arm]):
                 tree, digest = stage.models[arm]
-                use = Use(stage.name, arm, tuple(m.name for m in asked))
+                made = [m for m in asked if m.applies(arm, i)]
+                use = Use(stage.name, arm, tuple(m.name for m in made))
+                measurements = tuple((m.name, m.options) for m in made)
                 tokens = stage.tokens[arm]
                 yield Trial(
                     tree, stage.recipe, digest, stage.recipe_digest, seeds[arm][i], (use,), tokens, measurements

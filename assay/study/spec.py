@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from assay.measure.topics import accepts
 from assay.spec.base import Spec
 from assay.spec.load import find, read_mapping, validate
 from assay.study.claims import arms as arms_named
@@ -77,11 +78,19 @@ class MatchSpec(Spec):
         return self
 
 
+class OnlySpec(Spec):
+    """Which runs a measurement is made on: the first `seeds` of an arm, and these `arms`. null: all of them."""
+
+    seeds: int | None = Field(default=None, ge=1)
+    arms: tuple[str, ...] | None = None
+
+
 class MeasurementSpec(Spec):
-    """One measurement by name. In YAML: `latency`, or `{name: latency, contexts: [128, 512]}`."""
+    """One measurement by name. In YAML: `latency`, or `{name: latency, contexts: [128, 512], only: {seeds: 1}}`."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+    only: OnlySpec = OnlySpec()
 
     @model_validator(mode="before")
     @classmethod
@@ -89,11 +98,19 @@ class MeasurementSpec(Spec):
         if isinstance(data, str):
             return {"name": data}
         if isinstance(data, Mapping) and "options" not in data:
-            return {
-                **{k: v for k, v in data.items() if k == "name"},
-                "options": {k: v for k, v in data.items() if k != "name"},
-            }
+            own = {k: v for k, v in data.items() if k in ("name", "only")}
+            return {**own, "options": {k: v for k, v in data.items() if k not in own}}
         return data
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        accepts(self.name, self.options)
+        return self
+
+    def applies(self, arm: str, place: int) -> bool:
+        """Whether it is made on the run of this arm with its seed number `place` (from 0)."""
+        seeds, arms = self.only.seeds, self.only.arms
+        return (seeds is None or place < seeds) and (arms is None or arm in arms)
 
 
 class ClaimSpec(Spec):
@@ -144,6 +161,26 @@ class StageSpec(Spec):
         return self
 
 
+class SweepSpec(Spec):
+    """Extra runs of `arms` (null: all) at each of `rates` in place of recipe.optimizer.lr, nothing measured on them.
+
+    They show whether one rate serves all arms. tune: every arm of the study is then trained with the best rate of its
+    own sweep, so all of them are swept.
+    """
+
+    rates: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=2)
+    arms: tuple[str, ...] | None = None
+    seeds: int = Field(default=1, ge=1)
+    tune: bool = False
+
+    @model_validator(mode="after")
+    def _rates_and_arms(self) -> Self:
+        _distinct("rates", list(self.rates))
+        if self.tune and self.arms is not None:
+            raise ValueError("arms: with `tune` every arm is swept; leave `arms` out")
+        return self
+
+
 def _seeds_by_role(value: Any) -> Any:
     return {"*": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -155,6 +192,7 @@ class BudgetSpec(Spec):
     seeds: Annotated[dict[str, Annotated[int, Field(ge=1)]] | None, BeforeValidator(_seeds_by_role)] = None
     arms: tuple[str, ...] | None = None
     measurements: tuple[str, ...] | None = None
+    sweep: SweepSpec | None = None
     seconds: float | None = Field(default=None, gt=0.0)
 
     @model_validator(mode="after")
@@ -218,9 +256,12 @@ class StudySpec(Spec):
             raise ValueError(f"arm {BASE_ARM!r} changes the model; the base arm is the one that changes nothing")
         if self.match and any(self.match.tune in arm.changes for arm in self.arms.values()):
             raise ValueError(f"match: an arm sets {self.match.tune}, which matching tunes")
-        for name, budget in self.budgets.items():
-            if unknown := set(budget.arms or ()) - self.all_arms.keys():
-                raise ValueError(f"budgets.{name}: no arm {sorted(unknown)[0]!r}; accepted: {', '.join(self.all_arms)}")
+        named = {f"budgets.{name}": budget.arms for name, budget in self.budgets.items()}
+        named |= {f"budgets.{n}.sweep": b.sweep.arms for n, b in self.budgets.items() if b.sweep}
+        named |= {f"measurements.{m.name}.only": m.only.arms for m in self.measurements}
+        for where, arms in named.items():
+            if unknown := set(arms or ()) - self.all_arms.keys():
+                raise ValueError(f"{where}: no arm {sorted(unknown)[0]!r}; accepted: {', '.join(self.all_arms)}")
 
     @cached_property
     def base_arm(self) -> str:

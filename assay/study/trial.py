@@ -53,7 +53,7 @@ def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
     return results
 
 
-def line(job: dict[str, Any], kind: str, found: dict[str, Any]) -> dict[str, Any]:
+def line(job: dict[str, Any], kind: Any, found: dict[str, Any]) -> dict[str, Any]:
     """A Result of this job, as plain data."""
     made = Result(
         kind=kind,
