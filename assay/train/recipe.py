@@ -65,6 +65,16 @@ class ScheduleSpec(Spec):
                 raise ValueError(f"{name}: {value}; accepted: a share below 1, or a whole number of steps")
         return self
 
+    @model_validator(mode="after")
+    def _only_what_counts(self) -> Self:
+        unread = {"wsd": (), "constant": ("final", "decay")}.get(self.kind, ("decay",))
+        for name in unread:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)}; a {self.kind} schedule does not read it: leave it out"
+                )
+        return self
+
 
 class BatchSpec(Spec):
     """One optimiser step: `rows` rows of `length` tokens, computed in `accumulate` pieces of equally many rows.
@@ -107,6 +117,12 @@ class MixSpec(Spec):
 
     share: float = Field(0.0, ge=0.0, le=1.0)
     passkey: Passkey = Passkey()
+
+    @model_validator(mode="after")
+    def _some_share(self) -> Self:
+        if not self.share and self.passkey != Passkey():
+            raise ValueError("passkey: is set, but share is 0, so no row holds one; accepted: a share above 0")
+        return self
 
 
 class EvaluationSpec(Spec):

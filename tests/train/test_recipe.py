@@ -71,6 +71,9 @@ def test_the_rate_is_scaled_by_width() -> None:
         ({"optimizer__betas": [0.9, 1.0]}, r"betas: \[0.9, 1.0\]; accepted"),
         ({"optimizer__momentum": 0.9}, "unknown field; accepted: kind, lr"),
         ({"mix__share": 1.5}, "mix.share"),
+        ({"mix__passkey__digits": 2}, "mix: passkey: is set, but share is 0"),
+        ({"schedule__decay": 0.3}, "decay: 0.3; a cosine schedule does not read it"),
+        ({"schedule__kind": "constant", "schedule__final": 0.0}, "final: 0.0; a constant schedule does not read it"),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:

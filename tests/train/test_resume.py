@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from safetensors import SafetensorError
 from assay.train import checkpoint
 from assay.train.checkpoint import load_checkpoint, read_run
 from assay.train.folder import METRICS, claim, in_use, read_metrics
+from assay.train.learner import Learner, Taken
 from assay.train.loop import Options, train
-from assay.train.outcome import Status, TrainResult
+from assay.train.outcome import Diverged, Status, TrainResult
 from tests.train.small import data, model, recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -89,6 +91,21 @@ def test_a_complete_run_resumes_to_its_own_result(tmp_path: Path) -> None:
     again = train(model(), recipe(), tmp_path, resume=True)
     assert same(first, again) and again.losses == first.losses and again.valid_losses == first.valid_losses
     assert again.evaluation == first.evaluation
+
+
+def test_a_diverged_run_names_its_step_and_keeps_its_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Learner.step
+
+    def step(self: Learner, number: int, steps: int) -> Taken:
+        taken = real(self, number, steps)
+        return replace(taken, loss=torch.tensor(float("nan"))) if number == 4 else taken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", step)
+        with pytest.raises(Diverged, match=r"step 5 of 8: the loss is nan; .* as it was after step 4") as caught:
+            train(model(), recipe(), tmp_path, options=Options(save_s=0.0))
+    assert caught.value.step == 5
+    assert same(train(model(), recipe(), tmp_path, resume=True), train(model(), recipe()))
 
 
 def test_a_branch_of_a_stable_run_equals_the_uninterrupted_run(tmp_path: Path) -> None:
