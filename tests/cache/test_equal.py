@@ -175,7 +175,6 @@ def test_decode_after_fork_close_and_reuse() -> None:
         store.length(first)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="gqa plans a taking layer from its own, empty state")
 def test_layers_that_take_keys_from_another() -> None:
     """Shared keys and values are stored once, under the layer that gives them."""
     base = dump(spec(("full", "window")))

@@ -77,6 +77,8 @@ class Gqa(MixerSpec):
         return found
 
     def check(self, site: Site) -> None:
+        if self.gives is not None and self.takes is not None:
+            raise ValueError(f"`gives` ({self.gives}) and `takes` ({self.takes}): what is taken is not given again")
         if self.heads % self.groups:
             raise ValueError(f"`heads` ({self.heads}) is not a multiple of `kv_heads` ({self.groups})")
         if self.qk_norm is not None and self.qk_norm.norm.refuses:
@@ -92,6 +94,15 @@ class Gqa(MixerSpec):
             raise ValueError(
                 "`qk_norm.when: after` needs a scheme with `turns: write`: this one turns keys when they are read"
             )
+
+    def shares(self, giver: MixerSpec, site: Site) -> None:
+        if not isinstance(giver, Gqa) or (giver.groups, giver.size(site)) != (self.groups, self.size(site)):
+            raise ValueError(
+                f"`takes` {self.takes!r} with {self.groups} key heads of {self.size(site)}: its giver has others"
+            )
+        kept, wanted = giver.sees.keep, self.sees.keep
+        if kept is not None and (wanted is None or wanted > kept):
+            raise ValueError(f"`takes` {self.takes!r}: its giver keeps only {kept} tokens, and this layer sees more")
 
     def linears(self, site: Site) -> dict[str, Fan]:
         k, qkv = self.size(site), self.bias != "none"
@@ -159,7 +170,8 @@ class GqaMixer(Mixer):
         assert state is not None
         if self.spec.position is not None and not self.scheme:
             raise ValueError(f"{self.name}: position {self.spec.position!r} is not a scheme of this stack")
-        return ops.plan(step, state.layout(step), self.spec.sees)
+        # Borrowed keys stand where their giver stored them, which this part's own (empty) state does not know.
+        return None if self.spec.takes is not None else ops.plan(step, state.layout(step), self.spec.sees)
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         q, view = self.read(x, step, here)
