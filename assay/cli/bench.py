@@ -7,8 +7,9 @@ and memory read in pieces as large as the weights and the state.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
     from assay.model.lm import LM
     from assay.spec.model import ModelSpec
+    from assay.train.recipe import Precision
 
-DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+DTYPES: Mapping[str, Literal["float32", "bfloat16"]] = {"f32": "float32", "bf16": "bfloat16"}
 LATER = ("int8", "int4")
 
 
@@ -83,7 +85,7 @@ def run(
 
 
 def training(
-    source: str, changes: dict[str, Any], how: tuple[int, int | None, int, str, bool], place: torch.device
+    source: str, changes: dict[str, Any], how: tuple[int, int | None, int, Precision, bool], place: torch.device
 ) -> dict[str, Any]:
     from assay.measure.training import WARM, bench_recipe, utilisation
     from assay.spec.load import load_model

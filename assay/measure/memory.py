@@ -33,12 +33,13 @@ def measure(
     for batch in batches:
         for context in contexts if contexts is not None else (subject.length // 2, subject.length):
             row: dict[str, Any] = {"batch": batch, "context": context}
-            row["state_bytes_predicted"] = predicted(subject.model, batch, context)
             reason = subject.refusal(context)
             if reason is not None:
-                rows.append(row | {"state_bytes_measured": None, "peak_memory_bytes": None, "reason": reason})
+                names = ("state_bytes_predicted", "state_bytes_measured", "peak_memory_bytes")
+                rows.append(row | dict.fromkeys(names) | {"reason": reason})
                 continue
             fresh = start_peak()
+            row["state_bytes_predicted"] = predicted(subject.model, batch, context)
             row["state_bytes_measured"] = measured(subject.model, batch, context)
             rows.append(row | {"peak_memory_bytes": peak_bytes(), "peak_of": "row" if fresh else "process"})
     return rows

@@ -54,7 +54,7 @@ class Utilisation:
 
 def bench_recipe(batch: int, length: int, precision: Precision) -> Recipe:
     """Rows of one running text, so that none is cut into documents; what is in it changes no time."""
-    text = CorpusSpec(kind="generated", documents=2, document_bytes=max(1 << 18, 4 * batch * length), valid_one_in=0)
+    text = CorpusSpec(kind="generated", documents=1, document_bytes=max(1 << 14, 4 * batch * length), valid_one_in=0)
     return Recipe(
         data=text,
         batch=BatchSpec(rows=batch, length=length),

@@ -1,0 +1,74 @@
+"""Measurements by name: found by a scan, refused by name, and rows as the report reads them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from assay.measure.subject import Subject
+from assay.measure.topics import accepts, run, topics
+from assay.spec.result import Result, dumps, loads
+from assay.train.loop import train
+from tests.measure.subjects import recipe, spec
+
+# The rows of docs/decisions/002-results.md.
+ROWS = {
+    "extrapolation": "variant length ratio loss_nats last_nats",
+    "passkey": "length distance accuracy chance samples",
+    "latency": "batch context cache prefill_s ttft_s decode_tok_s itl_ms_p50 itl_ms_p99 roofline_tok_s",
+    "memory": "batch context state_bytes_predicted state_bytes_measured peak_memory_bytes",
+    "kernels": "backend length seconds peak_bytes traffic_bytes",
+    "attention": "layer tokens sink_mass entropy_nats max_logit",
+    "lens": "layer loss_nats",
+    "steps_to_loss": "loss_nats steps tokens",
+    "wavelengths": "dim wavelength completes",
+    "failures": "metric score prompt text why",
+}
+QUICK: dict[str, dict[str, Any]] = {
+    "extrapolation": {"ratios": [1, 2], "windows": 2},
+    "passkey": {"lengths": [48], "distances": 2, "samples": 2},
+    "latency": {"batches": [1], "contexts": [8], "seconds": 0.05},
+    "memory": {"batches": [1], "contexts": [8]},
+    "kernels": {"lengths": [64], "seconds": 0.02},
+    "steps_to_loss": {"losses": [9.0, 0.1], "over": 1},
+    "failures": {"prompts": 2, "new_tokens": 80},
+}
+
+
+def test_the_folder_is_the_list() -> None:
+    assert set(topics()) == set(ROWS)
+    assert topics()["latency"] == ("batches", "contexts", "cache", "seconds")
+
+
+def test_unknown_names_and_options_are_refused_with_the_accepted_ones() -> None:
+    with pytest.raises(ValueError, match=r"did you mean 'latency'\?\); accepted: attention, extrapolation"):
+        accepts("latencies")
+    with pytest.raises(
+        ValueError, match=r"option 'context' \(did you mean 'contexts'\?\); accepted: batches, contexts"
+    ):
+        accepts("latency", {"context": [4]})
+    accepts("latency", {"contexts": [4]})
+
+
+def test_names_are_checked_without_torch() -> None:
+    script = "import assay.measure.topics as t, sys; t.accepts('lens', {'tokens': 1}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.fixture(scope="module")
+def trained() -> Subject:
+    return Subject.of(train(spec(), recipe(tokens=128, evaluation={"tokens": 32, "points": 1})))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_have_the_columns_that_the_report_reads(name: str, trained: Subject) -> None:
+    lines = run(name, trained, QUICK.get(name))
+    rows = [row for kind, values in lines for row in ([values] if kind == "failure" else values["rows"])]
+    assert rows and all(set(ROWS[name].split()) <= set(row) for row in rows)
+    for kind, values in lines:
+        made = Result(kind=kind, study="s", arm="a", seed=0, values=values)  # type: ignore[arg-type]
+        assert loads(dumps(made)) == made
