@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from assay.ops.norm import rms_norm
 from assay.ops.step import Step
 from assay.parts.base import Norm
 from assay.spec.base import Init, NormSpec, Site, Weight
@@ -47,7 +47,7 @@ class RmsNormPart(Norm):
         mode = self.spec.weight
         w = None if mode == "none" else self.weight.to(high.dtype)
         w = w + 1 if mode == "plus_one" and w is not None else w
-        return F.rms_norm(high, x.shape[-1:], w, self.spec.eps).to(x.dtype)
+        return rms_norm(high, w, self.spec.eps).to(x.dtype)
 
 
 def reference(spec: RmsNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:
