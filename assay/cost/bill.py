@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from assay.model.lm import embed_site, head_site
-from assay.spec.base import Cost, PartSpec, Site, StateField, Weight
+from assay.spec.base import Cost, PartSpec, PositionSpec, Site, StateField, Weight
 from assay.spec.model import ModelSpec
 
 KvDtype = Literal["bf16", "f32", "int8", "int4"]
@@ -114,6 +114,7 @@ class Bill:
 def bill(spec: ModelSpec, question: Question | None = None) -> Bill:
     """What the model needs at this question; every number is exact for the declared parts."""
     ask = question or Question(spec.context)
+    _check_limits(spec, ask.context)
     groups: dict[str, list[tuple[Site, PartSpec, bool]]] = {}
     for site, part, owns in placed(spec):
         layer = layer_of(site.name)
@@ -125,13 +126,14 @@ def bill(spec: ModelSpec, question: Question | None = None) -> Bill:
         "embedding": _embedding(groups),
     }
     whole, step = _flops(groups, ask.context, 0, ask.memory), _flops(groups, 1, ask.context - 1, ask.memory)
-    encoder = bill(spec.encoder, Question(max(ask.memory, 1), 1, ask.dtype)) if spec.encoder and ask.memory else None
-    extra = encoder.flops["prefill"] if encoder else 0
+    encoder = bill(spec.encoder, Question(max(ask.memory, 1), 1, ask.dtype)) if spec.encoder else None
+    extra = encoder.flops["prefill"] if encoder and ask.memory else 0
+    extra_executed = encoder.flops["prefill_executed"] if encoder and ask.memory else 0
     flops = {
         "train_per_token": 3 * (whole.flops + extra) // ask.context,
         "prefill": ask.batch * (whole.flops + extra),
         "decode_per_token": step.flops,
-        "prefill_executed": ask.batch * (whole.executed + (encoder.flops["prefill_executed"] if encoder else 0)),
+        "prefill_executed": ask.batch * (whole.executed + extra_executed),
         "decode_per_token_executed": step.executed,
     }
     if encoder is not None:
@@ -146,6 +148,15 @@ def bill(spec: ModelSpec, question: Question | None = None) -> Bill:
         layers,
         asdict(ask),
     )
+
+
+def _check_limits(spec: ModelSpec, context: int) -> None:
+    for site, part in spec.parts():
+        limit = part.limit(site) if isinstance(part, PositionSpec) else None
+        if limit is not None and context > limit:
+            raise ValueError(
+                f"context: {context}; {site.name} ({part.kind_name()}) has {limit} positions: 1 to {limit} are accepted"
+            )
 
 
 def _embedding(groups: dict[str, list[tuple[Site, PartSpec, bool]]]) -> int:

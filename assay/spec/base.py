@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from assay.spec.values import DTYPE_BYTES as DTYPE_BYTES
@@ -46,16 +54,36 @@ class Spec(BaseModel):
                 near = difflib.get_close_matches(str(key), cls.model_fields, 1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise NestedError((key,), f"unknown field{hint}; accepted: {', '.join(cls.model_fields)}")
+            if isinstance(data[key], bool) and _is_number(cls.model_fields[key].annotation):
+                raise NestedError((key,), f"expected a number, not {data[key]}")
         return data
 
 
+def _is_number(annotation: Any) -> bool:
+    """A field of whole or real numbers: pydantic would read `true` as 1 there."""
+    options = get_args(annotation) or (annotation,)
+    return bool not in options and (int in options or float in options)
+
+
 class InitSpec(Spec):
-    """How weights are drawn. `embed: null` is d_model ** -0.5 (a tied head then starts with logits of order one)."""
+    """How weights are drawn. `embed: null` is d_model ** -0.5 (a tied head then starts with logits of order one).
+
+    std: the spread of every matrix, or `fan_in` for fan_in ** -0.5. depth: maps onto the residual stream are divided by
+    sqrt(2 layers). zero_out: they start at zero.
+    """
 
     std: float | Literal["fan_in"] = 0.02
-    embed: float | None = None
+    embed: float | None = Field(default=None, ge=0.0)
     depth: bool = True
     zero_out: bool = False
+
+    @field_validator("std", mode="before")
+    @classmethod
+    def _spread(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and 0 <= value < math.inf
+        if value != "fan_in" and not number:
+            raise ValueError(f"expected a number of at least 0, or 'fan_in', not {value!r}")
+        return value
 
     def matrix(self, fan_in: int) -> Init:
         return Init.fan_in(fan_in) if self.std == "fan_in" else Init("normal", float(self.std))
@@ -190,6 +218,12 @@ class MixerSpec(PartSpec):
 
     def meets(self, scheme: PositionSpec, site: Site) -> None:
         """Raise ValueError where this mixer cannot work with the position scheme that its `position` names."""
+
+    def shares(self, giver: MixerSpec, site: Site) -> None:
+        """Raise ValueError where this mixer cannot read what `giver`, under the name in `takes`, gives."""
+
+    def recalls(self, d_memory: int, site: Site) -> None:
+        """Raise ValueError where this mixer cannot read an encoder's features of this width."""
 
 
 class FfnSpec(PartSpec):

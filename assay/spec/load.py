@@ -19,6 +19,7 @@ from assay.spec.model import ModelSpec
 
 SHELF = Path(__file__).parent.parent / "shelf"
 MAX_BYTES, MAX_NODES = 1_000_000, 50_000
+MERGE = "tag:yaml.org,2002:merge"  # `<<: *base`: keys beside it override the merged ones
 S = TypeVar("S", bound=Spec)
 
 
@@ -26,7 +27,7 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value if k.tag != MERGE]
         twice = [k for k in keys if keys.count(k) > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
@@ -161,8 +162,10 @@ def _set(node: Any, keys: list[str], value: Any, path: str) -> None:
     else:
         raise ValueError(f"{path}: {key!r} matches nothing: what it stands in is {node!r}, not a mapping")
     if not names:
-        accepted = ", ".join(map(str, node)) if isinstance(node, dict) else f"0 to {len(node) - 1}"
-        raise ValueError(f"{path}: {key!r} matches nothing; accepted here: {accepted}, *")
+        accepted = ", ".join(map(str, node if isinstance(node, dict) else range(len(node))))
+        raise ValueError(
+            f"{path}: {key!r} matches nothing; " + (f"accepted here: {accepted}, *" if node else "it is empty")
+        )
     for name in names:
         if rest:
             _set(node[name], rest, value, path)

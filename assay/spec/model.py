@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,7 @@ from assay.spec.base import (
     Spec,
 )
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]  # it becomes part of dotted names
 Place = Literal["pre", "post", "output", "sandwich", "none"]
 
 
@@ -45,7 +46,7 @@ class BranchSpec(Spec):
     pre: NormSpec | None = None
     post: NormSpec | None = None
     scale: float = 1.0
-    name: str | None = None
+    name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$")
 
     @model_validator(mode="after")
     def _one_part(self) -> Self:
@@ -94,6 +95,13 @@ class BlockSpec(Spec):
             raise ValueError("`like` stands alone: the block it names says the rest")
         if self.like is None and sugar == bool(self.stages):
             raise ValueError("a block has `mixer` and/or `ffn`, or `stages`, or `like`")
+        self._only("like", {"like"}) if self.like is not None else None
+        self._only("stages", {"stages", "linears"}) if self.stages else None
+        if self.norm.place == "post" and not hasattr(self.residual, "norm") and self.residual.kind_name() != "add":
+            raise ValueError(
+                f"`norm.place: post` puts the norm into the residual, and `residual` is "
+                f"{self.residual.kind_name()!r}; accepted: add, post"
+            )
         if self.parallel != "no" and (self.mixer is None or self.ffn is None):
             raise ValueError("`parallel` needs both `mixer` and `ffn`")
         if self.parallel == "shared" and self.norm.place not in ("pre", "none"):
@@ -101,6 +109,15 @@ class BlockSpec(Spec):
                 f"`parallel: shared` shares one pre-norm; norm.place is {self.norm.place!r}, accepted: pre"
             )
         return self
+
+    def _only(self, form: str, allowed: set[str]) -> None:
+        """Beside `like` or `stages`, the fields of the sugar would be read by nobody."""
+        blank = {"norm": BlockNorm(), "residual": ResidualSpec._parse("add")}
+        for name, info in BlockSpec.model_fields.items():
+            if name not in allowed and getattr(self, name) != blank.get(name, info.default):
+                raise NestedError(
+                    (name,), f"says nothing beside `{form}`; accepted there: {', '.join(sorted(allowed))}"
+                )
 
     def expand(self) -> tuple[StageSpec, ...]:
         if self.stages:
@@ -138,7 +155,7 @@ class ModelSpec(Spec):
     context: int = Field(ge=1)
     blocks: dict[str, BlockSpec] = Field(min_length=1)
     pattern: tuple[str, ...] = ()
-    positions: dict[str, PositionSpec] = {}
+    positions: dict[Name, PositionSpec] = {}
     embed: EmbedSpec = Field(default="token", validate_default=True)
     final_norm: NormSpec | None = Field(default="rmsnorm", validate_default=True)
     head: HeadSpec | None = Field(default="lm", validate_default=True)
@@ -162,7 +179,29 @@ class ModelSpec(Spec):
                 raise NestedError((site.name, *error.loc), str(error)) from None
             except ValueError as error:
                 raise NestedError((site.name,), str(error)) from None
+        self._check_shared()
+        if self.encoder is not None and self.encoder.head is not None:
+            raise NestedError(("encoder", "head"), "an encoder has no head: its features are read; accepted: null")
         return self
+
+    def _check_shared(self) -> None:
+        """Every `takes` has an earlier `gives` that it can read; cross-attention fits the encoder's width."""
+        given: dict[str, MixerSpec] = {}
+        for layer in range(self.layers):
+            for site, _, branch in self.branches(layer):
+                part, name = branch.part, getattr(branch.part, "takes", None)
+                if isinstance(name, str) and name not in given:
+                    accepted = ", ".join(given) or "none is given"
+                    raise NestedError((site.name, "takes"), f"no earlier layer gives {name!r}; accepted: {accepted}")
+                try:
+                    if isinstance(name, str) and isinstance(part, MixerSpec):
+                        part.shares(given[name], site)
+                    if self.encoder is not None and isinstance(part, MixerSpec):
+                        part.recalls(self.encoder.d_model, site)
+                except ValueError as error:
+                    raise NestedError((site.name,), str(error)) from None
+                if isinstance(part, MixerSpec) and isinstance(gives := getattr(part, "gives", None), str):
+                    given[gives] = part
 
     def _check_position(self, part: PartSpec, site: Site) -> None:
         name = getattr(part, "position", None)
@@ -194,9 +233,14 @@ class ModelSpec(Spec):
     def sources(self) -> tuple[int, ...]:
         return tuple(self._source(layer) for layer in range(self.layers))
 
+    @cached_property
+    def _stages(self) -> tuple[tuple[StageSpec, ...], ...]:
+        expanded = {name: block.expand() for name, block in self.blocks.items() if block.like is None}
+        return tuple(expanded[self.plan[source]] for source in self.sources)
+
     def expand(self) -> tuple[tuple[StageSpec, ...], ...]:
         """The stages of every layer, through `like`."""
-        return tuple(self.blocks[self.plan[source]].expand() for source in self.sources)
+        return self._stages
 
     def site(self, layer: int) -> Site:
         rules = tuple(self.blocks[self.plan[self.sources[layer]]].linears.items())

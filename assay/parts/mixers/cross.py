@@ -50,6 +50,10 @@ class Cross(MixerSpec):
         if self.head_dim is None and site.d_in % self.heads:
             raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
 
+    def recalls(self, d_memory: int, site: Site) -> None:
+        if (self.d_memory or site.d_in) != d_memory:
+            raise ValueError(f"`d_memory` is {self.d_memory or site.d_in}, but the encoder's features have {d_memory}")
+
     def linears(self, site: Site) -> dict[str, Fan]:
         k, source = self.size(site), self.d_memory or site.d_in
         table = {"q": Fan(site.d_in, self.heads * k, self.bias, split=0)}
