@@ -57,7 +57,7 @@ def check(line: str) -> None:
     program, rest = Path(words[0]).name, words[1:]
     rest = rest[: rest.index("|")] if "|" in rest else rest
     if program == "assay":
-        if rest[0] in CHEAP and "check" not in rest:
+        if rest[0] in CHEAP and not {"check", "--matrix"} & set(rest):
             assert main(rest) == 0, f"fails: {line}"
         else:
             parse(rest)
