@@ -24,7 +24,7 @@ def draw(init: Init, shape: tuple[int, ...], seed: int, name: str) -> Tensor:
 @torch.no_grad()
 def initialise(module: nn.Module, table: dict[str, Weight], seed: int) -> None:
     """Fill every parameter from the declared table; a parameter the table does not name is our bug."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    parameters = dict(module.named_parameters())  # a block shared by `like` once, as the table has it
     missing = parameters.keys() ^ table.keys()
     assert not missing, f"declared and built weights differ: {sorted(missing)[:6]}"
     for name, weight in table.items():
