@@ -37,7 +37,7 @@ def run(call: Call, lse: bool = False) -> tuple[Tensor, Tensor | None]:
         return plain(call, lse)
     want = lse or rule.sink is not None
     if call.trains() or (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
-        out, total = Blocked.apply(call.q, call.k, call.v, bias, plan, rule.scale, want)
+        out, total = Blocked.apply(call.q, call.k, call.v, bias, Work(plan, rule.scale, want, True))
     else:
         out, total, _ = forward(call.q, call.k, call.v, bias, Work(plan, rule.scale, want, False))
     if rule.sink is None:
@@ -154,10 +154,10 @@ class Blocked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: Plan, scale: float, lse: bool
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, work: Work
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.work = Work(plan, scale, lse, True)
-        out, total, kept = forward(q, k, v, bias, ctx.work)
+        ctx.work = work
+        out, total, kept = forward(q, k, v, bias, work)
         ctx.save_for_backward(q, k, v, bias, *kept)
         ctx.set_materialize_grads(False)
         return out, total
@@ -172,7 +172,7 @@ class Blocked(torch.autograd.Function):
         dtype = compute_dtype(q)
         grads = Gradients(ctx.work, q.to(dtype), k.to(dtype), v.to(dtype), d_out.to(dtype), d_total, d_bias)
         dq, dk, dv = grads.run(kept, (q.dtype, k.dtype, v.dtype))
-        return dq, dk, dv, d_bias, None, None, None
+        return dq, dk, dv, d_bias, None
 
 
 @dataclass(frozen=True)
