@@ -69,6 +69,8 @@ def load_file(path: str | Path) -> list[type[PartSpec]]:
     if not path.is_file():
         raise FileNotFoundError(f"--part: no file {path}")
     name = f"assay_user_{path.stem}"
+    if (before := sys.modules.get(name)) is not None and Path(str(before.__file__)).resolve() != path.resolve():
+        raise ValueError(f"--part {path}: a file of this name is already loaded, {before.__file__}")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"--part: {path} is not a Python file")
@@ -82,7 +84,10 @@ def load_file(path: str | Path) -> list[type[PartSpec]]:
     if not found:
         raise ValueError(f"--part {path}: defines no part; it needs a class derived from one of {', '.join(SLOTS)}")
     for part in found:
-        if part.kind_name() in _shipped(part.slot):
+        other = table(part.slot).get(part.kind_name(), part)
+        same = [p for p in found if (p.slot, p.kind_name()) == (part.slot, part.kind_name())]
+        if other.__module__ != name or len(same) > 1:
             raise ValueError(f"--part {path}: kind {part.kind_name()!r} is already taken in {part.slot}")
+    for part in found:
         _user_parts()[part.slot][part.kind_name()] = part
     return found

@@ -1,0 +1,92 @@
+"""What `--part FILE.py` accepts; each in a process of its own, since the registry remembers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from assay.spec import registry
+from assay.spec.base import SLOTS
+
+PART = '''
+from typing import Literal
+from assay.spec.base import FfnSpec
+class Twice(FfnSpec):
+    """x -> 2 x."""
+    kind: Literal["{kind}"] = "{kind}"
+'''
+
+
+def loads(path: Path, times: int = 1, *more: Path) -> str:
+    """What loading says: the kinds that are there afterwards, or the error."""
+    code = (
+        "import sys\n"
+        "from assay.spec import registry\n"
+        "try:\n"
+        f"    for file in sys.argv[1:] * {times}: registry.load_file(file)\n"
+        "    print(registry.names('ffns'))\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *map(str, (path, *more))], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip().splitlines()[-1]
+
+
+def test_the_scan_finds_every_file() -> None:
+    """One kind for each file of a slot's folder, named without a list anywhere."""
+    for slot in SLOTS:
+        files = {p.stem for p in (registry.PARTS / slot).glob("[!_]*.py")}
+        modules = {kind.__module__.rsplit(".", 1)[1] for kind in registry.table(slot).values()}
+        assert modules == files and files, slot
+
+
+def test_a_kind_that_is_not_there() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown norms kind 'layer_norm' \(did you mean 'layernorm'\?\); accepted: b"
+    ):
+        registry.get("norms", "layer_norm")
+    with pytest.raises(ValueError, match="unknown norms kind 3; accepted"):
+        registry.get("norms", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (PART.format(kind="twice"), "dense, gated, moe, twice"),
+        (PART.format(kind="moe"), "kind 'moe' is already taken in ffns"),
+        (
+            PART.format(kind="twice") + PART.format(kind="twice").replace("Twice", "Again"),
+            "kind 'twice' is already taken in ffns",
+        ),
+        ("x = 1", "defines no part; it needs a class derived from one of mixers, ffns"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def (", "SyntaxError"),
+        ("import assay.no_such_module", "ModuleNotFoundError"),
+    ],
+)
+def test_a_file_of_ones_own(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    told = loads(path)
+    assert says in told
+    assert told.startswith(("dense", f"ValueError --part {path}: "))
+
+
+def test_the_same_file_twice_and_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(PART.format(kind="twice"))
+    assert loads(path, times=2) == "dense, gated, moe, twice"
+    assert loads(tmp_path / "none.py").startswith("FileNotFoundError --part: no file")
+    elsewhere = tmp_path / "other" / "mine.py"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(path.read_text())
+    assert f"a file of this name is already loaded, {path}" in loads(path, 1, elsewhere)
+    another = path.with_name("another.py")
+    another.write_text(path.read_text())
+    assert "kind 'twice' is already taken in ffns" in loads(path, 1, another)
+    (tmp_path / "text.txt").write_text("x")
+    assert "is not a Python file" in loads(tmp_path / "text.txt")
