@@ -8,7 +8,7 @@ from typing import Any
 from assay.cost.bill import bill
 from assay.spec.load import change, digest, dump, load_model, validate
 from assay.spec.model import ModelSpec
-from assay.study.plan import Materials, Tree
+from assay.study.trials import Materials, Tree
 from assay.train.recipe import Recipe, change_recipe, load_recipe
 
 

@@ -1,113 +1,23 @@
-"""From a study and a budget to trials: one run of one model under one recipe with one seed, each run once."""
+"""From a study and a budget to stages and trials: every run that is wanted, once, however many stages share it."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from assay.study.evidence import lower_is_better
-from assay.study.judge import Court
 from assay.study.match import matched
-from assay.study.spec import BudgetSpec, StudySpec, load_study
-from assay.study.statistics import Metric
+from assay.study.spec import BudgetSpec, OnlySpec, StageSpec, StudySpec, SynthesisSpec, load_study
+from assay.study.trials import Materials, Stage, Tree, Trial, all_trials, main_trials, shared, sweep_trials
 
-Tree = dict[str, Any]
 BUDGETS = ("smoke", "quick", "full")
-TRIAL_OVERHEAD_S = 0.5
 TOKEN_STEP = 1024
-
-
-@dataclass(frozen=True)
-class Materials:
-    """How models and recipes become trees with digests; injected, so that a plan needs no tensors.
-
-    model(source, changes) and recipe(source, changes) -> (every field, digest); changes are dotted, from `model.` or
-    `recipe.`. sizes(model) -> {params, active_flops, state_bytes}. rate(model, recipe) -> tokens/s of one worker.
-    """
-
-    model: Callable[[Any, Mapping[str, Any]], tuple[Tree, str]]
-    recipe: Callable[[Any, Mapping[str, Any]], tuple[Tree, str]]
-    sizes: Callable[[Tree], Mapping[str, float]] | None = None
-    rate: Callable[[Tree, Tree], float] | None = None
-
-
-@dataclass(frozen=True)
-class Use:
-    """Where a trial's results appear: stages share runs. `measurements` are those that this stage asked for."""
-
-    study: str
-    arm: str
-    measurements: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Trial:
-    spec: Tree
-    recipe: Tree
-    spec_digest: str
-    recipe_digest: str
-    seed: int
-    uses: tuple[Use, ...]
-    tokens: int
-    measurements: tuple[tuple[str, Tree], ...] = ()
-    keep: bool = False
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return self.spec_digest, self.recipe_digest, self.seed
-
-    @property
-    def name(self) -> str:
-        return f"{self.uses[0].study}/{self.uses[0].arm} seed {self.seed}"
-
-    def job(self) -> Tree:
-        """What a worker is handed: plain data."""
-        return {
-            "study": self.uses[0].study,
-            "arm": self.uses[0].arm,
-            "seed": self.seed,
-            "spec": self.spec,
-            "recipe": self.recipe,
-            "spec_digest": self.spec_digest,
-            "recipe_digest": self.recipe_digest,
-            "measurements": [{"name": name, "options": options} for name, options in self.measurements],
-        }
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One study of the plan, resolved: what the report is told and what verdicts and claims go by."""
-
-    name: str
-    study: StudySpec
-    arms: tuple[str, ...]
-    base: Tree
-    recipe: Tree
-    recipe_digest: str
-    models: Mapping[str, tuple[Tree, str]]
-    tokens: Mapping[str, int]
-    tuned: Mapping[str, int] = field(default_factory=dict)
-    budget: BudgetSpec = field(default_factory=BudgetSpec)
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def court(self) -> Court:
-        asked = self.study.metric
-        lower = lower_is_better(asked.name) if asked.better is None else asked.better == "lower"
-        metric = Metric(asked.name, lower, asked.interest)
-        return Court(self.study.base_arm, self.arms, metric, asked.alpha)
-
-    def changes(self, arm: str) -> Tree:
-        """The arm's dotted changes, with what matching tuned."""
-        out = dict(self.study.all_arms[arm].changes)
-        if arm in self.tuned and self.study.match:
-            out[self.study.match.tune] = self.tuned[arm]
-        return out
+BASELINE, CHOSEN = "baseline", "chosen"
+Rates = Mapping[str, Mapping[str, float]]
+"""stage -> arm -> learning rate, where a sweep has found it."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +27,19 @@ class Plan:
     stages: tuple[Stage, ...]
     trials: tuple[Trial, ...]
     scale: float = 1.0
-    notes: tuple[str, ...] = ()
+    title: str = ""
+    question: str = ""
 
     @cached_property
     def digest(self) -> str:
         """16 hex digits over every trial and where it is used."""
-        lines = [[*t.key, [[u.study, u.arm] for u in t.uses], t.measurements] for t in self.trials]
+        lines = [[*t.key, [[u.study, u.arm, u.sweeps] for u in t.uses], t.measurements] for t in self.trials]
         return _digest(sorted(lines, key=lambda line: json.dumps(line, sort_keys=True)))
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """The stages whose arms wait for their learning rates."""
+        return frozenset(stage.name for stage in self.stages if stage.tunes)
 
 
 @dataclass(frozen=True)
@@ -145,8 +61,12 @@ def make_plan(
     materials: Materials,
     scale: float = 1.0,
     find: Callable[[str], tuple[str, StudySpec]] = load_study,
+    rates: Rates | None = None,
 ) -> Plan:
-    """Expand every stage but a synthesis, which is planned from the others' results. `scale` multiplies all tokens."""
+    """Expand every stage but a synthesis, which is planned from the others' results. `scale` multiplies all tokens.
+
+    rates: what the sweeps found; without them, stages that tune are planned with the recipe's own rate.
+    """
     study = request.study
     if request.budget not in BUDGETS:
         raise ValueError(f"budget {request.budget!r}; accepted: {', '.join(BUDGETS)}")
@@ -154,32 +74,60 @@ def make_plan(
         if path.partition(".")[0] not in ("model", "recipe") or "." not in path:
             raise ValueError(f"{path}: an override is a path from model. or recipe., such as recipe.tokens=8192")
     outer = study.budgets.get(request.budget, BudgetSpec())
+    stages = []
+    for name, inner, budget, overrides in _entries(request, outer, find):
+        stage = _stage(name, inner, budget, overrides, materials, scale)
+        stages.append(replace(stage, rates=(rates or {}).get(name, {})))
+    extra = {stage_like(e, stages).name: e.synthesis.measurements for e in study.stages if e.synthesis is not None}
+    found = [trial for stage in stages for trial in all_trials(stage, extra.get(stage.name, ()))]
+    return Plan(request.name, request.budget, tuple(stages), shared(found), scale, study.title, study.question)
+
+
+def _entries(
+    request: Request, outer: BudgetSpec, find: Callable[[str], tuple[str, StudySpec]]
+) -> list[tuple[str, StudySpec, BudgetSpec, Mapping[str, Any]]]:
+    """Name, study, budget and overrides of every stage that is a study."""
+    study = request.study
     if not study.stages:
-        stages = [_stage(request.name, study, outer, request.overrides, materials, scale)]
-        budgets = [outer]
-    else:
-        stages, budgets = [], []
-        for entry in study.stages:
-            if entry.study is not None:
-                inner = find(entry.study)[1]
-                if inner.stages:
-                    raise ValueError(f"stage {entry.name!r}: {entry.study} has stages itself; one level is accepted")
-                budget = _merged(inner.budgets.get(request.budget, BudgetSpec()), outer)
-                overrides = {**entry.overrides, **request.overrides}
-                stages.append(_stage(entry.name, inner, budget, overrides, materials, scale))
-                budgets.append(budget)
-    found = [t for stage, budget in zip(stages, budgets) for t in _trials(stage, budget)]
-    return Plan(request.name, request.budget, tuple(stages), _shared(found), scale)
+        return [(request.name, study, outer, request.overrides)]
+    found: list[tuple[str, StudySpec, BudgetSpec, Mapping[str, Any]]] = []
+    for entry in study.stages:
+        if entry.name == request.name:
+            raise ValueError(f"stage {entry.name!r} has the name of the study itself; give it another")
+        if entry.study is None:
+            continue
+        inner = find(entry.study)[1]
+        if inner.stages:
+            raise ValueError(f"stage {entry.name!r}: {entry.study} has stages itself; one level is accepted")
+        budget = _merged(inner.budgets.get(request.budget, BudgetSpec()), outer)
+        found.append((entry.name, inner, budget, {**entry.overrides, **request.overrides}))
+    return found
 
 
-def synthesis_stage(
-    name: str, like: Stage, changes: Mapping[str, Any], materials: Materials, scale: float
-) -> tuple[Stage, tuple[Trial, ...]]:
+def stage_like(entry: StageSpec, stages: Sequence[Stage]) -> Stage:
+    """The stage that a synthesis is trained like."""
+    assert entry.synthesis is not None
+    wanted, named = entry.synthesis.like, {stage.name: stage for stage in stages}
+    if not named or (wanted is not None and wanted not in named):
+        raise ValueError(
+            f"{entry.name}: synthesis.like is {wanted!r}; accepted: {', '.join(named) or 'no stage is there'}"
+        )
+    found = stages[0] if wanted is None else named[wanted]
+    if twice := {m.name for m in entry.synthesis.measurements} & {m.name for m in found.study.measurements}:
+        raise ValueError(f"{entry.name}: synthesis.measurements: {min(twice)} is measured by {found.name} already")
+    return found
+
+
+def synthesis_plan(
+    name: str, like: Stage, changes: Mapping[str, Any], asked: SynthesisSpec, materials: Materials, plan: Plan
+) -> Callable[[Rates], Plan]:
     """The chosen configuration beside the baseline, with the base, recipe, seeds and measurements of another stage.
 
-    The first run of the chosen configuration keeps its checkpoint.
+    Without changes the baseline stands alone. The first run of what was chosen keeps its model. Given rates -> plan.
     """
-    given = like.study
+    given, base_arm = like.study, like.study.base_arm
+    mine = [m for m in given.measurements if m.only.arms is None or base_arm in m.only.arms]
+    measured = [m.model_copy(update={"only": OnlySpec(seeds=m.only.seeds)}) for m in (*mine, *asked.measurements)]
     study = StudySpec.model_validate(
         {
             "title": "Synthesis",
@@ -187,17 +135,27 @@ def synthesis_stage(
             "base": given.base,
             "recipe": given.recipe,
             "metric": given.metric,
-            "arms": {"baseline": {}, "chosen": {"changes": dict(changes)}},
+            "arms": {BASELINE: {"role": given.all_arms[base_arm].role}}
+            | ({CHOSEN: {"changes": dict(changes)}} if changes else {}),
             "seeds": given.seeds,
-            "measurements": given.measurements,
+            "measurements": measured,
         }
     )
-    budget = like.budget.model_copy(update={"arms": None})
-    stage = _stage(name, study, budget, like.overrides, materials, scale)
-    trials = list(_trials(stage, budget))
-    first = next(i for i, trial in enumerate(trials) if trial.uses[0].arm == "chosen")
-    trials[first] = replace(trials[first], keep=True)
-    return stage, tuple(trials)
+    named = like.budget.measurements
+    if named is not None:
+        named = (*named, *(m.name for m in asked.measurements))
+    sweep = like.budget.sweep if like.tunes else None
+    budget = like.budget.model_copy(update={"arms": None, "measurements": named, "sweep": sweep})
+    stage = _stage(name, study, budget, like.overrides, materials, plan.scale)
+
+    def made(rates: Rates) -> Plan:
+        tuned = replace(stage, rates=rates.get(name, {}))
+        trials = list(main_trials(tuned))
+        first = next(i for i, trial in enumerate(trials) if trial.uses[0].arm == (CHOSEN if changes else BASELINE))
+        trials[first] = replace(trials[first], keep=True)
+        return Plan(name, plan.budget, (tuned,), shared([*sweep_trials(tuned), *trials]), plan.scale)
+
+    return made
 
 
 def _merged(inner: BudgetSpec, outer: BudgetSpec) -> BudgetSpec:
@@ -223,9 +181,12 @@ def _stage(
     for arm in arms:
         own = {**model_changes, **study.all_arms[arm].changes}
         if study.match is not None and models:
+            unmatched = _built(materials, study, own, f"{name}: arm {arm}")
             tuned[arm] = matched(study.match, models[study.base_arm][0], study.base, own, materials)
             own[study.match.tune] = tuned[arm]
         models[arm] = _built(materials, study, own, f"{name}: arm {arm}")
+        if arm in tuned and models[arm] == unmatched:
+            del tuned[arm]
         same = next((a for a in models if a != arm and models[a][1] == models[arm][1]), None)
         if same is not None:
             raise ValueError(
@@ -257,83 +218,6 @@ def _built(materials: Materials, study: StudySpec, changes: Tree, where: str) ->
         return materials.model(study.base, changes)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _trials(stage: Stage, budget: BudgetSpec) -> Iterator[Trial]:
-    """Seed by seed, the base arm first, so that a study that is cut short has something to say about every arm."""
-    study = stage.study
-    asked = [m for m in study.measurements if budget.measurements is None or m.name in budget.measurements]
-    seeds = {arm: budget.seeds_for(study.all_arms[arm].role, study.seeds) for arm in stage.arms}
-    for i in range(max(map(len, seeds.values()))):
-        for arm in stage.arms:
-            if i < len(seeds[arm]):
-                tree, digest = stage.models[arm]
-                made = [m for m in asked if m.applies(arm, i)]
-                use = Use(stage.name, arm, tuple(m.name for m in made))
-                measurements = tuple((m.name, m.options) for m in made)
-                tokens = stage.tokens[arm]
-                yield Trial(
-                    tree, stage.recipe, digest, stage.recipe_digest, seeds[arm][i], (use,), tokens, measurements
-                )
-
-
-def _shared(trials: list[Trial]) -> tuple[Trial, ...]:
-    """Equal runs become one with several uses and all the measurements asked of it."""
-    out: dict[tuple[str, str, int], Trial] = {}
-    for trial in trials:
-        first = out.get(trial.key)
-        if first is None:
-            out[trial.key] = trial
-            continue
-        wanted = dict(first.measurements)
-        for name, options in trial.measurements:
-            if wanted.setdefault(name, options) != options:
-                raise ValueError(
-                    f"{first.name} and {trial.name} are one run, and {name} is asked of it with two sets of options: "
-                    f"{wanted[name]} and {options}"
-                )
-        out[trial.key] = replace(first, uses=first.uses + trial.uses, measurements=tuple(wanted.items()))
-    return tuple(out.values())
-
-
-def expected_seconds(plan: Plan, materials: Materials) -> list[float]:
-    """For each trial, from the injected rate, asked once for each model and recipe."""
-    if materials.rate is None:
-        raise ValueError("no rate was measured: expected times are unknown")
-    rates: dict[tuple[str, str], float] = {}
-    out = []
-    for trial in plan.trials:
-        if trial.key[:2] not in rates:
-            rates[trial.key[:2]] = materials.rate(trial.spec, trial.recipe)
-        out.append(trial.tokens / rates[trial.key[:2]] + TRIAL_OVERHEAD_S)
-    return out
-
-
-def wall_seconds(seconds: list[float], workers: int) -> float:
-    """When the last trial ends if each worker takes the next trial in order."""
-    free = [0.0] * max(1, min(workers, len(seconds) or 1))
-    for s in seconds:
-        heapq.heapreplace(free, free[0] + s)
-    return max(free)
-
-
-def fit_scale(seconds: list[float], limit: float, workers: int) -> float:
-    """The factor, at most 1, on every trial's tokens that fits `seconds` into `limit`; never one arm alone."""
-    if wall_seconds(seconds, workers) <= limit:
-        return 1.0
-    fixed = [TRIAL_OVERHEAD_S] * len(seconds)
-    if wall_seconds(fixed, workers) >= limit:
-        raise ValueError(
-            f"{len(seconds)} trials on {workers} workers need more than {limit:.0f} s before any token is trained; "
-            "take fewer seeds or arms, or a larger budget"
-        )
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        scaled = [TRIAL_OVERHEAD_S + (s - TRIAL_OVERHEAD_S) * middle for s in seconds]
-        low, high = (middle, high) if wall_seconds(scaled, workers) <= limit else (low, middle)
-    # Two digits: a plan that is asked for again must not differ by the noise of its measured rate.
-    return max(float(f"{low:.2g}"), 1e-6)
 
 
 def _digest(value: Any) -> str:

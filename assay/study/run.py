@@ -15,20 +15,21 @@ from assay.spec.result import Result
 from assay.study.evidence import Evidence
 from assay.study.judge import claim_results, verdict_results
 from assay.study.plan import (
-    Materials,
+    CHOSEN,
     Plan,
+    Rates,
     Request,
-    Stage,
-    Trial,
-    expected_seconds,
-    fit_scale,
     make_plan,
-    synthesis_stage,
+    stage_like,
+    synthesis_plan,
 )
 from assay.study.runners.folder import Folder
 from assay.study.runners.local import Failed, Pool, Watcher, run_trials
-from assay.study.spec import StageSpec, StudySpec, load_study
+from assay.study.spec import StudySpec, load_study
+from assay.study.sweep import best_rates, note, sweep_results
 from assay.study.synthesis import Synthesis, comparison_table, synthesise
+from assay.study.times import expected_seconds, fit_scale, fixed_seconds
+from assay.study.trials import Materials, Stage, Trial, part
 
 Find = Callable[[str], tuple[str, StudySpec]]
 
@@ -70,10 +71,12 @@ def planned(request: Request, session: Session, seconds: float | None = None, he
     limit = seconds if seconds is not None else own.seconds if own else None
     if held is not None or limit is None or session.materials.rate is None:
         return plan
-    expected = expected_seconds(plan, session.materials)
+    expected, fixed = expected_seconds(plan, session.materials), fixed_seconds(plan)
     # A synthesis trains its choice later, with as many seeds as the first arm has.
-    extra = sum(e.synthesis is not None for e in request.study.stages) * _most_seeds(plan)
-    scale = fit_scale(expected + [max(expected)] * extra, limit, session.pool.size)
+    longest = max(range(len(expected)), key=expected.__getitem__)
+    extra = [longest] * sum(e.synthesis is not None for e in request.study.stages) * _most_seeds(plan)
+    several = [[times[i] for i in (*range(len(expected)), *extra)] for times in (expected, fixed)]
+    scale = fit_scale(several[0], limit, session.pool.size, several[1])
     if scale < 1.0:
         session.note(f"every run is given {scale:.2g} of the recipe's tokens, so that the plan fits {limit:.0f} s")
         plan = make_plan(request, session.materials, scale, session.find)
@@ -94,7 +97,9 @@ def run_study(request: Request, out: str | Path, session: Session, seconds: floa
         plan = planned(request, session, seconds, held.get("scale") if held else None)
         folder.bind(plan.digest, {"study": request.name, "budget": request.budget, "scale": plan.scale})
         try:
-            failed = _run(plan.trials, folder, session)
+            plan, failed = _run_plan(
+                lambda rates: make_plan(request, session.materials, plan.scale, session.find, rates), folder, session
+            )
         except KeyboardInterrupt:
             _conclude(plan, (), folder, session)
             raise
@@ -102,6 +107,17 @@ def run_study(request: Request, out: str | Path, session: Session, seconds: floa
         syntheses, extra_failed = _synthesise_all(request, plan, folder, session)
         results = _conclude(plan, syntheses, folder, session)
         return Finished(plan, (*failed, *extra_failed), tuple(results))
+
+
+def _run_plan(made: Callable[[Rates], Plan], folder: Folder, session: Session) -> tuple[Plan, list[Failed]]:
+    """Run a plan; stages that tune run their sweeps first, and are planned again with what these found."""
+    plan = made({})
+    failed = _run(part(plan.trials, plan.waiting, later=False), folder, session)
+    if plan.waiting:
+        results = folder.read()
+        plan = made({stage.name: best_rates(results, stage) for stage in plan.stages if stage.tunes})
+        failed += _run(part(plan.trials, plan.waiting, later=True), folder, session)
+    return plan, failed
 
 
 def _run(trials: Sequence[Trial], folder: Folder, session: Session) -> list[Failed]:
@@ -126,33 +142,19 @@ def _synthesise_all(
     for entry in request.study.stages:
         if entry.synthesis is None:
             continue
-        like = _like(entry, plan)
+        like = stage_like(entry, plan.stages)
         try:
             found = synthesise(folder.read(), entry.synthesis.constraints, _counted(like, session))
         except ValueError as error:
             # The stages' own results stand: they must not be lost to a constraint that nothing meets.
             session.note(f"{entry.name}: {error}")
             continue
-        if not found.changes:
-            session.note(f"{entry.name}: the baseline is kept everywhere; there is nothing to train")
-            chosen.append(_Chosen(entry.name, like, found))
-            continue
-        stage, trials = synthesis_stage(entry.name, like, found.changes, session.materials, plan.scale)
-        failed += _run(trials, folder, session)
-        kept = next(folder.checkpoint(trial) for trial in trials if trial.keep)
-        chosen.append(_Chosen(entry.name, stage, found, kept if kept.exists() else None))
+        made = synthesis_plan(entry.name, like, found.changes, entry.synthesis, session.materials, plan)
+        trained, lost = _run_plan(made, folder, session)
+        failed += lost
+        kept = next(folder.checkpoint(trial) for trial in trained.trials if trial.keep)
+        chosen.append(_Chosen(entry.name, trained.stages[0], found, kept if kept.exists() else None))
     return chosen, failed
-
-
-def _like(entry: StageSpec, plan: Plan) -> Stage:
-    assert entry.synthesis is not None
-    wanted = entry.synthesis.like
-    named = {stage.name: stage for stage in plan.stages}
-    if not named or (wanted is not None and wanted not in named):
-        raise ValueError(
-            f"{entry.name}: synthesis.like is {wanted!r}; accepted: {', '.join(named) or 'no stage is there'}"
-        )
-    return plan.stages[0] if wanted is None else named[wanted]
 
 
 def _counted(like: Stage, session: Session) -> Callable[[dict[str, Any]], dict[str, float]] | None:
@@ -167,6 +169,8 @@ def _conclude(plan: Plan, chosen: Sequence[_Chosen], folder: Folder, session: Se
     runs = folder.read()
     about = Result(kind="environment", study=plan.name, values=session.environment, **_origin(session))
     derived = [about] if session.environment else []
+    if any(stage.name != plan.name for stage in plan.stages):
+        derived.append(frame_line(plan, about, session.command))
     for stage in plan.stages:
         derived += _judged(stage, plan, runs, about, session)
     for found in chosen:
@@ -177,9 +181,22 @@ def _conclude(plan: Plan, chosen: Sequence[_Chosen], folder: Folder, session: Se
 
 def _judged(stage: Stage, plan: Plan, runs: Sequence[Result], about: Result, session: Session) -> list[Result]:
     line = study_line(stage, plan, about, session.command)
+    if said := note(runs, stage):
+        line = line.model_copy(update={"values": {**line.values, "note": said}})
     evidence = Evidence(runs, stage.name)
     claims = [claim.model_dump() for claim in stage.study.claims]
-    return [line, *verdict_results(evidence, stage.court, line), *claim_results(evidence, stage.court, claims, line)]
+    return [
+        line,
+        *sweep_results(runs, stage, line),
+        *verdict_results(evidence, stage.court, line),
+        *claim_results(evidence, stage.court, claims, line),
+    ]
+
+
+def frame_line(plan: Plan, about: Result, command: str) -> Result:
+    """The title and question of a study of studies, which has no arms of its own."""
+    values = {"title": plan.title or plan.name, "question": plan.question, "budget": plan.budget, "command": command}
+    return about.model_copy(update={"kind": "study", "study": plan.name, "values": {**values, "arms": []}})
 
 
 def study_line(stage: Stage, plan: Plan, about: Result, command: str) -> Result:
@@ -193,7 +210,12 @@ def study_line(stage: Stage, plan: Plan, about: Result, command: str) -> Result:
         "recipe": to_yaml(stage.recipe),
         "base_arm": court.base_arm,
         "arms": [
-            {"name": arm, "title": study.all_arms[arm].title or arm, "changes": stage.changes(arm)}
+            {
+                "name": arm,
+                "title": study.all_arms[arm].title or arm,
+                "changes": stage.changes(arm),
+                "spec_digest": stage.models[arm][1],
+            }
             for arm in stage.arms
         ],
         "claims": [{"id": c.id, "text": c.text, "source": c.source} for c in study.claims],
@@ -213,8 +235,8 @@ def _synthesis_lines(
 ) -> list[Result]:
     name, stage, synthesis = found.name, found.stage, found.synthesis
     trained = bool(synthesis.changes)
-    table = comparison_table(Evidence(runs, name), stage.court, "chosen") if trained else []
-    spec = stage.models["chosen"][0] if trained else stage.base
+    table = comparison_table(Evidence(runs, name), stage.court, CHOSEN) if trained else []
+    spec = stage.models[CHOSEN][0] if trained else stage.base
     values = {
         "constraints": synthesis.constraints,
         "choices": [
@@ -226,8 +248,7 @@ def _synthesis_lines(
         "checkpoint": str(found.checkpoint) if found.checkpoint else None,
     }
     labels = {"kind": "synthesis", "study": name, "recipe_digest": stage.recipe_digest, "values": values}
-    lines = _judged(stage, plan, runs, about, session) if trained else []
-    return [*lines, about.model_copy(update=labels)]
+    return [*_judged(stage, plan, runs, about, session), about.model_copy(update=labels)]
 
 
 def _origin(session: Session) -> dict[str, Any]:

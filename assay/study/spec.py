@@ -134,10 +134,19 @@ class SynthesisSpec(Spec):
     """Choose a configuration from the stages before. `constraints`: metric -> the most that is allowed.
 
     `like`: the stage whose base, recipe and measurements the chosen configuration is trained with; null: the first.
+    `measurements`: made besides, and on the base arm of that stage too, so that the baseline is not trained again.
     """
 
     constraints: dict[str, float] = Field(default_factory=dict)
     like: str | None = None
+    measurements: tuple[MeasurementSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _for_both(self) -> Self:
+        _distinct("measurements", [m.name for m in self.measurements])
+        if named := next((m.name for m in self.measurements if m.only.arms is not None), None):
+            raise ValueError(f"measurements: {named}: only.arms: both arms are measured; accepted: only.seeds")
+        return self
 
 
 class StageSpec(Spec):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from assay.spec.result import Result
@@ -21,6 +21,7 @@ from assay.study.statistics import Comparison, Metric, compare
 COSTS = ("state_bytes_per_token", "params_total")
 WORDS: Mapping[str, str] = {"state_bytes_per_token": "state bytes a token", "params_total": "parameters"}
 MAX_COMBINATIONS = 10_000
+Sizes = Callable[[dict[str, Any]], Mapping[str, float]]
 TABLE = (
     *("loss_nats", "bits_per_byte", "in_context_nats", "params_total", "params_active", "state_bytes_per_token"),
     *("train_tok_s", "mfu", "peak_memory_bytes", "extrapolation.loss_nats", "extrapolation.last_nats"),
@@ -88,24 +89,52 @@ def court_of(study: Result) -> Court:
 def synthesise(
     results: Sequence[Result],
     constraints: Mapping[str, float],
-    sizes: Callable[[dict[str, Any]], Mapping[str, float]] | None = None,
+    sizes: Sizes | None = None,
 ) -> Synthesis:
     """Choose an arm from every stage that has a `study` line, so that the constraints hold.
 
-    `sizes(changes)` counts the merged configuration by a trial's names (state_bytes_per_token, params_total); other
-    constraints are checked arm by arm. Raises ValueError where nothing fits.
+    `sizes(changes)` counts the merged configuration by a trial's names (state_bytes_per_token, params_total), and
+    raises ValueError where it cannot be built; constraints that it does not count are checked arm by arm, each in its
+    own stage. Raises ValueError where nothing fits.
     """
-    ranked = [_ranked(_decided(results, r), constraints) for r in results if r.kind == "study"]
-    if not ranked:
-        raise ValueError("synthesis: there are no stages to choose from")
+    counts = sizes({}) if sizes else {}
+    own = {name: most for name, most in constraints.items() if name not in counts}
+    # A line without arms is the frame of a study of studies.
+    decided = [_decided(results, r) for r in results if r.kind == "study" and r.values.get("arms")]
+    if not decided:
+        raise ValueError("there are no stages to choose from")
+    ranked = [_buildable(_ranked(stage, own), sizes) for stage in decided]
     orders = itertools.product(*(range(len(choices)) for choices in ranked))
     for order in sorted(itertools.islice(orders, MAX_COMBINATIONS), key=sum):
         choices, changes = _merged([options[i] for options, i in zip(ranked, order)])
-        counted = sizes(changes) if sizes else {}
-        if all(counted[name] <= most for name, most in constraints.items() if name in counted):
+        counted = _counted(changes, sizes)
+        if counted is not None and all(counted[name] <= most for name, most in constraints.items() if name in counted):
             return Synthesis(dict(constraints), choices, changes)
     said = ", ".join(f"{name} <= {most:g}" for name, most in constraints.items())
-    raise ValueError(f"synthesis: no combination of the stages' arms has {said}")
+    raise ValueError(f"no combination of the stages' arms has {said}" if said else "no combination can be built")
+
+
+def _counted(changes: dict[str, Any], sizes: Sizes | None) -> Mapping[str, float] | None:
+    """None for what cannot be built: two stages' changes may exclude each other."""
+    try:
+        return sizes(changes) if sizes else {}
+    except ValueError:
+        return None
+
+
+def _buildable(options: Sequence[Choice], sizes: Sizes | None) -> list[Choice]:
+    """Without the arms whose changes the synthesis's base model does not take; what is left says which and why."""
+    lost = {}
+    for choice in options if sizes else ():
+        try:
+            sizes(choice.changes)  # type: ignore[misc]
+        except ValueError as error:
+            lost[choice.arm] = str(error)
+    said = "".join(f" {arm} cannot be built here: {why}." for arm, why in lost.items())
+    kept = [choice for choice in options if choice.arm not in lost]
+    if not kept:
+        raise ValueError(f"no arm of {options[0].study} can be taken:{said}")
+    return [replace(choice, reason=choice.reason + said) for choice in kept]
 
 
 def _decided(results: Iterable[Result], study: Result) -> _Decided:
@@ -192,7 +221,9 @@ def _merged(options: Sequence[Choice]) -> tuple[tuple[Choice, ...], dict[str, An
                 changes[path], owner[path] = value, choice.study
         said = "".join(f" {path} is left to {study}." for path, study in lost.items())
         out[choice.study] = Choice(choice.study, choice.arm, choice.reason + said, choice.supported, choice.changes)
-    return tuple(out[choice.study] for choice in options), changes
+    # What holds others goes first: a whole block set after a field in it would undo the field.
+    ordered = sorted(changes, key=lambda path: path.count("."))
+    return tuple(out[choice.study] for choice in options), {path: changes[path] for path in ordered}
 
 
 def comparison_table(evidence: Evidence, court: Court, chosen: str) -> list[dict[str, Any]]:

@@ -13,8 +13,10 @@ from rich.live import Live as RichLive
 from rich.markup import escape
 from rich.table import Table
 
-from assay.study.plan import Materials, Plan, Trial, expected_seconds, wall_seconds
+from assay.study.plan import Plan
 from assay.study.runners.local import Silent
+from assay.study.times import expected_seconds, wall_seconds
+from assay.study.trials import Materials, Trial
 
 
 def plan_rows(plan: Plan, materials: Materials) -> list[dict[str, Any]]:
@@ -26,22 +28,31 @@ def plan_rows(plan: Plan, materials: Materials) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for stage in plan.stages:
         for arm in stage.arms:
-            used = [i for i, t in enumerate(plan.trials) if any((u.study, u.arm) == (stage.name, arm) for u in t.uses)]
-            own = [i for i in used if (plan.trials[i].uses[0].study, plan.trials[i].uses[0].arm) == (stage.name, arm)]
-            known = [s for i in own if (s := seconds[i]) is not None]
             rows.append(
                 {
+                    **_counts(plan, seconds, {(stage.name, arm, False)}),
                     "study": stage.name,
                     "arm": arm,
-                    "seeds": len(used),
-                    "runs": len(own),
                     "tokens": stage.tokens[arm],
                     "params": int(materials.sizes(stage.models[arm][0])["params"]) if materials.sizes else None,
-                    "seconds": sum(known) if len(known) == len(own) else None,
                     "tuned": stage.tuned.get(arm),
                 }
             )
+        if stage.sweep is not None:
+            counts = _counts(plan, seconds, {(stage.name, arm, True) for arm in stage.arms})
+            name = f"sweep of {len(stage.sweep.rates)} learning rates"
+            about = {"study": stage.name, "arm": name, "tokens": stage.tokens[stage.arms[0]], "params": None}
+            rows.append({**counts, **about, "seeds": stage.sweep.seeds, "tuned": None})
     return rows
+
+
+def _counts(plan: Plan, seconds: Sequence[float | None], wanted: set[tuple[str, str, bool]]) -> dict[str, Any]:
+    """The runs with one of these uses; those that have it first are its own."""
+    uses = [[(u.study, u.arm, u.sweeps) in wanted for u in trial.uses] for trial in plan.trials]
+    own = [s for s, found in zip(seconds, uses) if found[0]]
+    known = [s for s in own if s is not None]
+    total = sum(known) if len(known) == len(own) else None
+    return {"seeds": sum(map(any, uses)), "runs": len(own), "seconds": total}
 
 
 def plan_table(plan: Plan, materials: Materials, workers: int) -> Table:
@@ -50,7 +61,7 @@ def plan_table(plan: Plan, materials: Materials, workers: int) -> Table:
     caption = f"{len(plan.trials)} runs, {sum(t.tokens for t in plan.trials):,} tokens, {workers} workers"
     if materials.rate:
         caption += f", about {_duration(wall_seconds(expected_seconds(plan, materials), workers))}"
-    table = Table(title=escape(f"{plan.name}, budget {plan.budget}"), caption="\n".join([caption, *plan.notes]))
+    table = Table(title=escape(f"{plan.name}, budget {plan.budget}"), caption=caption)
     for name in ("study", "arm"):
         table.add_column(name)
     for name in ("seeds", "runs", "tokens", "params", "expected"):

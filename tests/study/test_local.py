@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from assay.spec.result import Result, read_results, write_results
-from assay.study.plan import Plan, Request, Trial, Use, make_plan
+from assay.study.plan import Plan, Request, make_plan
 from assay.study.runners.folder import Folder
 from assay.study.runners.local import Failed, Pool, Silent, run_trials
+from assay.study.trials import Trial, Use
 from tests.study.test_plan import KV, POSITIONS, TOUR, _study, _tour
 from tests.study.toy import MATERIALS
 from tests.study.toy_trials import loss

@@ -14,12 +14,10 @@ from assay.study.match import nearest
 from assay.study.plan import (
     TOKEN_STEP,
     Request,
-    expected_seconds,
-    fit_scale,
     make_plan,
-    wall_seconds,
 )
 from assay.study.spec import StudySpec, load_study
+from assay.study.times import MEASUREMENT_S, expected_seconds, fit_scale, wall_seconds
 from tests.study.toy import MATERIALS
 from tests.study.toy_trials import params
 
@@ -197,13 +195,16 @@ def test_the_digest_follows_what_is_run() -> None:
 
 
 def test_expected_time_and_the_scale_that_fits() -> None:
-    plan = make_plan(_request(), MATERIALS)
+    request = Request("s", _study(POSITIONS, measurements=[]), "full")
+    plan = make_plan(request, MATERIALS)
+    measured = expected_seconds(make_plan(_request(), MATERIALS), MATERIALS)
     seconds = expected_seconds(plan, MATERIALS)
+    assert measured == pytest.approx([s + 2 * MEASUREMENT_S for s in seconds])
     assert seconds == pytest.approx([2.5] * 9)  # 65536 tokens at 32768 a second, and 0.5 s of overhead
     assert wall_seconds(seconds, 2) == pytest.approx(12.5)  # five of nine on one of two workers
     scale = fit_scale(seconds, 7.5, 2)
     assert scale == pytest.approx(0.5)
-    smaller = make_plan(_request(), MATERIALS, scale)
+    smaller = make_plan(request, MATERIALS, scale)
     assert {t.tokens for t in smaller.trials} == {32768} and len({t.recipe_digest for t in smaller.trials}) == 1
     assert fit_scale(seconds, 100, 2) == 1.0
     with pytest.raises(ValueError, match="fewer seeds or arms"):

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from assay.spec.load import apply_changes
-from assay.study.plan import Materials
+from assay.study.trials import Materials
 from tests.study.toy_trials import Tree, digest, sizes
 
 BASE: Tree = {"width": 8, "position": "none", "kv": 4, "layers": [{"ffn": {"width": 32}}, {"ffn": {"width": 32}}]}
-RECIPE: Tree = {"tokens": 65536, "rate": 0.004}
+RECIPE: Tree = {"tokens": 65536, "rate": 0.004, "optimizer": {"lr": 0.004}}
 
 
 def _tree(root: str, fallback: Tree) -> Callable[[Any, Mapping[str, Any]], tuple[Tree, str]]:

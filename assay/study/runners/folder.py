@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from assay.spec.result import Result, dumps, read_results, write_results
-from assay.study.plan import Trial, Use
+from assay.study.trials import Trial, Use
 
-OF_A_RUN = ("trial", "measure", "failure")
+OF_A_TRIAL = ("trial", "measure", "failure")
+POINT = ("loss_nats", "diverged", "tokens", "steps", "train_s")
+FAILURES = "failures"
+Labels = tuple[str, str, bool]
+"""study, arm, whether it is a point of the sweep"""
+Key = tuple[str, str, int, float]
 
 
 class Folder:
@@ -88,7 +94,7 @@ class Folder:
 
     def checkpoint(self, trial: Trial) -> Path:
         """Where a trial that keeps its model puts it."""
-        return self.path.resolve() / "checkpoints" / f"{trial.uses[0].study}-{trial.uses[0].arm}"
+        return self.path.resolve() / trial.uses[0].study
 
     def append(self, results: Iterable[Result]) -> None:
         """All of them or none: a write that fails is taken back, so that what is there stays whole."""
@@ -102,44 +108,74 @@ class Folder:
 
     def rewrite(self, derived: Sequence[Result]) -> None:
         """Put these in place of every line that is not of a run: what is concluded is concluded afresh."""
-        runs = [r for r in self.read() if r.kind in OF_A_RUN]
+        runs = [r for r in self.read() if _is_of_a_run(r)]
         self._replace(self.results, "".join(dumps(r) + "\n" for r in [*derived, *runs]))
 
     def adopt(self, trials: Sequence[Trial]) -> list[Trial]:
         """The trials that still have to run. A run that already has a Result under other names is copied from there."""
+        self._drop_superseded(trials)
         runs = self._runs()
         left, copies = [], []
         for trial in trials:
-            found = [lines for labels, lines in runs.items() if labels[2:] == trial.key]
-            for use in trial.uses:
-                if (use.study, use.arm, *trial.key) in runs:
-                    continue
-                source = next((lines for lines in found if set(use.measurements) <= _measured(lines)), None)
-                if source is None:
-                    left.append(trial)
-                    break
-                copies += relabelled(source, trial, use)
+            missing = [use for use in trial.uses if (_labels(use), trial.key) not in runs]
+            found = [lines for (_, key), lines in runs.items() if key == trial.key]
+            sources = [None if trial.keep else next((x for x in found if _covers(x, use)), None) for use in missing]
+            if None in sources:
+                left.append(trial)
+            else:
+                copies += [line for use, x in zip(missing, sources) for line in relabelled(x or [], trial, use)]
         self.append(copies)
         return left
 
     def record(self, trial: Trial, results: Sequence[Result]) -> None:
-        """A finished trial's lines, once for every stage that uses it and does not have them yet."""
+        """A finished trial's lines, once for every use that does not have them yet."""
         runs = self._runs()
-        uses = [u for u in trial.uses if (u.study, u.arm, *trial.key) not in runs]
-        self.append([line for use in uses for line in relabelled(results, trial, use)])
+        uses = [use for use in trial.uses if (_labels(use), trial.key) not in runs]
+        lines = [line for use in uses for line in relabelled(results, trial, use)]
+        if trial.keep:
+            saved = str(self.checkpoint(trial))
+            lines = [_with(line, checkpoint=saved) if line.kind == "trial" else line for line in lines]
+        self.append(lines)
 
-    def _runs(self) -> dict[tuple[str, str, str, str, int], list[Result]]:
-        """(study, arm, spec digest, recipe digest, seed) -> the lines of every run that is done."""
-        out: dict[tuple[str, str, str, str, int], list[Result]] = {}
+    def _runs(self) -> dict[tuple[Labels, Key], list[Result]]:
+        """The lines of every run that is done."""
+        out: dict[tuple[str, str, int], list[Result]] = {}
+        done: dict[tuple[Labels, Key], list[Result]] = {}
         for r in self.read():
-            if r.kind in OF_A_RUN and None not in (r.arm, r.spec_digest, r.recipe_digest, r.seed):
-                out.setdefault((r.study, r.arm, r.spec_digest, r.recipe_digest, r.seed), []).append(r)  # type: ignore[arg-type]
-        return {labels: lines for labels, lines in out.items() if any(r.kind == "trial" for r in lines)}
+            if not _is_of_a_run(r):
+                continue
+            assert r.arm is not None and r.seed is not None
+            if r.kind == "sweep":
+                done[(r.study, r.arm, True), _key(r)] = [r]
+                continue
+            lines = out.setdefault((r.study, r.arm, r.seed), [])
+            lines.append(r)
+            if r.kind == "trial":
+                done[(r.study, r.arm, False), _key(r)] = lines
+        return done
+
+    def _drop_superseded(self, trials: Sequence[Trial]) -> None:
+        """Forget runs under the names of these trials that are not theirs: another rate was found, or another model
+        chosen, after runs that had failed were made up for; or the model that was to be kept is gone."""
+        planned = {(u.study, u.arm, t.seed): t for t in trials for u in t.uses if not u.sweeps}
+        lines = [r for r in self.read() if r.kind == "trial" and (r.study, r.arm, r.seed) in planned]
+        stale = set()
+        for r in lines:
+            assert r.arm is not None and r.seed is not None
+            trial = planned[r.study, r.arm, r.seed]
+            lost = trial.keep and not (r.values.get("checkpoint") and self.checkpoint(trial).is_dir())
+            if _key(r) != trial.key or lost:
+                stale.add((r.study, r.arm, r.seed))
+        if stale:
+            self._drop(lambda r: r.kind in OF_A_TRIAL and (r.study, r.arm, r.seed) in stale)
 
     def _drop_cut_off(self) -> None:
+        done = {(r.study, r.arm, r.seed) for r in self.read() if r.kind == "trial"}
+        self._drop(lambda r: r.kind in OF_A_TRIAL and r.seed is not None and (r.study, r.arm, r.seed) not in done)
+
+    def _drop(self, unwanted: Callable[[Result], bool]) -> None:
         results = self.read()
-        done = {(r.study, r.arm, r.seed) for r in results if r.kind == "trial"}
-        kept = [r for r in results if r.kind not in OF_A_RUN or r.seed is None or (r.study, r.arm, r.seed) in done]
+        kept = [r for r in results if not unwanted(r)]
         if len(kept) < len(results):
             self._replace(self.results, "".join(dumps(r) + "\n" for r in kept))
 
@@ -158,16 +194,55 @@ class Folder:
 
 
 def relabelled(results: Iterable[Result], trial: Trial, use: Use) -> list[Result]:
-    """A run's lines under one stage's names, without the measurements that only another stage asked for."""
-    foreign = {name for name, _ in trial.measurements} - set(use.measurements)
+    """A run's lines under one stage's names, without the measurements that only another stage asked for.
+
+    The `trial` line says the learning rate and what was measured; as a point of a sweep it is all there is.
+    """
     labels = {"study": use.study, "arm": use.arm, "seed": trial.seed}
     digests = {"spec_digest": trial.spec_digest, "recipe_digest": trial.recipe_digest}
-    kept = [r for r in results if not (r.kind == "measure" and r.values["what"] in foreign)]
-    return [r.model_copy(update={**labels, **digests}) for r in kept]
+    out = []
+    for r in results:
+        made = r.model_copy(update={**labels, **digests})
+        if use.sweeps:
+            if r.kind in ("trial", "sweep"):
+                values = {name: r.values.get(name) for name in POINT}
+                out.append(made.model_copy(update={"kind": "sweep", "values": {**values, "learning_rate": trial.rate}}))
+        elif r.kind == "trial":
+            kept = {name: value for name, value in r.values.items() if name != "checkpoint"}
+            about = {"learning_rate": trial.rate, "measured": list(use.measurements)}
+            out.append(made.model_copy(update={"values": {**kept, **about}}))
+        elif str(r.values["what"] if r.kind == "measure" else FAILURES) in use.measurements:
+            out.append(made)
+    return out
 
 
-def _measured(lines: Iterable[Result]) -> set[str]:
-    return {str(r.values["what"]) for r in lines if r.kind == "measure"}
+def _with(line: Result, **values: Any) -> Result:
+    return line.model_copy(update={"values": {**line.values, **values}})
+
+
+def _labels(use: Use) -> Labels:
+    return use.study, use.arm, use.sweeps
+
+
+def _key(run: Result) -> Key:
+    """What `Trial.key` is for the run of a `trial` or `sweep` line."""
+    rate = run.values.get("learning_rate")
+    number = float(rate) if isinstance(rate, int | float) else math.nan
+    return str(run.spec_digest), str(run.recipe_digest), int(run.seed or 0), number
+
+
+def _covers(lines: Sequence[Result], use: Use) -> bool:
+    """Whether a use can be copied from these lines of another."""
+    if use.sweeps:
+        return True
+    trial = next((r for r in lines if r.kind == "trial"), None)
+    measured: Any = trial.values.get("measured") if trial else None
+    return trial is not None and set(use.measurements) <= set(measured or ())
+
+
+def _is_of_a_run(result: Result) -> bool:
+    """Not concluded from others, which a line of the whole sweep is."""
+    return result.arm is not None and result.seed is not None and result.kind in (*OF_A_TRIAL, "sweep")
 
 
 def _explained(error: OSError, path: Path) -> OSError:

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from assay.spec.result import Result
-from assay.study.plan import Trial
 from assay.study.runners.folder import Folder
 from assay.study.runners.worker import THREAD_VARIABLES, work
+from assay.study.trials import Trial
 
 RUN_TRIAL = "assay.study.trial:run_trial"
 POLL_S = 0.5
