@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from assay.model.block import Block
 from assay.model.init import initialise
+from assay.ops.here import heard
 from assay.ops.state import State, Stateless
 from assay.ops.step import Memory, Step
 from assay.parts.base import Part, Position
@@ -79,7 +80,7 @@ class LM(nn.Module):
             taps.update(new)
         h = self.blocks[0].close(h)
         h = self.final_norm(h, step) if self.final_norm is not None else h
-        if step.listen and f"{self.prefix}final" in step.listen:
+        if step.listen and heard(f"{self.prefix}final", step.listen):
             taps[f"{self.prefix}final"] = h
         if self.head is None:
             return Output(h, None, taps)

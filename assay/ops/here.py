@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 
 @lru_cache(maxsize=4096)
-def _heard(name: str, listen: frozenset[str]) -> bool:
+def heard(name: str, listen: frozenset[str]) -> bool:
+    """Whether one of the globs names this tap."""
     return any(fnmatchcase(name, glob) for glob in listen)
 
 
@@ -47,7 +48,7 @@ class Here:
 
     def hears(self, name: str) -> bool:
         """Whether somebody reads this tap: guard work that only a reader needs."""
-        return bool(self.listen) and _heard(f"{self.name}.{name}", self.listen)
+        return bool(self.listen) and heard(f"{self.name}.{name}", self.listen)
 
     def tap(self, name: str, value: Tensor) -> Tensor:
         """Publish a value under `<place>.<name>`; free when nobody listens."""
