@@ -38,7 +38,7 @@ def test_serving_a_checkpoint_and_a_file(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("assay.measure.training.matmul_seconds", lambda dtype, device: 0.1)
+    monkeypatch.setattr("assay.measure.training.matmul_seconds", lambda *given: 0.1)
     (tmp_path / "m.yaml").write_text(to_yaml(dump(spec())))
     how = ["--train", "--batch", "2", "--seq", "8", "--steps", "2", "--dtype", "f32", "--json"]
     assert main(["bench", str(tmp_path / "m.yaml"), "model.layers=1", *how]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from typing import Any
 
@@ -148,7 +147,7 @@ def test_the_environment_is_what_a_result_holds(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_utilisation_is_flops_over_the_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("assay.measure.training.matmul_seconds", lambda dtype, device: 2 * 2048**3 / 1e9)
+    monkeypatch.setattr("assay.measure.training.matmul_seconds", lambda *given: 2 * 2048**3 / 1e9)
     made = spec(layers=1)
     found = utilisation(made, bench_recipe(2, 8, "float32"), torch.device("cpu"), 3)
     params = sum(w.numel for w in weight_table(made).values())
@@ -159,6 +158,7 @@ def test_utilisation_is_flops_over_the_measured_rate(monkeypatch: pytest.MonkeyP
     exact = 3 * (8 * (layer + 2 * 256 * 16) + 4 * 16 * pairs) // 8
     assert found.exact_utilisation == pytest.approx(exact * found.train_tok_s / 1e9, rel=1e-3)
     assert found.of == "the f32 matmul rate" and found.matmul_gflop_s == {"f32": 1.0, "bf16": 1.0}
-    assert math.isfinite(found.loss_nats) and len(found.step_s) == 3
+    assert len(found.step_s) == 3
+    assert found.as_json()["mfu_best_step"] == pytest.approx(flops * 16 / min(found.step_s) / 1e9)
     with pytest.raises(ValueError, match="steps: 0"):
         utilisation(made, bench_recipe(2, 8, "float32"), torch.device("cpu"), 0)
