@@ -50,7 +50,7 @@ def run(call: Call, lse: bool = False) -> tuple[Tensor, Tensor | None]:
 def banded(call: Call) -> Tensor | None:
     """[H, T, S]: a bias by distance, if distance is the same in all rows: one line of biases, shifted row by row."""
     bias, plan = call.scores.bias, call.plan
-    if bias is None or not isinstance(bias, DistanceBias) or plan.mask is None or plan.shift is None:
+    if bias is None or not isinstance(bias, DistanceBias) or not plan.blocks or plan.shift is None:
         return None
     _, tokens, entries = plan.mask.shape
     distance = torch.arange(plan.shift - entries + 1, plan.shift + tokens, device=plan.mask.device)

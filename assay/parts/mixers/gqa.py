@@ -131,9 +131,12 @@ class Gqa(MixerSpec):
         return tuple(StateField(n, "token", shape, split=0, keep=self.sees.keep) for n in ("k", "v"))
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
-        """q k^T and p v: 2 products of 2 * heads * head_dim FLOPs for each pair."""
+        """q k^T and p v: 2 products of 2 * heads * head_dim FLOPs for each pair. Executed: the blocks of queries with
+        the keys that somebody in them sees; the whole square under a soft cap."""
         per_pair = 4 * self.heads * self.size(site)
-        return Cost(per_pair * self.sees.pairs(new, seen), per_pair * new * (new + seen))
+        capped = self.scores.softcap is not None
+        executed = new * (new + seen) if capped else ops.executed_pairs(new, seen, self.sees)
+        return Cost(per_pair * self.sees.pairs(new, seen), per_pair * executed)
 
     def build(self, site: Site) -> GqaMixer:
         return GqaMixer(self, site)
