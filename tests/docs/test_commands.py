@@ -44,7 +44,7 @@ def parse(arguments: list[str]) -> None:
     root = group()
     ctx = root.make_context("assay", list(arguments))
     name, command, rest = root.resolve_command(ctx, list(arguments))
-    if hasattr(command, "commands"):
+    if hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         ctx = command.make_context(name, list(rest), parent=ctx)
         name, command, rest = command.resolve_command(ctx, list(rest))
     command.make_context(name, list(rest), parent=ctx)

@@ -13,11 +13,15 @@ from assay.model.lm import LM, build
 from assay.ops.step import rows_step
 from assay.spec.load import change, load_model, parse_yaml, validate
 from assay.spec.model import BlockSpec, ModelSpec
+from assay.study.claims import arms as arms_of
+from assay.study.claims import parse
 from assay.study.spec import StudySpec
-from assay.train.recipe import Recipe
+from assay.train.recipe import Recipe, load_recipe
 from tests.docs.blocks import ROOT, Block, blocks
 
-EXAMPLES = sorted((ROOT / "docs/examples").glob("*.yaml"))
+FILES = sorted((ROOT / "docs/examples").glob("*.yaml"))
+STUDIES = [path for path in FILES if path.stem.startswith("study-")]
+EXAMPLES = [path for path in FILES if path not in STUDIES]
 
 
 def read(tree: dict[str, Any], where: str) -> Any:
@@ -50,6 +54,13 @@ def test_an_example_is_billed_for_what_is_built(path: Path) -> None:
         step = step.with_(encode=rows_step(torch.arange(16).view(2, 8)))
     logits = build(spec)(step).logits
     assert logits is not None and logits.shape == (24, spec.vocab) and bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_an_example_study_names_its_own_arms(path: Path) -> None:
+    study = validate(StudySpec, parse_yaml(path.read_text(encoding="utf-8"), path.name), path.name)
+    assert load_model(study.base).layers and load_recipe(study.recipe, study.budgets["smoke"].overrides)
+    assert {arm for claim in study.claims for arm in arms_of(parse(claim.test))} <= set(study.arms)
 
 
 def test_the_examples_have_the_shapes_they_are_named_after() -> None:
