@@ -50,7 +50,10 @@ class LM(nn.Module):
         parts = [m for block in blocks for m in block.modules() if isinstance(m, Part)]
         for part in parts:
             part.bind(schemes)
-        self._planned = [m for m in [*schemes.values(), *parts] if m.prepare_key() is not None]
+        # Keys are compared here, once: specs hash in Python, which neither a traced nor a quick step should do.
+        keys: dict[object, int] = {}
+        planned = [m for m in [*schemes.values(), *parts] if m.prepare_key() is not None]
+        self._planned = [(m, keys.setdefault(m.prepare_key(), len(keys))) for m in planned]
 
     def _site(self, name: str) -> Site:
         return prefixed(self.spec.root(name), self.prefix)
@@ -106,11 +109,11 @@ class LM(nn.Module):
 
     def _tables(self, step: Step, states: Mapping[str, State]) -> dict[str, object]:
         """`prepare`, once for each distinct key; parts that share a key and a layout share the result."""
-        made: dict[object, object] = {}
+        made: dict[tuple[int, object], object] = {}
         tables: dict[str, object] = {}
-        for part in self._planned:
+        for part, number in self._planned:
             state = states.get(part.name)
-            key = (part.prepare_key(), getattr(state, "layout_key", None))
+            key = (number, getattr(state, "layout_key", None))
             if key not in made:
                 made[key] = part.prepare(step, state)
             tables[part.name] = made[key]
@@ -172,6 +175,4 @@ def build(spec: ModelSpec, seed: int = 0, device: torch.device | str = "cpu") ->
 
 
 def initialise_all(model: LM, spec: ModelSpec, seed: int) -> None:
-    table = weight_table(spec)
-    names = {n for n, _ in model.named_parameters()}
-    initialise(model, {n: w for n, w in table.items() if n in names}, seed)
+    initialise(model, weight_table(spec), seed)
