@@ -1,4 +1,4 @@
-"""The package from Python: `assay.spec`, `assay.bill`, `assay.load`. Each imports what it needs when it is called."""
+"""The package from Python: spec, bill, load, study. Each imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from assay.data.tokenizers import Tokenizer
     from assay.model.lm import LM
     from assay.spec.model import ModelSpec
+    from assay.spec.result import Result
 
 
 def spec(name: str | Path, /, **changes: Any) -> ModelSpec:
@@ -41,3 +42,32 @@ def load(path: str | Path, /, device: str = "cpu") -> tuple[LM, Tokenizer]:
 
     model, tokenizer, _ = load_checkpoint(path, device)
     return model, tokenizer
+
+
+def study(
+    name: str | Path, /, out: str | Path, budget: str = "quick", workers: int = 0, **changes: Any
+) -> list[Result]:
+    """Run a study into the folder `out`, or go on with it there, write its report, and return its Results.
+
+    name: a shipped study or a YAML file. changes: dotted, from `model.` or `recipe.`: `**{"recipe.tokens": 8192}`.
+    workers: 0 is one for each core; they are processes that import the main module again, so a script calls this under
+    `if __name__ == "__main__":`. ValueError for what is not accepted; RuntimeError names the runs that failed.
+    """
+    from assay.measure.machine import environment
+    from assay.report import write_report
+    from assay.study.materials import materials
+    from assay.study.plan import Request
+    from assay.study.rate import training_rate
+    from assay.study.run import Session, run_study
+    from assay.study.runners.local import Pool
+    from assay.study.spec import load_study
+
+    if workers < 0:
+        raise ValueError(f"workers: {workers}; accepted: 0 (one for each core) or more")
+    stem, spec = load_study(name)
+    session = Session(materials(rate=training_rate), Pool(workers=workers), environment=environment())
+    done = run_study(Request(stem, spec, budget, changes), out, session)
+    write_report(Path(out))
+    if done.failed:
+        raise RuntimeError("; ".join(f"{failed.trial.name}: {failed.why.splitlines()[0]}" for failed in done.failed))
+    return list(done.results)

@@ -85,16 +85,21 @@ def conclude(finished: Finished, out: Path, json: bool) -> None:
     verdicts = [r for r in finished.results if r.kind == "verdict"]
     claims = [r for r in finished.results if r.kind == "claim"]
     show(verdicts, claims)
+    for study in finished.results:
+        if study.kind == "study" and study.values.get("note"):
+            _stdout().print(f"{study.study}: {study.values['note']}", markup=False, soft_wrap=True)
     for failed in finished.failed:
         console().print(f"failed: {failed.trial.name}: {failed.why}", markup=False, soft_wrap=True)
     print(f"report: {report.resolve()}")
     if json:
+        notes = {r.study: r.values["note"] for r in finished.results if r.kind == "study" and r.values.get("note")}
         outcomes = [str(c.values["outcome"]) for c in claims]
         emit_json(
             {
                 "report": str(report),
                 "results": str(out / "results.jsonl"),
                 "verdicts": [{"study": v.study, "arm": v.arm, **v.values} for v in verdicts],
+                "notes": notes,
                 "claims": {name: outcomes.count(name) for name in dict.fromkeys(outcomes)},
                 "failed": [f.trial.name for f in finished.failed],
             }

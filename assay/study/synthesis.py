@@ -20,19 +20,22 @@ from assay.study.statistics import Comparison, Metric, compare
 
 COSTS = ("state_bytes_per_token", "params_total")
 WORDS: Mapping[str, str] = {"state_bytes_per_token": "state bytes a token", "params_total": "parameters"}
+COST_STEP = 0.02
+"""Of the base arm's: how closely arms are matched."""
 MAX_COMBINATIONS = 10_000
 Sizes = Callable[[dict[str, Any]], Mapping[str, float]]
 TABLE = (
     *("loss_nats", "bits_per_byte", "in_context_nats", "params_total", "params_active", "state_bytes_per_token"),
-    *("train_tok_s", "mfu", "peak_memory_bytes", "extrapolation.loss_nats", "extrapolation.last_nats"),
+    *("train_tok_s", "mfu", "extrapolation.loss_nats", "extrapolation.last_nats"),
     *("passkey.accuracy", "latency.ttft_s", "latency.prefill_s", "latency.decode_tok_s", "latency.itl_ms_p50"),
-    *("memory.state_bytes_measured", "memory.peak_memory_bytes"),
+    "memory.state_bytes_measured",
 )
 UNITS: Mapping[str, str] = {
     "_nats": "nats",
     "_per_byte": "bits/byte",
     "_bytes": "bytes",
     "tok_s": "tokens/s",
+    "_ms_p50": "ms",
     "_s": "s",
 }
 
@@ -66,8 +69,13 @@ class _Decided:
     found: Mapping[str, Comparison]
 
     def costs(self, arm: str) -> tuple[float, ...]:
-        known = (self.evidence.mean(name, arm) for name in COSTS)
-        return (*(math.inf if v is None else v for v in known), len(self.changes[arm]))
+        """What ties are broken by, in steps: sizes that differ by less were meant to be equal and only rounded."""
+        sizes = (self._size(name, arm) / self._size(name, self.court.base_arm) for name in COSTS)
+        return (*(math.inf if math.isnan(size) else round(size / COST_STEP) for size in sizes), len(self.changes[arm]))
+
+    def _size(self, name: str, arm: str) -> float:
+        known = self.evidence.mean(name, arm)
+        return math.nan if known is None or known <= 0 else known
 
     def value(self, arm: str) -> float:
         """Mean of the metric, as something to be made small."""
@@ -194,7 +202,8 @@ def _choice(stage: _Decided, arm: str, ranks: tuple[list[str], list[str]], beyon
 def _why_cheaper(stage: _Decided, arm: str, others: Sequence[str]) -> str:
     for name, mine, theirs in zip(COSTS, stage.costs(arm), zip(*(stage.costs(a) for a in others))):
         if mine < min(theirs):
-            return f"a tie, broken by fewer {WORDS[name]} ({mine:.6g} against {min(theirs):.6g})"
+            own, other = stage.evidence.mean(name, arm), min(stage.evidence.mean(name, a) or math.inf for a in others)
+            return f"a tie, broken by fewer {WORDS[name]} ({own:.6g} against {other:.6g})"
     return "a tie, broken by cost, then by fewer changes"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from assay import __version__
 from assay.cost.bill import Question, bill
+from assay.measure.memory import peak_bytes, start_peak
 from assay.measure.subject import Subject
 from assay.measure.topics import run as measured
 from assay.spec import registry
@@ -32,6 +32,7 @@ def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
     for path in job.get("parts", ()):
         if Path(path).stem not in {name.removeprefix("assay_user_") for name in sys.modules}:
             registry.load_file(path)
+    start_peak()
     spec = validate(ModelSpec, job["spec"], "spec")
     recipe = validate(Recipe, {**job["recipe"], "seed": job["seed"]}, "recipe")
 
@@ -100,7 +101,7 @@ def values(spec: ModelSpec, trained: TrainResult) -> dict[str, Any]:
         "train_s": trained.train_s,
         "train_tok_s": trained.train_tok_s,
         "train_flops": trained.train_flops,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_bytes(),
         "diverged": False,
         "data_digest": trained.dataset.digest,
         "curve": curve(thinned(trained.losses)),

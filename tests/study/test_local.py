@@ -60,7 +60,7 @@ def test_every_trial_gives_its_lines_and_a_second_run_does_nothing(tmp_path: Pat
     found = {(r.arm, r.seed): r for r in _trials(tmp_path)}
     for trial in plan.trials:
         result = found[trial.uses[0].arm, trial.seed]
-        assert result.values["loss_nats"] == loss(trial.spec, trial.seed)
+        assert result.values["loss_nats"] == loss(trial.spec, trial.seed, trial.recipe)
         assert (result.spec_digest, result.recipe_digest) == trial.key[:2] and result.study == "s"
         assert result.values["threads"] == 1 and result.values["parts"] == ["mine.py"]
     pids = {r.values["pid"] for r in found.values()}
@@ -251,7 +251,9 @@ def test_shared_runs_appear_under_both_stages_and_run_once(tmp_path: Path) -> No
     results = read_results(tmp_path / "results.jsonl")
     lines = {(r.study, r.arm, r.seed): r for r in results if r.kind == "trial"}
     assert len(lines) == 13 and len({(r.spec_digest, r.recipe_digest, r.seed) for r in lines.values()}) == 11
-    assert lines["positions", "none", 0].values == lines["kv", "base", 0].values
+    first, other = (dict(lines[at].values) for at in (("positions", "none", 0), ("kv", "base", 0)))
+    assert first.pop("measured") == ["latency", "extrapolation"] and other.pop("measured") == ["extrapolation"]
+    assert first == other
     measured = {(r.study, r.values["what"]) for r in results if r.kind == "measure"}
     assert measured == {("positions", "latency"), ("positions", "extrapolation"), ("kv", "extrapolation")}
 
@@ -263,7 +265,8 @@ def test_a_run_known_under_other_names_is_copied(tmp_path: Path) -> None:
     with Folder(tmp_path) as folder:
         assert run_trials(trials, folder, replace(TWO, function="tests.study.toy_trials:crashing")) == []
         (copied,) = [r for r in folder.read() if r.kind == "trial" and r.study == "later"]
-        assert copied.arm == "chosen" and copied.values["loss_nats"] == loss(trials[0].spec, trials[0].seed)
+        first = trials[0]
+        assert copied.arm == "chosen" and copied.values["loss_nats"] == loss(first.spec, first.seed, first.recipe)
         more = [replace(t, uses=(Use("more", "chosen", ("passkey",)),)) for t in trials]
         assert folder.adopt(more) == more
 

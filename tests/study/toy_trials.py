@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import time
@@ -9,7 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Tree = dict[str, Any]
-EFFECT: Mapping[str, float] = {"rope": -0.4, "alibi": -0.2, "none": 0.0}
+EFFECT: Mapping[str, float] = {"rope": -0.4, "alibi": -0.2, "none": 0.0, "bad": 1.0}
+# The learning rate at which each does best.
+BEST: Mapping[str, float] = {"rope": 0.004, "alibi": 0.016, "none": 0.004, "bad": 0.004}
 
 
 def digest(tree: Tree) -> str:
@@ -25,15 +28,17 @@ def sizes(tree: Tree) -> dict[str, float]:
     return {"params": params(tree), "active_flops": 2 * params(tree), "state_bytes": 16 * tree["kv"]}
 
 
-def loss(spec: Tree, seed: int) -> float:
+def loss(spec: Tree, seed: int, recipe: Tree | None = None) -> float:
+    """With a recipe: at its learning rate, a tenth of a nat worse for each factor of two squared from the best."""
     shared = random.Random(seed).gauss(0, 0.01)
     own = random.Random(f"{seed} {digest(spec)}").gauss(0, 0.01)
-    return 2.0 + EFFECT[spec["position"]] + shared + own
+    away = math.log2(recipe["optimizer"]["lr"] / BEST[spec["position"]]) if recipe else 0.0
+    return 2.0 + EFFECT[spec["position"]] + shared + own + 0.1 * away**2
 
 
 def run_trial(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
     """A trial line, a measurement, and a note of which process ran it."""
-    value = loss(job["spec"], job["seed"])
+    value = loss(job["spec"], job["seed"], job["recipe"])
     progress({"fraction": 0.5, "loss_nats": value + 1})
     common = {key: job[key] for key in ("study", "arm", "seed", "spec_digest", "recipe_digest")}
     size = sizes(job["spec"])
@@ -67,6 +72,12 @@ def crashing(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
 def hanging(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
     if job["arm"] == "alibi":
         time.sleep(3600)
+    return run_trial(job, progress)
+
+
+def no_high_rates(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
+    if job["recipe"]["optimizer"]["lr"] > 0.01:
+        raise ValueError("too hot")
     return run_trial(job, progress)
 
 

@@ -1,0 +1,130 @@
+"""Every shipped study: it loads, plans at every budget, and its arms are the models that their titles name."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+from assay.model.lm import LM
+from assay.spec.load import shelf
+from assay.spec.model import ModelSpec
+from assay.study.claims import parse, terms
+from assay.study.materials import materials
+from assay.study.plan import BUDGETS, Plan, Request, make_plan
+from assay.study.spec import load_study
+
+MATERIALS = materials("cpu")
+Stages = list[Any]
+
+
+@cache
+def _plan(name: str, budget: str = "full") -> Plan:
+    return make_plan(Request(*load_study(name), budget), MATERIALS)
+
+
+@pytest.mark.parametrize("name", shelf("studies"))
+def test_every_budget_plans_and_has_two_seeds_a_side(name: str) -> None:
+    plans = {budget: _plan(name, budget) for budget in BUDGETS}
+    assert len({plan.digest for plan in plans.values()}) == len(BUDGETS)
+    for plan in plans.values():
+        for stage in plan.stages:
+            assert all(len(stage.seeds(arm)) >= 2 for arm in stage.arms)
+    full = {stage.name: set(stage.arms) for stage in plans["full"].stages}
+    assert all(set(stage.study.all_arms) == full[stage.name] for stage in plans["full"].stages)
+
+
+def _arms() -> list[tuple[str, str]]:
+    names = [name for name in shelf("studies") if not load_study(name)[1].stages]
+    return [(name, arm) for name in names for arm in load_study(name)[1].all_arms]
+
+
+@pytest.mark.parametrize("name,arm", _arms())
+def test_every_arm_builds_with_the_parameters_that_were_counted(name: str, arm: str) -> None:
+    tree, _ = _plan(name).stages[0].models[arm]
+    model = LM(ModelSpec.model_validate(tree))
+    assert sum(p.numel() for p in model.parameters()) == MATERIALS.sizes(tree)["params"]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", [name for name in shelf("studies") if not load_study(name)[1].stages])
+def test_claims_ask_for_what_is_measured(name: str) -> None:
+    study = load_study(name)[1]
+    measured = {m.name for m in study.measurements}
+    for claim in study.claims:
+        for term in terms(parse(claim.test)):
+            what = term.metric.rpartition(".")[0]
+            assert not what or what in measured, claim.id
+
+
+def _mixers(stages: Stages) -> Stages:
+    return [b.mixer for layer in stages for s in layer for b in s.branches if b.mixer]
+
+
+def _ffns(stages: Stages) -> Stages:
+    return [b.ffn for layer in stages for s in layer for b in s.branches if b.ffn]
+
+
+def _norms(stages: Stages, place: str) -> set[str | None]:
+    """Kinds of the norms at one place: before or after a branch, or shared by a stage's branches."""
+    found = [getattr(b, place) for layer in stages for s in layer for b in s.branches]
+    return {norm.kind_name() if norm is not None else None for norm in found}
+
+
+def _residuals(stages: Stages) -> set[str]:
+    return {s.residual.kind_name() for layer in stages for s in layer}
+
+
+def _windows(stages: Stages) -> list[int | None]:
+    return [mixer.sees.window for mixer in _mixers(stages)]
+
+
+TITLES: dict[tuple[str, str], Callable[[ModelSpec, Stages], bool]] = {
+    ("baseline", "swiglu"): lambda m, s: _norms(s, "pre") == {"rmsnorm"} and {f.act for f in _ffns(s)} == {"silu"},
+    ("baseline", "layernorm"): lambda m, s: (
+        _norms(s, "pre") == {"layernorm"} and m.final_norm is not None and m.final_norm.kind_name() == "layernorm"
+    ),
+    ("baseline", "batchnorm"): lambda m, s: _norms(s, "pre") == {"batchnorm"},
+    ("baseline", "no-residual"): lambda m, s: _residuals(s) == {"none"},
+    ("baseline", "geglu"): lambda m, s: {(f.kind, f.act) for f in _ffns(s)} == {("gated", "gelu")},
+    ("baseline", "gelu"): lambda m, s: {(f.kind, f.act) for f in _ffns(s)} == {("dense", "gelu")},
+    ("baseline", "relu"): lambda m, s: {(f.kind, f.act) for f in _ffns(s)} == {("dense", "relu")},
+    ("baseline", "relu2"): lambda m, s: {(f.kind, f.act) for f in _ffns(s)} == {("dense", "relu2")},
+    ("placement", "pre"): lambda m, s: _norms(s, "pre") == {"rmsnorm"} and _norms(s, "post") == {None},
+    ("placement", "post"): lambda m, s: _norms(s, "pre") == {None} and _residuals(s) == {"post"},
+    ("placement", "sandwich"): lambda m, s: _norms(s, "pre") == _norms(s, "post") == {"rmsnorm"},
+    ("placement", "deepnorm"): lambda m, s: (
+        _norms(s, "pre") == {None} and all(x.residual.deep and x.residual.kind == "post" for layer in s for x in layer)
+    ),
+    ("placement", "parallel"): lambda m, s: all(len(layer) == 1 and len(layer[0].branches) == 2 for layer in s),
+    ("positions", "none"): lambda m, s: {x.position for x in _mixers(s)} == {None},
+    **{
+        ("positions", kind): lambda m, s, kind=kind: m.positions["main"].kind_name() == kind  # type: ignore[misc]
+        for kind in ("rope", "learned", "sinusoidal", "alibi", "t5")
+    },
+    **{
+        ("kv-sharing", arm): lambda m, s, heads=heads: {x.kv_heads or x.heads for x in _mixers(s)} == {heads}  # type: ignore[misc]
+        for arm, heads in {"mha": 4, "gqa": 2, "mqa": 1, "gqa-narrow": 2, "mqa-narrow": 1}.items()
+    },
+    ("windows", "full"): lambda m, s: _windows(s) == [None] * 4,
+    ("windows", "w64"): lambda m, s: _windows(s) == [64] * 4,
+    ("windows", "w16"): lambda m, s: _windows(s) == [16] * 4,
+    ("windows", "local-global"): lambda m, s: _windows(s) == [16, 16, 16, None],
+    ("windows", "softcap"): lambda m, s: {x.scores.softcap for x in _mixers(s)} == {20.0},
+    ("windows", "gate"): lambda m, s: {x.gate for x in _mixers(s)} == {"element"},
+    ("windows", "sink"): lambda m, s: {x.scores.sink for x in _mixers(s)} == {True},
+}
+
+
+@pytest.mark.parametrize("name,arm", _arms())
+def test_every_arm_is_what_its_title_says(name: str, arm: str) -> None:
+    tree, _ = _plan(name).stages[0].models[arm]
+    model = ModelSpec.model_validate(tree)
+    assert TITLES[name, arm](model, list(model.expand()))
+
+
+@pytest.mark.parametrize("name", ["kv-sharing", "windows"])
+def test_arms_that_say_equal_parameters_have_them(name: str) -> None:
+    stage = _plan(name).stages[0]
+    counts = {arm: MATERIALS.sizes(stage.models[arm][0])["params"] for arm in stage.arms}  # type: ignore[misc]
+    said = [arm for arm in stage.arms if "equal parameters" in stage.study.all_arms[arm].title]
+    assert said and all(abs(counts[a] / counts[stage.study.base_arm] - 1) < 0.005 for a in said)
