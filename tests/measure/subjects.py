@@ -14,7 +14,7 @@ from assay.spec.model import ModelSpec
 from assay.train.loop import dataset
 from assay.train.recipe import Recipe
 
-TEXT = {"kind": "generated", "documents": 30, "document_bytes": 300}
+TEXT = {"kind": "generated", "documents": 150, "document_bytes": 60}
 
 
 def spec(position: dict[str, Any] | None = None, layers: int = 2, **mixer: Any) -> ModelSpec:

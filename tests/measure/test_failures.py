@@ -20,7 +20,16 @@ def said(raw: bytes, entropy: tuple[float, ...] = (), within: int = 0) -> Contin
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(b"abcdefgh", 0), (b"abcabcabc", 6), (b"aaaa", 3), (b"abxab", 2), (b"xyzabcdqqabcdw", 4), (b"a", 0), (b"", 0)],
+    [
+        (b"abcdefgh", 0),
+        (b"abcabcabc", 6),
+        (b"aaaa", 3),
+        (b"abxab", 2),
+        (b"xyzabcdqqabcdw", 4),
+        (b"defghijkabcabcabcdefghijk", 8),
+        (b"a", 0),
+        (b"", 0),
+    ],
 )
 def test_the_longest_n_gram_that_stands_twice(text: bytes, expected: int) -> None:
     assert longest_repeat(list(text)) == expected

@@ -59,18 +59,16 @@ def test_latency_rows() -> None:
 
 def test_decoding_with_the_cache_and_without_it_says_the_same() -> None:
     """Both ways of the benchmark compute the same logits, so that it times the same work."""
-    made = subject()
-    found = {}
+    made, found = subject(), {}
     for cache in (True, False):
         run = serving.Serving(made.model, serving.Load(2, 12, 4, cache))
-        seen: list[list[list[int]]] = []
-        choose = run.choose
-        run.choose = lambda logits, c=choose, s=seen: s.append(c(logits)) or s[-1]  # type: ignore[method-assign, misc]
-        run.ids[:, 8:] = torch.tensor(found[True]).squeeze(-1).T[:, :4] if not cache else run.ids[:, 8:]
+        run.ids[:, 8:] = 7
+        seen = found.setdefault(cache, [])
+        run.choose = lambda logits, seen=seen: seen.append(logits.clone()) or [[7], [7]]  # type: ignore[method-assign, misc]
         for step in run._steps():
             step()
-        found[cache] = seen
-    assert found[True][1:] == found[False] and len(found[False]) == 4
+    assert len(found[True]) == 5 and len(found[False]) == 4  # the first token comes with the prompt
+    assert torch.allclose(torch.stack(found[True][1:]), torch.stack(found[False]), atol=1e-10)
 
 
 def test_the_roofline_reads_weights_once_and_the_state_of_all() -> None:
