@@ -65,7 +65,7 @@ def study(
     if workers < 0:
         raise ValueError(f"workers: {workers}; accepted: 0 (one for each core) or more")
     stem, spec = load_study(name)
-    session = Session(materials(rate=training_rate), Pool(workers=workers), environment=environment())
+    session = Session(materials(rate=training_rate), Pool(workers=workers), environment=environment)
     done = run_study(Request(stem, spec, budget, changes), out, session)
     write_report(Path(out))
     if done.failed:

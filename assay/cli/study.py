@@ -54,6 +54,7 @@ def run(
         command=shlex.join(["assay", *sys.argv[1:]]),
         watch=Live,
         note=lambda text: about.print(text, soft_wrap=True),
+        environment=measured_machine,
     )
     if dry_run:
         plan = planned(request, session)
@@ -62,13 +63,14 @@ def run(
         if json:
             emit_json({"runs": len(plan.trials), "tokens": sum(t.tokens for t in plan.trials), "scale": plan.scale})
         return
-    from dataclasses import replace
+    conclude(run_study(request, out, session), out, json)
 
+
+def measured_machine() -> dict[str, Any]:
     from assay.measure.machine import environment
 
-    about.print("measuring this machine", soft_wrap=True)
-    finished = run_study(request, out, replace(session, environment=environment()))
-    conclude(finished, out, json)
+    console().print("measuring this machine", soft_wrap=True)
+    return environment()
 
 
 def _stdout() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Protocol
 
 from assay.study.spec import MatchSpec
@@ -29,6 +30,7 @@ def matched(match: MatchSpec, base: Tree, source: Any, changes: Mapping[str, Any
         raise ValueError(f"match: {match.equal} cannot be counted here")
     sizes = materials.sizes
 
+    @cache
     def count(units: int) -> float:
         tree, _ = materials.model(source, {**changes, match.tune: units * match.multiple_of})
         return float(sizes(tree)[match.equal])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,13 +42,14 @@ class Watching(Protocol):
 
 @dataclass(frozen=True)
 class Session:
-    """What a run needs beside the request. `environment`: values of the `environment` line. `note` is told one line."""
+    """What a run needs beside the request. `environment` measures the machine for the `environment` line, once the
+    request is known to be good. `note` is told one line."""
 
     materials: Materials
     pool: Pool = field(default_factory=Pool)
     device: str = "cpu"
     command: str = ""
-    environment: dict[str, Any] = field(default_factory=dict)
+    environment: Callable[[], dict[str, Any]] = dict
     watch: Watching | None = None
     note: Callable[[str], None] = print
     find: Find = load_study
@@ -96,6 +97,8 @@ def run_study(request: Request, out: str | Path, session: Session, seconds: floa
         held = folder.held()
         plan = planned(request, session, seconds, held.get("scale") if held else None)
         folder.bind(plan.digest, {"study": request.name, "budget": request.budget, "scale": plan.scale})
+        known = session.environment()
+        session = replace(session, environment=lambda: known)
         try:
             plan, failed = _run_plan(
                 lambda rates: make_plan(request, session.materials, plan.scale, session.find, rates), folder, session
@@ -167,8 +170,8 @@ def _counted(like: Stage, session: Session) -> Callable[[dict[str, Any]], dict[s
 def _conclude(plan: Plan, chosen: Sequence[_Chosen], folder: Folder, session: Session) -> list[Result]:
     """Every line that is not a run's, written afresh: environment, studies, verdicts, claims, syntheses."""
     runs = folder.read()
-    about = Result(kind="environment", study=plan.name, values=session.environment, **_origin(session))
-    derived = [about] if session.environment else []
+    about = Result(kind="environment", study=plan.name, values=session.environment(), **_origin(session))
+    derived = [about] if about.values else []
     if any(stage.name != plan.name for stage in plan.stages):
         derived.append(frame_line(plan, about, session.command))
     for stage in plan.stages:

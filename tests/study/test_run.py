@@ -34,7 +34,7 @@ def _find(name: str) -> tuple[str, StudySpec]:
 
 def _session(**changes: Any) -> Session:
     notes: list[str] = []
-    return replace(Session(MATERIALS, POOL, find=_find, note=notes.append, environment={"cores": 2}), **changes)
+    return replace(Session(MATERIALS, POOL, find=_find, note=notes.append, environment=lambda: {"cores": 2}), **changes)
 
 
 def _tour() -> Request:
