@@ -18,6 +18,7 @@ from assay.measure.subject import Subject
 from assay.model.lm import LM, state_table
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+FILLED = 256
 
 
 def measure(
@@ -25,8 +26,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows: batch, context, state_bytes_predicted, state_bytes_measured, peak_memory_bytes, peak_of.
 
-    predicted: the bill's. measured: the tensors of a cache without headroom, after `context` tokens were fed to each of
-    its sequences. peak: the largest resident size of this process, the interpreter and torch included; peak_of says
+    predicted: the bill's. measured: the tensors of a cache without headroom, with `context` tokens (windows: up to
+    256) fed to each of its sequences. peak: the largest resident size of this process, the interpreter and torch included; peak_of says
     whether since the row began (`row`) or, where the system does not let us start afresh, ever (`process`).
     """
     rows = []
@@ -56,12 +57,13 @@ def predicted(model: LM, batch: int, context: int) -> int:
 
 @torch.inference_mode()
 def measured(model: LM, batch: int, context: int) -> int:
-    """Bytes of the cache's tensors. Windows are filled a token at a time: more at once would need headroom."""
+    """Bytes of the cache's tensors. Windows are filled a token at a time, since more at once would need headroom, and
+    only the first 256 of them: what is allocated does not change."""
     fields = [f for declared in state_table(model.spec).values() for f in declared]
     chunk = 1 if any(f.keep is not None for f in fields) else context
     runner = Runner(model, Size(batch, context, chunk))
     slots = [runner.open(context) for _ in range(batch)]
-    runner.feed(slots, [[0] * context] * batch)
+    runner.feed(slots, [[0] * (context if chunk > 1 else min(context, FILLED))] * batch)
     return sum(nbytes(tensor) for _, tensor in runner.cache.tensors())
 
 
