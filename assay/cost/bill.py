@@ -30,9 +30,9 @@ class Question:
     memory: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch", "page"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}; at least 1 is accepted")
+        for name, least in (("context", 1), ("batch", 1), ("page", 1), ("memory", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)}; at least {least} is accepted")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype!r}; accepted: {', '.join(DTYPES)}")
         if self.kv_dtype not in (*DTYPES, *BITS):

@@ -51,11 +51,13 @@ class LinearAttention(MixerSpec):
         return tuple(fields)
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
-        """The recurrence: k v^T and q S a token, and q.z where it normalises. Executed: the quadratic form."""
+        """The recurrence: k v^T and q S a token, and q.z where it normalises. Executed: the quadratic form, and for
+        one token the product with the state (the outer product that updates it is elementwise)."""
         k = self.size(site)
         per_token = 4 * self.heads * k * k + (2 * self.heads * k if self.normalise else 0)
         columns = k + 1 if self.normalise else k
-        return Cost(per_token * new, 2 * self.heads * (k + columns) * new * new)
+        executed = 2 * self.heads * (k * columns if new == 1 else (k + columns) * new * new)
+        return Cost(per_token * new, executed)
 
     def build(self, site: Site) -> LinearMixer:
         return LinearMixer(self, site)
