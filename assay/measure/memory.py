@@ -26,9 +26,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows: batch, context, state_bytes_predicted, state_bytes_measured, peak_memory_bytes, peak_of.
 
-    predicted: the bill's. measured: the tensors of a cache without headroom, with `context` tokens (windows: up to
-    256) fed to each of its sequences. peak: the largest resident size of this process, the interpreter and torch included; peak_of says
-    whether since the row began (`row`) or, where the system does not let us start afresh, ever (`process`).
+    predicted: the bill's. measured: the tensors of a cache without headroom, with `context` tokens (windows: up to 256)
+    fed to each of its sequences. peak: the largest resident size of this process, the interpreter and torch included;
+    peak_of says whether since its row began (`row`) or, where the system allows no fresh start, ever (`process`).
     """
     rows = []
     for batch in batches:
