@@ -94,6 +94,8 @@ def note(results: Iterable[Result], stage: Stage) -> str:
     ratio = max(best.values()) / min(best.values())
     if len(found) == 1:
         verdict = "Learning-rate sweep"
+    elif ratio <= AGREEMENT and any(curve.is_at_an_end for curve in found.values()):
+        verdict = "Whether the arms' best learning rates agree is open, since some lie at an end of the sweep"
     elif ratio <= AGREEMENT:
         verdict = f"The arms' best learning rates agree within a factor of two ({ratio:.2g})"
     else:

@@ -176,6 +176,8 @@ def test_agreement_is_within_a_factor_of_two() -> None:
     stage = _plan().stages[0]
     close = _lines({"none": [2.0, 1.0, 2.0], "rope": [2.0, 1.0, 1.7]})
     assert note(close, stage).startswith("The arms' best learning rates agree within a factor of two")
+    beyond = _lines({"none": [2.0, 1.0, 0.9], "rope": [2.0, 1.0, 0.9]})
+    assert note(beyond, stage).startswith("Whether the arms' best learning rates agree is open")
     far = _lines({"none": [2.0, 1.0, 2.0], "rope": [1.0, 2.0, None]})
     assert "a difference between them may be the rate's" in note(far, stage) and "smallest tried" in note(far, stage)
     assert best_rates(far, stage) == {"none": 0.004, "rope": 0.001} and note([], stage) == ""

@@ -113,3 +113,48 @@ def test_the_table_compares_every_metric() -> None:
         "verdict": "better",
     }
     assert rows["params_total"]["verdict"] == "not distinguishable"
+
+
+def test_sizes_that_were_matched_and_rounded_break_no_tie() -> None:
+    near: Arms = {"base": (2.0, 512, 1000), "rounded": (2.0005, 512, 990)}
+    assert _choices(_results("s", near))["s"].arm == "base"
+    fewer: Arms = {"base": (2.0, 512, 1000), "fewer": (2.0005, 512, 900)}
+    assert _choices(_results("s", fewer))["s"].arm == "fewer"
+
+
+def test_what_is_counted_is_constrained_as_a_whole_and_not_in_each_stage() -> None:
+    deep: Arms = {"pre": (2.0, 2560, 1000), "post": (2.5, 2560, 1000)}
+    results = [*_results("placement", deep), *_results("kv", KV)]
+
+    def sizes(changes: Mapping[str, Any]) -> dict[str, float]:
+        return {"state_bytes_per_token": 128 if changes.get("model.kv") == "mqa" else 512}
+
+    found = {c.study: c.arm for c in synthesise(results, {"state_bytes_per_token": 200}, sizes).choices}
+    assert found == {"placement": "pre", "kv": "mqa"}
+
+
+def test_what_cannot_be_built_is_left_out_and_said() -> None:
+    results = [*_results("positions", POSITIONS), *_results("kv", KV)]
+
+    def sizes(changes: Mapping[str, Any]) -> dict[str, float]:
+        if changes.get("model.kv") == "mqa":
+            raise ValueError("kv_heads: 1 matches nothing")
+        if len(changes) == 2 and changes.get("model.kv") == "gqa":
+            raise ValueError("not with rope")
+        return {}
+
+    found = {c.study: c for c in synthesise(results, {}, sizes).choices}
+    assert found["kv"].arm == "mha" and "mqa cannot be built here: kv_heads: 1 matches nothing." in found["kv"].reason
+
+    def none(changes: Mapping[str, Any]) -> dict[str, float]:
+        return {} if not changes else sizes({"model.kv": "mqa"})
+
+    with pytest.raises(ValueError, match=r"no arm of kv can be taken: tiny .*matches nothing"):
+        synthesise(_results("kv", KV), {"params_total": 950}, none)
+
+
+def test_what_holds_others_is_set_first() -> None:
+    outer = {"gqa": {"model.kv": 2}, "mqa": {"model.blocks": {}}, "tiny": {"model.kv": 0}}
+    inner = {"rope": {"model.blocks.b.norm": 1}}
+    found = synthesise([*_results("positions", POSITIONS, inner), *_results("kv", KV, outer)], {})
+    assert list(found.changes) == ["model.blocks", "model.blocks.b.norm"]
