@@ -9,7 +9,7 @@ TEST := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 # What `make check` leaves to `make test`, so that it stays within two minutes.
 QUICK := tests/spec tests/cli tests/project
 
-.PHONY: setup study test test-full check lint format types bench clean
+.PHONY: setup study test test-full check lint format types bench docs clean
 
 setup: $(STAMP)
 
@@ -32,12 +32,12 @@ check: lint types
 	$(TEST) -m "not slow" $(QUICK)
 
 lint: setup
-	$(BIN)/ruff format --check assay tests
-	$(BIN)/ruff check assay tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
 format: setup
-	$(BIN)/ruff format assay tests
-	$(BIN)/ruff check --fix assay tests
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 types: setup
 	$(BIN)/mypy
@@ -45,6 +45,10 @@ types: setup
 bench: setup
 	$(BIN)/assay bench gpt-11m --train --batch 16 --seq 256 --dtype bf16
 	$(BIN)/assay bench gpt-11m --train --batch 16 --seq 256 --dtype f32
+
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/tables.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

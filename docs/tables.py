@@ -1,0 +1,133 @@
+"""Fill the tables of README.md and docs/learnings/ from the Result lines in docs/results/tour.jsonl.
+
+    python docs/tables.py              write what is stale
+    python docs/tables.py --check      write nothing; exit 1 and name the stale files
+
+A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; everything outside the marks is by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from assay.spec.result import Result, read_results
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS / "results" / "tour.jsonl"
+# The front page's rows: what a reader most wants settled, one line a stage or two.
+FRONT = (
+    ("baseline", "no-residual"),
+    ("baseline", "layernorm"),
+    ("baseline", "gelu"),
+    ("placement", "post"),
+    ("positions", "none"),
+    ("positions", "learned"),
+    ("positions", "alibi"),
+    ("kv-sharing", "gqa"),
+    ("kv-sharing", "mqa"),
+    ("windows", "w16"),
+    ("synthesis", "chosen"),
+)
+
+
+def titles(results: list[Result]) -> dict[tuple[str, str], str]:
+    """(study, arm) -> the arm's title."""
+    studies = [r for r in results if r.kind == "study" and r.values.get("arms")]
+    return {(str(r.study), a["name"]): a.get("title") or a["name"] for r in studies for a in r.values["arms"]}
+
+
+def number(value: Any) -> str:
+    return "" if value is None else f"{value:+.3f}"
+
+
+def row(verdict: Result, names: dict[tuple[str, str], str]) -> str:
+    """One verdict as a Markdown row: the arm against its base."""
+    v, study = verdict.values, str(verdict.study)
+    arm, base = (names.get((study, str(a)), str(a)) for a in (verdict.arm, v["base_arm"]))
+    interval = "" if v.get("low") is None else f"{number(v['low'])} to {number(v['high'])}"
+    seeds = f"{v.get('seeds', 0)} / {v.get('base_seeds', 0)}"
+    return f"| {study} | {arm} | {base} | {number(v.get('delta'))} | {interval} | {seeds} | **{v['verdict']}** |"
+
+
+HEAD = [
+    "| study | arm | against | difference (nats) | interval | seeds | verdict |",
+    "|---|---|---|---|---|---|---|",
+]
+
+
+def front(results: list[Result]) -> str:
+    """The README's table, and how it was made."""
+    names = titles(results)
+    verdicts = {(r.study, r.arm): r for r in results if r.kind == "verdict"}
+    rows = [row(verdicts[key], names) for key in FRONT if key in verdicts]
+    return "\n".join([*HEAD, *rows, "", made(results)])
+
+
+def made(results: list[Result]) -> str:
+    """The command, the commit and the machine behind a table."""
+    frame = next(r for r in results if r.kind == "study")
+    machine = next((r.values for r in results if r.kind == "environment"), {})
+    claims = [str(r.values["outcome"]) for r in results if r.kind == "claim"]
+    counts = ", ".join(f"{claims.count(o)} {o}" for o in dict.fromkeys(sorted(claims)))
+    runs = sum(r.kind == "trial" for r in results)
+    where = f"{machine.get('cores')} cores of {machine.get('cpu')}, torch {machine.get('torch')}"
+    return (
+        f"Validation loss, arm less base: below zero the arm is better. `{frame.values['command']}` at commit "
+        f"`{str(frame.commit)[:8]}` ({where}, {machine.get('precision')}): {runs} runs. "
+        f"Claims of the literature: {counts}. The lines behind it: [docs/results/tour.jsonl](docs/results/tour.jsonl)."
+    )
+
+
+def study_tables(study: str) -> Callable[[list[Result]], str]:
+    """Verdicts and claims of one study."""
+
+    def write(results: list[Result]) -> str:
+        names = titles(results)
+        mine = [r for r in results if r.study == study]
+        verdicts = [row(r, names) for r in mine if r.kind == "verdict"]
+        claims = [
+            f"| {c['text']} ({c['source']}) | **{c['outcome']}** | {c.get('evidence') or ''} |".replace("\n", " ")
+            for c in (r.values for r in mine if r.kind == "claim")
+        ]
+        told = ["", "| claim | outcome | evidence |", "|---|---|---|", *claims] if claims else []
+        return "\n".join([*HEAD, *verdicts, *told])
+
+    return write
+
+
+def tables() -> Iterator[tuple[Path, str, Callable[[list[Result]], str]]]:
+    """(file, name of the mark, what stands there)."""
+    yield DOCS.parent / "README.md", "results", front
+    for page in sorted((DOCS / "learnings").glob("*.md")):
+        yield page, "results", study_tables(page.stem)
+
+
+def filled(text: str, name: str, table: str) -> str:
+    """The text with what stands between the marks replaced; ValueError without the marks."""
+    marks = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    if not marks.search(text):
+        raise ValueError(f"no <!-- {name}:begin --> and <!-- {name}:end --> in the text")
+    return marks.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
+
+
+def main(argv: list[str]) -> int:
+    results = read_results(RESULTS)
+    stale = []
+    for path, name, write in tables():
+        text = path.read_text(encoding="utf-8")
+        wanted = filled(text, name, write(results))
+        if wanted != text:
+            stale.append(path)
+            if "--check" not in argv:
+                path.write_text(wanted, encoding="utf-8")
+    for path in stale:
+        print(f"{'stale' if '--check' in argv else 'written'}: {path.relative_to(DOCS.parent)}")
+    return 1 if stale and "--check" in argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

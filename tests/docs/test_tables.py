@@ -1,0 +1,35 @@
+"""The published tables say what the committed Result lines say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from assay.spec.result import read_results
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_published_tables_are_the_results() -> None:
+    run = subprocess.run(
+        [sys.executable, "docs/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_number_of_the_front_page_is_the_mean_difference_of_its_runs() -> None:
+    """Recomputed from the runs, by hand: the first verdict that the table shows."""
+    results = read_results(ROOT / "docs" / "results" / "tour.jsonl")
+    losses: dict[str, dict[int, float]] = {}
+    for r in results:
+        if r.kind == "trial" and r.study == "baseline":
+            losses.setdefault(str(r.arm), {})[int(str(r.seed))] = r.values["loss_nats"]
+    pairs = [losses["no-residual"][seed] - losses["swiglu"][seed] for seed in losses["no-residual"]]
+    delta = sum(pairs) / len(pairs)
+    line = next(x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith("| baseline | No residual"))
+    assert f"{delta:+.3f}" in line
+
+
+def test_the_results_are_small_enough_to_be_text_in_the_repository() -> None:
+    assert (ROOT / "docs" / "results" / "tour.jsonl").stat().st_size < 1_000_000
