@@ -50,8 +50,10 @@ def run(call: Call, lse: bool = False) -> tuple[Tensor, Tensor | None]:
 def banded(call: Call) -> Tensor | None:
     """[H, T, S]: a bias by distance, if distance is the same in all rows: one line of biases, shifted row by row."""
     bias, plan = call.scores.bias, call.plan
+    # Without blocks (as when traced) there is no shift either, and asking for it would look at the mask.
     if bias is None or not isinstance(bias, DistanceBias) or not plan.blocks or plan.shift is None:
         return None
+    assert plan.mask is not None
     _, tokens, entries = plan.mask.shape
     distance = torch.arange(plan.shift - entries + 1, plan.shift + tokens, device=plan.mask.device)
     return bias.by_distance(distance).flip(-1).unfold(-1, entries, 1).flip(-2)
