@@ -43,7 +43,7 @@ def copied(lm: LM, prefix: str, source: nn.Module, names: dict[str, str]) -> set
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    assert torch.allclose(a, b.flatten(0, 1), rtol=0, atol=1e-10 * float(b.abs().max()))
+    assert torch.allclose(a, b.flatten(0, 1), rtol=0, atol=1e-10 * float(b.detach().abs().max()))
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -1,0 +1,38 @@
+"""One part in float64 with random weights, run on rows of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay.conform.cases import Case, case, noise
+from assay.ops.step import Step, rows_step
+from assay.spec import registry
+
+D = 32
+
+
+def part(slot: str, kind: str, **fields: Any) -> Case:
+    return case(registry.get(slot, kind).model_validate({"kind": kind, **fields}))
+
+
+def rows(n: int, length: int, **more: Any) -> Step:
+    return rows_step(torch.zeros(n, length, dtype=torch.long), horizon=64, **more)
+
+
+def x(n: int = 12, seed: int = 1) -> Tensor:
+    return noise((n, D), seed)
+
+
+@torch.no_grad()
+def put(c: Case, **values: Tensor) -> None:
+    """Set parameters by name, `__` for a dot."""
+    for name, value in values.items():
+        c.part.get_parameter(name.replace("__", ".")).copy_(value)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
+    assert a.shape == b.shape
+    assert torch.allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(b.detach().abs().max())))
