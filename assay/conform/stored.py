@@ -28,9 +28,10 @@ def feed(c: Case, cache: Cache, slots: list[Slot], x: Tensor, past: int) -> Tens
 
 
 def law_chunking(c: Case) -> None:
-    """Any chunking of prefill and decode on the stores equals one pass without memory."""
+    """Any chunking of prefill and decode on the stores equals one pass without memory (in evaluation mode)."""
     if c.slot not in TOKENS:
         return
+    c.modules.eval()
     rows = 2
     x = noise((rows, LENGTH, c.site.d_in), 1)
     whole = c.run(x.view(rows * LENGTH, -1), c.step(rows, LENGTH)).view(rows, LENGTH, -1)
@@ -53,6 +54,7 @@ def law_rewind(c: Case) -> None:
     """Rewound to a length whose state is still there, the continuation is as if nothing had come after it."""
     if c.slot not in TOKENS:
         return
+    c.modules.eval()
     x = noise((1, LENGTH, c.site.d_in), 1)
     cache, slots = open_cache(c, 1, 6, saves=LENGTH)
     feed(c, cache, slots, x[:, :6], 0)

@@ -47,8 +47,12 @@ def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
     results = [line(job, "trial", values(spec, trained))]
     subject = Subject.of(trained)
     for i, asked in enumerate(job["measurements"]):
-        for kind, found in measured(asked["name"], subject, asked["options"]):
-            results.append(line(job, kind, found))
+        try:
+            found = measured(asked["name"], subject, asked["options"])
+        except ValueError as error:
+            # A mechanism that refuses a measurement has still been trained: the refusal is what was found.
+            found = [("measure", {"what": asked["name"], "rows": [], "reason": str(error)})]
+        results += [line(job, kind, told) for kind, told in found]
         done = TRAINING_SHARE + (1 - TRAINING_SHARE) * (i + 1) / len(job["measurements"])
         progress({"fraction": done, "loss_nats": trained.losses[-1][1]})
     return results

@@ -27,7 +27,6 @@ class BatchNorm(NormSpec):
         "causal": "in training the statistics of a batch include later tokens",
         "neighbours": "in training the statistics of a batch include the other sequences",
         "packing": "in training the statistics of a batch include the other documents",
-        "chunking": "in training the statistics of a chunk are not those of the whole",
     }
 
     def own(self, site: Site) -> dict[str, Weight]:
