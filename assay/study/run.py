@@ -28,7 +28,7 @@ from assay.study.runners.local import Failed, Pool, Watcher, run_trials
 from assay.study.spec import StudySpec, load_study
 from assay.study.sweep import best_rates, note, sweep_results
 from assay.study.synthesis import Synthesis, comparison_table, synthesise
-from assay.study.times import expected_seconds, fit_scale, fixed_seconds
+from assay.study.times import START_S, expected_seconds, fit_scale, fixed_seconds
 from assay.study.trials import Materials, Stage, Trial, part
 
 Find = Callable[[str], tuple[str, StudySpec]]
@@ -77,7 +77,8 @@ def planned(request: Request, session: Session, seconds: float | None = None, he
     longest = max(range(len(expected)), key=expected.__getitem__)
     extra = [longest] * sum(e.synthesis is not None for e in request.study.stages) * _most_seeds(plan)
     several = [[times[i] for i in (*range(len(expected)), *extra)] for times in (expected, fixed)]
-    scale = fit_scale(several[0], limit, session.pool.size, several[1])
+    starts = START_S * (1 + sum(e.synthesis is not None for e in request.study.stages))
+    scale = fit_scale(several[0], limit - starts, session.pool.size, several[1])
     if scale < 1.0:
         session.note(f"every run is given {scale:.2g} of the recipe's tokens, so that the plan fits {limit:.0f} s")
         plan = make_plan(request, session.materials, scale, session.find)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from assay.study.plan import Plan
 from assay.study.trials import Materials, Trial
 
+START_S = 5.0
+"""Until a pool's workers have imported torch and opened the text."""
 TRIAL_OVERHEAD_S = 0.5
 MEASUREMENT_S = 1.0
 """About what a measurement of a small model takes; one that is bounded by a time of its own is of this order."""

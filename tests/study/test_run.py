@@ -15,7 +15,7 @@ from assay.study.runners.folder import Folder
 from assay.study.runners.local import Pool
 from assay.study.spec import StudySpec
 from assay.study.tables import Live, plan_rows, plan_table
-from assay.study.times import MEASUREMENT_S
+from assay.study.times import MEASUREMENT_S, START_S
 from tests.study.test_plan import KV, POSITIONS, _study
 from tests.study.toy import MATERIALS
 from tests.study.toy_trials import loss
@@ -107,10 +107,10 @@ def test_a_constraint_that_nothing_meets_keeps_the_stages(tmp_path: Path) -> Non
 def test_a_time_budget_scales_every_run_alike_and_a_resumed_run_keeps_it(tmp_path: Path) -> None:
     request, notes = Request("s", _study(POSITIONS, measurements=[]), "full"), []
     session = _session(note=notes.append)
-    plan = planned(request, session, 7.5)
+    plan = planned(request, session, 7.5 + START_S)
     assert plan.scale == 0.5 and {t.tokens for t in plan.trials} == {32768}
-    assert notes == ["every run is given 0.5 of the recipe's tokens, so that the plan fits 8 s"]
-    first = run_study(request, tmp_path, session, 7.5)
+    assert notes == ["every run is given 0.5 of the recipe's tokens, so that the plan fits 12 s"]
+    first = run_study(request, tmp_path, session, 7.5 + START_S)
     slower = replace(MATERIALS, rate=lambda model, recipe: 1000.0)
     again = run_study(request, tmp_path, _session(materials=slower), 7.5)
     assert again.plan.scale == 0.5 and again.plan.digest == first.plan.digest
