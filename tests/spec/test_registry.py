@@ -1,9 +1,9 @@
-"""What `--part FILE.py` accepts; each in a process of its own, since the registry remembers."""
+"""The scan of the package, and what `--part FILE.py` accepts."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,20 +20,25 @@ class Twice(FfnSpec):
 '''
 
 
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    """What a test loads is gone after it."""
+    before = set(sys.modules)
+    yield
+    registry._user_parts.cache_clear()
+    for name in set(sys.modules) - before:
+        if name.startswith("assay_user_"):
+            del sys.modules[name]
+
+
 def loads(path: Path, times: int = 1, *more: Path) -> str:
     """What loading says: the kinds that are there afterwards, or the error."""
-    code = (
-        "import sys\n"
-        "from assay.spec import registry\n"
-        "try:\n"
-        f"    for file in sys.argv[1:] * {times}: registry.load_file(file)\n"
-        "    print(registry.names('ffns'))\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__, error)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code, *map(str, (path, *more))], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip().splitlines()[-1]
+    try:
+        for file in (path, *more) * times:
+            registry.load_file(file)
+    except Exception as error:
+        return f"{type(error).__name__} {error}"
+    return registry.names("ffns")
 
 
 def test_the_scan_finds_every_file() -> None:
