@@ -45,54 +45,54 @@ END = "positions: {p: {kind: rope}}\n"
 ENCODER = "encoder: {d_model: 32, vocab: 3, layers: 1, context: 4, blocks: {e: {ffn: {kind: dense, width: 2}}}}\n"
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        # Fields, types and ranges.
-        ("layers: 2", "layer: 2", ["layer:", "unknown field", "did you mean 'layers'?", "accepted: d_model, vocab"]),
-        ("position: p", "positon: p", ["blocks.b.mixer.positon:", "did you mean 'position'?"]),
-        ("layers: 2", "layers: two", ["layers:", "valid integer", "'two'"]),
-        ("layers: 2", "layers: 2.5", ["layers:", "valid integer", "2.5"]),
-        ("layers: 2", "layers: true", ["layers:", "a number", "True"]),
-        ("layers: 2", "layers: null", ["layers:", "valid integer", "None"]),
-        ("layers: 2", "layers: 0", ["layers:", "greater than or equal to 1", "not 0"]),
-        ("layers: 2\n", "", ["layers: missing"]),
-        ("d_model: 32", "d_model: .nan", ["d_model:", "finite", "nan"]),
-        ("width: 24", "width: .inf", ["blocks.b.ffn.width:", "finite", "inf"]),
-        ("heads: 4", "heads: 4, scores: {scale: .nan}", ["blocks.b.mixer.scores.scale:", "finite"]),
-        ("heads: 4", "heads: 4, sees: {window: 0}", ["blocks.b.mixer.sees.window:", "equal to 1, not 0"]),
-        (END, END + "init: {std: -1}\n", ["init.std:", "at least 0, or 'fan_in'", "-1"]),
-        (END, END + "init: {std: wide}\n", ["init.std:", "at least 0, or 'fan_in'", "'wide'"]),
-        (END, "positions: [1, 2]\n", ["positions:", "dictionary", "[1, 2]"]),
-        (END, "positions: {a.b: {kind: rope}}\n", ["positions.a.b", "pattern"]),
-        # Parts.
-        ("kind: gqa", "kind: gqq", ["blocks.b.mixer.kind:", "'gqq'", "did you mean 'gqa'?", "accepted: cross, gqa"]),
-        ("kind: gqa, ", "", ["blocks.b.mixer.kind: missing", "accepted for mixers: cross, gqa"]),
-        ("{kind: gqa, heads: 4, position: p}", "7", ["blocks.b.mixer:", "a mapping with a `kind`", "7"]),
-        ("heads: 4", "heads: 4, kv_heads: 3", ["blocks.0.mixer:", "`heads` (4)", "`kv_heads` (3)"]),
-        ("heads: 4", "heads: 5", ["blocks.0.mixer:", "d_model (32)", "`heads` (5)", "`head_dim`"]),
-        (BLOCK, "    ffn: {kind: moe, width: 4, experts: 2, router: {kind: topk, k: 3}}\n", ["blocks.0.ffn:", "2"]),
-        # Names of other things.
-        ("position: p", "position: q", ["blocks.0.mixer.position:", "'q'", "accepted: p"]),
-        (END, "", ["blocks.0.mixer.position:", "'p'", "none are declared"]),
-        (END, END + "pattern: [b, c]\n", ["pattern:", "'c'", "accepted: b"]),
-        (BLOCK, LIKE.replace("pattern: [%s]\n", "") % "blocks.0", ["pattern: missing", "b, c"]),
-        (BLOCK, LIKE % ("blocks.0", "c, b"), ["blocks.c.like:", "'blocks.0'", "earlier layer"]),
-        (BLOCK, LIKE % ("blocks.1", "b, c"), ["blocks.c.like:", "'blocks.1'", "earlier layer"]),
-        (BLOCK, LIKE % ("b", "b, c"), ["blocks.c.like:", "'b'", "blocks.N"]),
-        (BLOCK, LIKE % ("blocks.0, ffn: {kind: dense, width: 3}", "b, c"), ["blocks.c:", "`like` stands alone"]),
-        (BLOCK, LIKE % ("blocks.0, scale: 2.0", "b, c"), ["blocks.c.scale:", "beside `like`"]),
-        ("position: p", "position: p, takes: kv", ["blocks.0.mixer.takes:", "no earlier layer gives 'kv'"]),
-        ("position: p", "position: p, takes: a, gives: b", ["blocks.0.mixer:", "not given again"]),
-        # Forms of a block that exclude each other.
-        (BLOCK, BLOCK + "    norm: {place: sideways}\n", ["blocks.b.norm.place:", "'pre', 'post'", "'sideways'"]),
-        (BLOCK, BLOCK + "    parallel: shared\n    norm: {place: post}\n", ["blocks.b:", "'post'", "accepted: pre"]),
-        (BLOCK, "    parallel: own\n", ["blocks.b:", "needs both `mixer` and `ffn`"]),
-        (BLOCK, BLOCK + "    stages: [{branches: [{ffn: {kind: dense, width: 3}}]}]\n", ["blocks.b:", "or `stages`"]),
-        (BLOCK, BLOCK + "    residual: none\n    norm: {place: post}\n", ["blocks.b:", "'none'", "add, post"]),
-        (END, END + ENCODER, ["encoder.head:", "accepted: null"]),
-    ],
-)
+FIELDS = [
+    # Fields, types and ranges.
+    ("layers: 2", "layer: 2", ["layer:", "unknown field", "did you mean 'layers'?", "accepted: d_model, vocab"]),
+    ("position: p", "positon: p", ["blocks.b.mixer.positon:", "did you mean 'position'?"]),
+    ("layers: 2", "layers: two", ["layers:", "valid integer", "'two'"]),
+    ("layers: 2", "layers: 2.5", ["layers:", "valid integer", "2.5"]),
+    ("layers: 2", "layers: true", ["layers:", "a number", "True"]),
+    ("layers: 2", "layers: null", ["layers:", "valid integer", "None"]),
+    ("layers: 2", "layers: 0", ["layers:", "greater than or equal to 1", "not 0"]),
+    ("layers: 2\n", "", ["layers: missing"]),
+    ("d_model: 32", "d_model: .nan", ["d_model:", "finite", "nan"]),
+    ("width: 24", "width: .inf", ["blocks.b.ffn.width:", "finite", "inf"]),
+    ("heads: 4", "heads: 4, scores: {scale: .nan}", ["blocks.b.mixer.scores.scale:", "finite"]),
+    ("heads: 4", "heads: 4, sees: {window: 0}", ["blocks.b.mixer.sees.window:", "equal to 1, not 0"]),
+    (END, END + "init: {std: -1}\n", ["init.std:", "at least 0, or 'fan_in'", "-1"]),
+    (END, END + "init: {std: wide}\n", ["init.std:", "at least 0, or 'fan_in'", "'wide'"]),
+    (END, "positions: [1, 2]\n", ["positions:", "dictionary", "[1, 2]"]),
+    (END, "positions: {a.b: {kind: rope}}\n", ["positions.a.b", "pattern"]),
+    # Parts.
+    ("kind: gqa", "kind: gqq", ["blocks.b.mixer.kind:", "'gqq'", "did you mean 'gqa'?", "accepted: cross, gqa"]),
+    ("kind: gqa, ", "", ["blocks.b.mixer.kind: missing", "accepted for mixers: cross, gqa"]),
+    ("{kind: gqa, heads: 4, position: p}", "7", ["blocks.b.mixer:", "a mapping with a `kind`", "7"]),
+    ("heads: 4", "heads: 4, kv_heads: 3", ["blocks.0.mixer:", "`heads` (4)", "`kv_heads` (3)"]),
+    ("heads: 4", "heads: 5", ["blocks.0.mixer:", "d_model (32)", "`heads` (5)", "`head_dim`"]),
+    (BLOCK, "    ffn: {kind: moe, width: 4, experts: 2, router: {kind: topk, k: 3}}\n", ["blocks.0.ffn:", "2"]),
+    # Names of other things.
+    ("position: p", "position: q", ["blocks.0.mixer.position:", "'q'", "accepted: p"]),
+    (END, "", ["blocks.0.mixer.position:", "'p'", "none are declared"]),
+    (END, END + "pattern: [b, c]\n", ["pattern:", "'c'", "accepted: b"]),
+    (BLOCK, LIKE.replace("pattern: [%s]\n", "") % "blocks.0", ["pattern: missing", "b, c"]),
+    (BLOCK, LIKE % ("blocks.0", "c, b"), ["blocks.c.like:", "'blocks.0'", "earlier layer"]),
+    (BLOCK, LIKE % ("blocks.1", "b, c"), ["blocks.c.like:", "'blocks.1'", "earlier layer"]),
+    (BLOCK, LIKE % ("b", "b, c"), ["blocks.c.like:", "'b'", "blocks.N"]),
+    (BLOCK, LIKE % ("blocks.0, ffn: {kind: dense, width: 3}", "b, c"), ["blocks.c:", "`like` stands alone"]),
+    (BLOCK, LIKE % ("blocks.0, scale: 2.0", "b, c"), ["blocks.c.scale:", "beside `like`"]),
+    ("position: p", "position: p, takes: kv", ["blocks.0.mixer.takes:", "no earlier layer gives 'kv'"]),
+    ("position: p", "position: p, takes: a, gives: b", ["blocks.0.mixer:", "not given again"]),
+    # Forms of a block that exclude each other.
+    (BLOCK, BLOCK + "    norm: {place: sideways}\n", ["blocks.b.norm.place:", "'pre', 'post'", "'sideways'"]),
+    (BLOCK, BLOCK + "    parallel: shared\n    norm: {place: post}\n", ["blocks.b:", "'post'", "accepted: pre"]),
+    (BLOCK, "    parallel: own\n", ["blocks.b:", "needs both `mixer` and `ffn`"]),
+    (BLOCK, BLOCK + "    stages: [{branches: [{ffn: {kind: dense, width: 3}}]}]\n", ["blocks.b:", "or `stages`"]),
+    (BLOCK, BLOCK + "    residual: none\n    norm: {place: post}\n", ["blocks.b:", "'none'", "add, post"]),
+    (END, END + ENCODER, ["encoder.head:", "accepted: null"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "says"), FIELDS)
 def test_field(tmp_path: Path, old: str, new: str, says: list[str]) -> None:
     message = refusal(tmp_path, changed(old, new))
     assert all(part in message for part in says), message
