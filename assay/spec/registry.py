@@ -79,9 +79,11 @@ def load_file(path: str | Path) -> list[type[PartSpec]]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise ValueError(f"--part {path}: {type(error).__name__}: {error}") from error
     found = _specs_in(module)
     if not found:
+        del sys.modules[name]
         raise ValueError(f"--part {path}: defines no part; it needs a class derived from one of {', '.join(SLOTS)}")
     for part in found:
         other = table(part.slot).get(part.kind_name(), part)
