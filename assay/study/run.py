@@ -249,7 +249,7 @@ def _synthesis_lines(
         "changes": synthesis.changes,
         "spec": to_yaml(spec),
         "table": table,
-        "checkpoint": str(found.checkpoint) if found.checkpoint else None,
+        "checkpoint": found.checkpoint.name if found.checkpoint else None,
     }
     labels = {"kind": "synthesis", "study": name, "recipe_digest": stage.recipe_digest, "values": values}
     return [*_judged(stage, plan, runs, about, session), about.model_copy(update=labels)]

@@ -1,8 +1,10 @@
 """Is a difference between two arms real, or seed noise? Values are one number a seed, in the metric's own unit.
 
-Three or more seeds in common: the paired t interval, since paired seeds share data order and initial draws. Fewer:
-Student's t with the spread pooled over the arm and the base arm, which keeps its level when both spread alike (with
-two seeds a side nothing could tell). One seed: an interval from the base arm's spread, and no verdict.
+Five or more seeds in common: the paired t interval, since paired seeds share data order and initial draws. Fewer:
+Student's t with the spread pooled over all seeds of the arm and the base arm, which keeps its level when both spread
+alike. Pairing three seeds leaves two degrees of freedom, which Holm's correction over seven arms answers with an
+interval of twelve standard errors; what pairing takes from the spread does not pay for that. One seed: an interval
+from the base arm's spread, and no verdict.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ Samples = Mapping[int, float]
 Verdict = Literal["better", "worse", "not distinguishable", "not tested"]
 Method = Literal["paired", "pooled", "base spread", "one sample"]
 MIN_SEEDS = 2
-MIN_PAIRS = 3
+MIN_PAIRS = 5
 ALPHA = 0.05
 
 
@@ -107,8 +109,13 @@ def difference(arm: Samples, base: Samples) -> Difference | None:
     a, b = np.array(list(arm.values())), np.array(list(base.values()))
     squares = float(((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum())
     df = len(a) + len(b) - 2
+    delta = float(a.mean() - b.mean())
+    scale = float(np.abs(np.concatenate([a, b])).max())
+    # Equal up to rounding is equal, as above.
+    squares = squares if squares > (1e-12 * scale) ** 2 else 0.0
+    delta = delta if abs(delta) > 1e-12 * scale else 0.0
     se = math.sqrt(squares / df * (1 / len(a) + 1 / len(b)))
-    return Difference(float(a.mean() - b.mean()), se, df, "pooled" if len(a) >= MIN_SEEDS else "base spread")
+    return Difference(delta, se, df, "pooled" if len(a) >= MIN_SEEDS else "base spread")
 
 
 def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:

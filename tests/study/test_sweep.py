@@ -202,5 +202,5 @@ def test_a_baseline_that_wins_everywhere_is_kept_too(tmp_path: Path) -> None:
     text = "{title: Tour, stages: [positions, {name: best, synthesis: {}}]}"
     done = _run(tmp_path, Request("tour", _study(text), "full"), find=lambda name: (name, find[name]))
     (line,) = [r for r in done.results if r.kind == "synthesis"]
-    assert line.values["changes"] == {} and line.values["checkpoint"] == str(tmp_path / "best")
+    assert line.values["changes"] == {} and line.values["checkpoint"] == "best"
     assert (tmp_path / "best").is_dir() and BEST["bad"] == 0.004

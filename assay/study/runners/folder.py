@@ -133,7 +133,7 @@ class Folder:
         uses = [use for use in trial.uses if (_labels(use), trial.key) not in runs]
         lines = [line for use in uses for line in relabelled(results, trial, use)]
         if trial.keep:
-            saved = str(self.checkpoint(trial))
+            saved = self.checkpoint(trial).name  # within this folder, which may be moved
             lines = [_with(line, checkpoint=saved) if line.kind == "trial" else line for line in lines]
         self.append(lines)
 
