@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,9 @@ def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
         progress({"fraction": TRAINING_SHARE * status.step / status.steps, "loss_nats": status.loss_nats})
 
     keep = Path(job["keep"]) if job.get("keep") else None
+    if keep is not None and keep.is_dir():
+        # The study's own folder for its choice, from before the choice changed or the run was cut off.
+        shutil.rmtree(keep)
     try:
         trained = train(spec, recipe, keep, on_progress=told, options=Options())
     except Diverged as error:
