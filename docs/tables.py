@@ -22,7 +22,7 @@ RESULTS = DOCS / "results" / "tour.jsonl"
 FRONT = (
     ("baseline", "no-residual"),
     ("baseline", "layernorm"),
-    ("baseline", "gelu"),
+    ("baseline", "relu"),
     ("placement", "post"),
     ("positions", "none"),
     ("positions", "learned"),
