@@ -99,7 +99,7 @@ def _chosen(stage: Stage, titles: Mapping[tuple[str, str], str]) -> str:
     sure = [c["arm"] for c in found["choices"] if c["supported"]]
     ties = [c["arm"] for c in found["choices"] if not c["supported"]]
     parts = [f"{join(sure)} on evidence"] if sure else []
-    parts += [f"{join(ties)} because {'it costs' if len(ties) == 1 else 'they cost'} less"] if ties else []
+    parts += [f"{join(ties)} as {'a tie' if len(ties) == 1 else 'ties'} broken by cost"] if ties else []
     line = f"The synthesis takes {' and '.join(parts)}"
     words = [row for row in found["table"] if row["verdict"] in VERDICTS[:3]]
     if words:

@@ -123,7 +123,7 @@ def test_the_headline_counts_what_was_decided(plain_page: Page) -> None:
     assert "10 arms in 5 stages, compared with their baselines over 45 runs" in plain_page.text
     assert "Of the 10 arms, 6 are better, 3 are not distinguishable and 1 was not tested." in plain_page.text
     assert "Of 8 claims written down before the runs, 4 were confirmed, 2 were contradicted" in plain_page.text
-    assert "The synthesis takes Rotary (RoPE) and Window 16 on evidence and One head (MQA) because it costs less" in (
+    assert "The synthesis takes Rotary (RoPE) and Window 16 on evidence and One head (MQA) as a tie broken by cost" in (
         plain_page.text
     )
 
