@@ -57,3 +57,5 @@ def test_the_installed_command_runs_outside_of_the_checkout(wheel: Path, tmp_pat
     assert "parts" in run(home / "bin" / "assay", "--help", cwd=tmp_path)
     table = json.loads(run(home / "bin" / "assay", "parts", "--json", cwd=tmp_path).splitlines()[-1])
     assert "rope" in {row["kind"] for row in table["parts"]}
+    tour = ("study", "run", "tour", "--budget", "smoke", "--out", tmp_path / "tour", "recipe.tokens=4096")
+    assert f"report: {tmp_path / 'tour' / 'report.html'}" in run(home / "bin" / "assay", *tour, cwd=tmp_path)

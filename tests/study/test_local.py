@@ -112,11 +112,14 @@ def test_an_unknown_function_is_one_clear_error(tmp_path: Path) -> None:
 # Its imports stand under the guard: every worker imports its main module again.
 SCRIPT = """
 if __name__ == "__main__":
+    import signal
     import sys
     from dataclasses import replace
     from pathlib import Path
     from tests.study.test_local import TWO, _plan, _run
 
+    # A test run started in the background inherits an ignored SIGINT; a person's terminal does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _run(Path(sys.argv[1]), _plan("full"), replace(TWO, function="tests.study.toy_trials:hanging"))
 """
 
