@@ -53,14 +53,18 @@ def run(
     found = parse_overrides(changes)
     place = pick_device(device)
 
+    import torch
+
+    from assay.measure.machine import matmul_flop_s
     from assay.spec.load import load_model
     from assay.train.loop import Options, train
+    from assay.train.precision import resolve
     from assay.train.recipe import load_recipe
-    from assay.train.utilisation import matmul_flop_s
 
     spec = load_model(model, {k: v for k, v in found.items() if k.startswith("model.")})
     how = load_recipe(recipe, {k: v for k, v in found.items() if k.startswith("recipe.")})
-    options = Options(compile=compiled, save_s=save_every, flop_s=matmul_flop_s(place.type))
+    dtype = getattr(torch, resolve(how, place).precision)
+    options = Options(compile=compiled, save_s=save_every, flop_s=matmul_flop_s(dtype, place))
     with Watch() as watch:
         try:
             result = train(spec, how, out, start or resume, place, watch, options)

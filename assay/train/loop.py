@@ -34,7 +34,7 @@ class Options:
     """What changes how a run is carried out, and nothing that it computes (compiling rounds differently).
 
     save_s, report_s: seconds between saves, and between calls of on_progress. flop_s: the rate that MFU is a share of
-    (`assay.train.utilisation.matmul_flop_s`). cache: where token shards are kept; null is the user's cache folder.
+    (`assay.measure.machine.matmul_flop_s`). cache: where token shards are kept; null is the user's cache folder.
     """
 
     compile: bool = False

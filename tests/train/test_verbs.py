@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from assay.cli.main import main
-from assay.train import utilisation
+from assay.measure import machine
 from tests.train.small import MODEL, RECIPE
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utilisation, "matmul_flop_s", lambda kind: 1e11)  # measured elsewhere, and slow
+    monkeypatch.setattr(machine, "matmul_flop_s", lambda dtype, device: 1e11)  # measured elsewhere, and slow
 
 
 @pytest.fixture
