@@ -92,6 +92,8 @@ class LayerBill:
     reserved_bytes: int
     prefill_flops: int
     decode_flops: int
+    prefill_executed: int
+    decode_executed: int
 
 
 @dataclass(frozen=True)
@@ -125,16 +127,16 @@ def bill(spec: ModelSpec, question: Question | None = None) -> Bill:
         "active": sum(x.active for x in layers),
         "embedding": _embedding(groups),
     }
-    whole, step = _flops(groups, ask.context, 0, ask.memory), _flops(groups, 1, ask.context - 1, ask.memory)
+    prefill = sum(x.prefill_flops for x in layers)
     encoder = bill(spec.encoder, Question(max(ask.memory, 1), 1, ask.dtype)) if spec.encoder else None
     extra = encoder.flops["prefill"] if encoder and ask.memory else 0
     extra_executed = encoder.flops["prefill_executed"] if encoder and ask.memory else 0
     flops = {
-        "train_per_token": 3 * (whole.flops + extra) // ask.context,
-        "prefill": ask.batch * (whole.flops + extra),
-        "decode_per_token": step.flops,
-        "prefill_executed": ask.batch * (whole.executed + extra_executed),
-        "decode_per_token_executed": step.executed,
+        "train_per_token": 3 * (prefill // ask.batch + extra) // ask.context,
+        "prefill": prefill + ask.batch * extra,
+        "decode_per_token": sum(x.decode_flops for x in layers),
+        "prefill_executed": sum(x.prefill_executed for x in layers) + ask.batch * extra_executed,
+        "decode_per_token_executed": sum(x.decode_executed for x in layers),
     }
     if encoder is not None:
         total = {key: total[key] + encoder.params[key] for key in total}
@@ -164,14 +166,6 @@ def _embedding(groups: dict[str, list[tuple[Site, PartSpec, bool]]]) -> int:
     return params(tables)["embedding"]
 
 
-def _flops(groups: dict[str, list[tuple[Site, PartSpec, bool]]], new: int, seen: int, memory: int) -> Cost:
-    total = Cost()
-    for group in groups.values():
-        for site, part, _ in group:
-            total += cost_of(part, site, new, seen, memory)
-    return total
-
-
 def _layer(name: str, group: list[tuple[Site, PartSpec, bool]], ask: Question) -> LayerBill:
     weights = {f"{s.name}.{k}": w for s, p, own in group if own for k, w in p.weights(s).items()}
     fields = [f for s, p, _ in group for f in p.state(s)]
@@ -194,4 +188,6 @@ def _layer(name: str, group: list[tuple[Site, PartSpec, bool]], ask: Question) -
         ask.batch * kept,
         ask.batch * costs["all"].flops,
         costs["one"].flops,
+        ask.batch * costs["all"].executed,
+        costs["one"].executed,
     )
