@@ -18,6 +18,7 @@ from assay.ops.sees import Sees
 from assay.ops.state import step_layout
 from assay.ops.step import Step, View, rows_step
 
+ALONE = True
 NAIVE = "naive"
 DEFAULT = (NAIVE, "tiled", "matmul", "sdpa")
 

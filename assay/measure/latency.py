@@ -10,6 +10,7 @@ from assay.measure.subject import Subject
 
 CACHES = {"rows": True, "none": False, "True": True, "False": False}
 NEW = 16
+ALONE = True
 
 
 def measure(

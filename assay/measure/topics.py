@@ -36,6 +36,17 @@ def options(path: Path) -> tuple[str, ...] | None:
     return None
 
 
+@cache
+def alone(name: str) -> bool:
+    """Whether a measurement times something, so that nothing else should run beside it: its file says `ALONE = True`.
+
+    A name that is not known does not: `run` will refuse it.
+    """
+    path = FOLDER / f"{name}.py"
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
+    return any(isinstance(node, ast.Assign) and ast.unparse(node) == "ALONE = True" for node in nodes)
+
+
 def accepts(name: str, given: Mapping[str, Any] | None = None) -> None:
     """ValueError for a measurement that does not exist, or an option that it does not have."""
     if name not in topics():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from assay import __version__
 from assay.cost.bill import Question, bill
 from assay.measure.memory import peak_bytes, start_peak
 from assay.measure.subject import Subject
+from assay.measure.topics import alone
 from assay.measure.topics import run as measured
 from assay.spec import registry
 from assay.spec.load import validate
 from assay.spec.model import ModelSpec
 from assay.spec.result import Result
 from assay.study.run import commit
+from assay.study.runners.alone import Room
 from assay.train.loop import Options, train
 from assay.train.outcome import Diverged, Status, TrainResult
 from assay.train.recipe import Recipe
@@ -29,7 +32,15 @@ TRAINING_SHARE = 0.8  # of a trial's progress; the rest is measuring
 
 
 def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
-    """Train `job`'s model with its seed, measure it, and return Results as plain data. See `Trial.job` for the keys."""
+    """Train `job`'s model with its seed, measure it, and return Results as plain data. See `Trial.job` for the keys.
+
+    Trials that share `job["room"]` stand still while one of them times something (`topics.alone`).
+    """
+    with Room(Path(job["room"])) as room:
+        return _run(job, progress, room)
+
+
+def _run(job: dict[str, Any], progress: Progress, room: Room) -> list[dict[str, Any]]:
     for path in job.get("parts", ()):
         if Path(path).stem not in {name.removeprefix("assay_user_") for name in sys.modules}:
             registry.load_file(path)
@@ -38,6 +49,7 @@ def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
     recipe = validate(Recipe, {**job["recipe"], "seed": job["seed"]}, "recipe")
 
     def told(status: Status) -> None:
+        room.pass_by()
         progress({"fraction": TRAINING_SHARE * status.step / status.steps, "loss_nats": status.loss_nats})
 
     keep = Path(job["keep"]) if job.get("keep") else None
@@ -51,8 +63,10 @@ def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
     results = [line(job, "trial", values(spec, trained))]
     subject = Subject.of(trained)
     for i, asked in enumerate(job["measurements"]):
+        room.pass_by()
         try:
-            found = measured(asked["name"], subject, asked["options"])
+            with room.alone() if alone(asked["name"]) else nullcontext():
+                found = measured(asked["name"], subject, asked["options"])
         except ValueError as error:
             # A mechanism that refuses a measurement has still been trained: the refusal is what was found.
             found = [("measure", {"what": asked["name"], "rows": [], "reason": str(error)})]

@@ -158,7 +158,7 @@ class _Run:
 
     def _job(self, trial: Trial) -> dict[str, Any]:
         keep = str(self.folder.checkpoint(trial)) if trial.keep else None
-        return {**trial.job(), "parts": list(self.pool.parts), "keep": keep}
+        return {**trial.job(), "parts": list(self.pool.parts), "keep": keep, "room": str(self.folder.path)}
 
     def _done(self, worker: _Worker, lines: list[dict[str, Any]]) -> None:
         trial = worker.trial
