@@ -8,7 +8,8 @@
 
 `mean` is the mean over seeds, and is tested; `exact` is a quantity that no seed changes (bytes, parameters), and is
 decided without a test. A metric is a value of a trial, or `what.column` of a measurement's rows; other keywords choose
-rows. A name that is no identifier is quoted: arm='5:1'. Python's parser reads the text and nothing is ever evaluated.
+rows. What was measured during training is `training.what.column`, with part=0.25 for a quarter of the way. A name that
+is no identifier is quoted: arm='5:1'. Python's parser reads the text and nothing is ever evaluated.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ Filter = str | int | float | bool
 Order = Literal["<", "<=", ">", ">=", "==", "!="]
 EXPECTED = ("better", "worse", "not distinguishable")
 MAX_LENGTH = 500
+TRAINING = "training"
+"""Before the name of what is measured during training."""
 
 
 @dataclass(frozen=True)
@@ -218,10 +221,14 @@ def _selection(node: ast.expr) -> tuple[str, str, dict[str, Filter]]:
 def _metric(node: ast.expr) -> str:
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return f"{node.value.id}.{node.attr}"
+    if isinstance(node, ast.Attribute):
+        what = node.value
+        during = isinstance(what, ast.Attribute) and isinstance(what.value, ast.Name) and what.value.id == TRAINING
+        if during or isinstance(what, ast.Name):
+            return ast.unparse(node)
     raise ValueError(
-        f"{ast.unparse(node)!r} is not a metric; accepted: a name such as loss_nats, or extrapolation.loss_nats"
+        f"{ast.unparse(node)!r} is not a metric; accepted: a name such as loss_nats, extrapolation.loss_nats, or "
+        f"{TRAINING}.attention.sink_mass"
     )
 
 

@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from assay.measure.topics import accepts
 from assay.spec.base import Spec
 from assay.spec.load import find, read_mapping, validate
+from assay.study.claims import TRAINING, Test, parse, terms
 from assay.study.claims import arms as arms_named
-from assay.study.claims import parse
 
 BASE_ARM = "base"
 
@@ -86,11 +86,15 @@ class OnlySpec(Spec):
 
 
 class MeasurementSpec(Spec):
-    """One measurement by name. In YAML: `latency`, or `{name: latency, contexts: [128, 512], only: {seeds: 1}}`."""
+    """One measurement by name. In YAML: `latency`, or `{name: latency, contexts: [128, 512], only: {seeds: 1}}`.
+
+    during: it is made at every validation of the run too (recipe.evaluation.points), and found as `training.NAME`.
+    """
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
     only: OnlySpec = OnlySpec()
+    during: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -98,7 +102,7 @@ class MeasurementSpec(Spec):
         if isinstance(data, str):
             return {"name": data}
         if isinstance(data, Mapping) and "options" not in data:
-            own = {k: v for k, v in data.items() if k in ("name", "only")}
+            own = {k: v for k, v in data.items() if k in ("name", "only", "during")}
             return {**own, "options": {k: v for k, v in data.items() if k not in own}}
         return data
 
@@ -106,6 +110,11 @@ class MeasurementSpec(Spec):
     def _exists(self) -> Self:
         accepts(self.name, self.options)
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its Results are called: made at the end, and during training."""
+        return (self.name, f"{TRAINING}.{self.name}") if self.during else (self.name,)
 
     def applies(self, arm: str, place: int) -> bool:
         """Whether it is made on the run of this arm with its seed number `place` (from 0)."""
@@ -251,11 +260,23 @@ class StudySpec(Spec):
         _distinct("measurements", [m.name for m in self.measurements])
         _distinct("claims", [claim.id for claim in self.claims])
         for claim in self.claims:
-            if unknown := arms_named(parse(claim.test)) - self.all_arms.keys():
+            test = parse(claim.test)
+            if unknown := arms_named(test) - self.all_arms.keys():
                 raise ValueError(
                     f"claim {claim.id}: no arm {sorted(unknown)[0]!r}; accepted: {', '.join(self.all_arms)}"
                 )
+            try:
+                self._check_topics(test)
+            except ValueError as error:
+                raise ValueError(f"claim {claim.id}: {error}") from None
         return self
+
+    def _check_topics(self, test: Test) -> None:
+        for topic in {term.metric.rpartition(".")[0] for term in terms(test)} - {""}:
+            name = topic.removeprefix(f"{TRAINING}.")
+            accepts(name)
+            if topic != name and not any(m.name == name and m.during for m in self.measurements):
+                raise ValueError(f"{topic}: nothing measures it; accepted with a measurement {name} that is `during`")
 
     def _check_arms(self) -> None:
         plain = [name for name, arm in self.arms.items() if not arm.changes]

@@ -15,12 +15,13 @@ from assay import __version__
 from assay.cost.bill import Question, bill
 from assay.measure.memory import peak_bytes, start_peak
 from assay.measure.subject import Subject
-from assay.measure.topics import alone
+from assay.measure.topics import Line, alone
 from assay.measure.topics import run as measured
 from assay.spec import registry
 from assay.spec.load import validate
 from assay.spec.model import ModelSpec
 from assay.spec.result import Result
+from assay.study.claims import TRAINING
 from assay.study.run import commit
 from assay.study.runners.alone import Room
 from assay.train.loop import Options, train
@@ -56,24 +57,78 @@ def _run(job: dict[str, Any], progress: Progress, room: Room) -> list[dict[str, 
     if keep is not None and keep.is_dir():
         # The study's own folder for its choice, from before the choice changed or the run was cut off.
         shutil.rmtree(keep)
+    during = During(job["measurements"], room)
     try:
-        trained = train(spec, recipe, keep, on_progress=told, options=Options())
+        trained = train(spec, recipe, keep, on_progress=told, options=Options(on_validation=during.at))
     except Diverged as error:
-        return [line(job, "trial", {**sizes(spec), "loss_nats": None, "diverged": True, "steps": error.step})]
-    results = [line(job, "trial", values(spec, trained))]
+        lost = {**sizes(spec), "loss_nats": None, "diverged": True, "steps": error.step}
+        return [line(job, kind, said) for kind, said in [("trial", lost), *during.lines()]]
+    found: list[tuple[str, dict[str, Any]]] = [
+        ("trial", values(spec, trained) | {"peak_memory_bytes": max(during.peak, peak_bytes())})
+    ]
     subject = Subject.of(trained)
-    for i, asked in enumerate(job["measurements"]):
-        room.pass_by()
-        try:
-            with room.alone() if alone(asked["name"]) else nullcontext():
-                found = measured(asked["name"], subject, asked["options"])
-        except ValueError as error:
-            # A mechanism that refuses a measurement has still been trained: the refusal is what was found.
-            found = [("measure", {"what": asked["name"], "rows": [], "reason": str(error)})]
-        results += [line(job, kind, told) for kind, told in found]
-        done = TRAINING_SHARE + (1 - TRAINING_SHARE) * (i + 1) / len(job["measurements"])
+    last = [asked for asked in job["measurements"] if not is_during(asked)]
+    for i, asked in enumerate(last):
+        made = measure(asked, subject, room)
+        during.add(asked, made, 1.0, trained.tokens)
+        found += made
+        done = TRAINING_SHARE + (1 - TRAINING_SHARE) * (i + 1) / len(last)
         progress({"fraction": done, "loss_nats": trained.losses[-1][1]})
-    return results
+    return [line(job, kind, said) for kind, said in [*found, *during.lines()]]
+
+
+def measure(asked: dict[str, Any], subject: Subject, room: Room) -> list[Line]:
+    room.pass_by()
+    try:
+        with room.alone() if alone(asked["name"]) else nullcontext():
+            return measured(asked["name"], subject, asked["options"])
+    except ValueError as error:
+        # A mechanism that refuses a measurement has still been trained: the refusal is what was found.
+        return [("measure", {"what": asked["name"], "rows": [], "reason": str(error)})]
+
+
+def is_during(asked: dict[str, Any]) -> bool:
+    return str(asked["name"]).startswith(f"{TRAINING}.")
+
+
+class During:
+    """Rows of what is measured during training, with `part` (k of n validations, as k / n) and `at_tokens`.
+
+    peak: the most memory that the process held before a measurement, in bytes.
+    """
+
+    def __init__(self, measurements: list[dict[str, Any]], room: Room) -> None:
+        self.room, self.peak = room, 0
+        self.asked = [a | {"name": a["name"].removeprefix(f"{TRAINING}.")} for a in measurements if is_during(a)]
+        self.found: dict[str, dict[str, Any]] = {
+            a["name"]: {"what": f"{TRAINING}.{a['name']}", "rows": []} for a in self.asked
+        }
+
+    def at(self, status: Status, trained: TrainResult) -> None:
+        """A validation; at the last one nothing, since the end is measured anyway."""
+        if not self.asked or status.step == status.steps:
+            return
+        self.peak = max(self.peak, peak_bytes())
+        points = trained.recipe.evaluation.points
+        # Not the share of steps, which are whole: claims name a part whatever the number of steps is.
+        part = round(round(points * status.step / status.steps) / points, 3)
+        for asked in self.asked:
+            self.add(asked, measure(asked, Subject.of(trained), self.room), part, status.tokens)
+        start_peak()
+
+    def add(self, asked: dict[str, Any], made: list[Line], part: float, tokens: int) -> None:
+        """What was found after so many tokens, if it was asked for."""
+        mine = self.found.get(asked["name"])
+        if mine is None:
+            return
+        for kind, said in made:
+            rows = [said] if kind == "failure" else said["rows"]
+            mine["rows"] += [{**row, "part": part, "at_tokens": tokens} for row in rows]
+            if "reason" in said:
+                mine["reason"] = said["reason"]
+
+    def lines(self) -> list[Line]:
+        return [("measure", said) for said in self.found.values()]
 
 
 def line(job: dict[str, Any], kind: Any, found: dict[str, Any]) -> dict[str, Any]:

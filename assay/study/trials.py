@@ -150,7 +150,7 @@ class Stage:
         """One run of this stage, for one use."""
         spec, digest = self.models[arm]
         recipe = apply_changes(self.recipe, {RATE.removeprefix("recipe."): rate})
-        made = tuple((m.name, m.options) for m in asked)
+        made = tuple((name, m.options) for m in asked for name in m.names)
         return Trial(spec, recipe, digest, self.recipe_digest, seed, (use,), self.tokens[arm], made)
 
 
@@ -171,7 +171,7 @@ def main_trials(stage: Stage, extra: Sequence[MeasurementSpec] = ()) -> Iterator
                 continue
             wanted = [*asked, *(extra if arm == stage.study.base_arm else ())]
             made = [m for m in wanted if m.applies(arm, place)]
-            use = Use(stage.name, arm, tuple(m.name for m in made))
+            use = Use(stage.name, arm, tuple(name for m in made for name in m.names))
             yield stage.trial(arm, seeds[place], stage.rates.get(arm, stage.rate), use, made)
 
 

@@ -35,6 +35,8 @@ class Options:
 
     save_s, report_s: seconds between saves, and between calls of on_progress. flop_s: the rate that MFU is a share of
     (`assay.measure.machine.matmul_flop_s`). cache: where token shards are kept; null is the user's cache folder.
+    on_validation: called after every validation with the model as it is then, in evaluation mode, and `steps` the steps
+    so far. It may draw random numbers and change no weight; its time is not the training's.
     """
 
     compile: bool = False
@@ -42,6 +44,7 @@ class Options:
     report_s: float = 0.2
     flop_s: float | None = None
     cache: Path | None = None
+    on_validation: Callable[[Status, TrainResult], None] | None = None
 
 
 def train(
@@ -253,6 +256,14 @@ class Run:
         if self.metrics is not None:
             found = {"valid_nats": self.evaluation.loss_nats, "valid_bits_per_byte": self.evaluation.bits_per_byte}
             self.metrics.write({"step": self.step, "tokens": self.tokens, **found})
+        if self.options.on_validation is not None:
+            self._show(self.options.on_validation)
+
+    def _show(self, watch: Callable[[Status, TrainResult], None]) -> None:
+        """The run goes on as if nobody had looked."""
+        with torch.random.fork_rng(devices=_cuda(self.learner.device)):
+            watch(self.status(), self._result())
+        self.learner.model.train()
 
     def _evaluate(self) -> Evaluation:
         """The same windows of the validation documents every time, packed as in training."""
