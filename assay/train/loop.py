@@ -14,6 +14,7 @@ import torch
 
 from assay.data.dataset import Dataset, open_dataset
 from assay.data.loader import windows
+from assay.model.lm import LM
 from assay.spec.model import ModelSpec
 from assay.train.checkpoint import Saved, load_spec, read_run, read_weights, save_run
 from assay.train.evaluate import Evaluation, evaluate
@@ -83,6 +84,20 @@ def train(
             run.keep(out, resume is True)
             stack.callback(run.close)
         return run.finish(on_progress, stack.enter_context(Interrupt(active=out is not None)))
+
+
+def train_further(model: LM, recipe: Recipe, data: Dataset) -> TrainResult:
+    """Train a copy of a model from the weights that it has, with a new optimiser. The model stays as it is, and nothing
+    is written. data: the recipe's. Raises as `train` does."""
+    device = next(model.parameters()).device
+    recipe = resolve(recipe, device)
+    check(model.spec, recipe, data)
+    with torch.random.fork_rng(devices=_cuda(device)):
+        learner = Learner(model.spec, recipe, data, device)
+        learner.model.load_state_dict(model.state_dict())
+        learner.check_memory()
+        torch.manual_seed(recipe.seed)
+        return Run(recipe, data, learner, Options()).finish(None, Interrupt(active=False))
 
 
 def _cuda(device: torch.device | str) -> list[torch.device]:
