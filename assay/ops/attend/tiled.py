@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from assay.ops.attend.call import Call
-from assay.ops.attend.plan import TILE
+from assay.ops.attend.plan import TILE, aligned
 
 
 @dataclass
@@ -40,12 +42,18 @@ class Traffic:
         return self.read + self.written
 
 
-def naive_traffic(call: Call) -> Traffic:
-    """Of a forward pass that writes scores and probabilities to slow memory: z = q k^T, p = softmax(z), p v."""
+def naive_traffic(call: Call, backward: bool = False) -> Traffic:
+    """Of passes that write their squares to slow memory (Dao et al. 2022, algorithms 0 and 3).
+
+    Forward: z = q k^T, p = softmax(z), p v. Backward: dv = p^T do, dp = do v^T, dz from p and dp, dq = dz k, dk = dz^T q.
+    """
     rows, tokens, heads, _ = call.q.shape
     square = rows * heads * tokens * call.k.shape[1]
     out = rows * tokens * heads * call.v.shape[-1]
-    return Traffic(call.q.numel() + call.k.numel() + square + square + call.v.numel(), square + square + out)
+    given = call.q.numel() + call.k.numel() + call.v.numel()
+    if not backward:
+        return Traffic(given + 2 * square, 2 * square + out)
+    return Traffic(2 * given + 2 * out + 7 * square, given + out + 4 * square)
 
 
 def refuses(call: Call) -> str | None:
@@ -90,12 +98,39 @@ class Tiles:
     def keys(self) -> list[slice]:
         return [slice(j, j + self.block_k) for j in range(0, self.call.k.shape[1], self.block_k)]
 
-    def seen(self, queries: slice) -> Iterator[tuple[slice, Tensor]]:
-        """The key tiles that somebody in the query tile sees, and the mask of each."""
-        for keys in self.keys():
-            mask = self.call.visible(queries, keys)
-            if bool(mask.any()):
-                yield keys, mask[:, None]
+    def seen(self, queries: slice) -> Iterator[tuple[slice, Tensor | None]]:
+        """The key tiles that somebody in the query tile sees, and the mask of each; None: everybody sees all of it."""
+        some, every = self.reach(queries)
+        tiles = self.keys()
+        for number in np.flatnonzero(some):
+            keys = tiles[number]
+            mask = None if every[number] else self.call.visible(queries, keys)
+            if mask is None or bool(mask.any()):
+                yield keys, None if mask is None else mask[:, None]
+
+    @cached_property
+    def places(self) -> tuple[np.ndarray, ...]:
+        """Sequence and place of the queries [R, T] and of the entries [R, S], on the host."""
+        q_seq, q_index, _, k_seq, k_index, _ = aligned(self.call.step, self.call.view.layout)
+        return tuple(t.cpu().numpy() for t in (q_seq, q_index, k_seq, k_index))
+
+    @cached_property
+    def ends(self) -> tuple[np.ndarray, ...]:
+        """Lowest and highest sequence, lowest and highest place of each key tile, [R, tiles]."""
+        return tuple(end for x in self.places[2:] for end in ends(x, self.block_k))
+
+    def reach(self, queries: slice) -> tuple[np.ndarray, np.ndarray]:
+        """For each key tile, [tiles]: whether somebody in the query tile may see some of it, and whether everybody sees
+        it all. Decided by the ends of the tiles, so that most masks are never made."""
+        sees, (q_seq, q_index, _, k_index) = self.call.sees, self.places
+        total = int(k_index.max(initial=-1)) + 1
+        low, high = sees.spans(q_index[:, queries], total)
+        (low, low_last), (high_first, high) = (ends(x, self.block_q) for x in (low, high))
+        (seq, seq_last), (k_seq, k_seq_last, k, k_last) = ends(q_seq[:, queries], self.block_q), self.ends
+        some = (k <= high) & ((k_last >= low) | (k < sees.first)) & (k_seq <= seq_last) & (k_seq_last >= seq)
+        one = (k_seq == k_seq_last) & (seq == seq_last) & (k_seq == seq) & (seq >= 0)
+        every = one & (k >= low_last) & (k_last <= high_first)
+        return np.asarray(some.any(0)), np.asarray(every.all(0))
 
     def load(self, x: Tensor, part: slice) -> Tensor:
         """A tile of a [R, T, H, K] tensor as [R, H, t, K]."""
@@ -104,13 +139,21 @@ class Tiles:
     def store(self, into: Tensor, part: slice, x: Tensor) -> None:
         self.traffic.store(into[:, part], x.transpose(1, 2))
 
-    def logits(self, q: Tensor, k: Tensor, queries: slice, keys: slice, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def logits(
+        self, q: Tensor, k: Tensor, queries: slice, keys: slice, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Masked logits [R, H, t, s], and the slope of the soft cap there."""
         rule = self.call.scores
         capped = rule.capped(by_group(q, k.shape[1]) @ k.transpose(-1, -2)).view(*q.shape[:3], -1)
         slope = None if rule.softcap is None else 1 - (capped / rule.softcap) ** 2
         z = capped if rule.bias is None else rule.bias.tile(capped, q, *self.call.positions(queries, keys))
-        return z.masked_fill(~mask, float("-inf")), slope
+        return z if mask is None else z.masked_fill(~mask, float("-inf")), slope
+
+
+def ends(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest of each tile of [R, N], [R, tiles]."""
+    first = np.arange(0, x.shape[1], block)
+    return np.minimum.reduceat(x, first, axis=1), np.maximum.reduceat(x, first, axis=1)
 
 
 def by_group(x: Tensor, groups: int) -> Tensor:
@@ -138,14 +181,15 @@ class Tiled(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sink, out, lse = ctx.saved_tensors
         tiles: Tiles = ctx.tiles
-        # rowsum(p * dp) == rowsum(out * d_out): one number a row instead of a pass over the probabilities.
-        inner = (out.to(tiles.dtype) * d_out).sum(-1) - d_lse
         dq, dk, dv = (torch.zeros_like(t, dtype=tiles.dtype) for t in (q, k, v))
-        rows = (q, d_out, lse.where(lse.isfinite(), 0.0), inner)
+        d_sink = torch.zeros(q.shape[2], dtype=tiles.dtype, device=q.device)
+        rows = (q, d_out, out, d_lse[..., None], lse.where(lse.isfinite(), 0.0)[..., None])
         for queries in tiles.queries():
-            q_tile, d_tile, lse_tile, inner_tile = (
-                tiles.load(t if t.ndim == 4 else t[..., None], queries) for t in rows
-            )
+            q_tile, d_tile, out_tile, d_lse_tile, lse_tile = (tiles.load(t, queries) for t in rows)
+            # rowsum(p * dp) == rowsum(out * d_out): one number a row instead of a pass over the probabilities.
+            inner_tile = (out_tile * d_tile).sum(-1, keepdim=True) - d_lse_tile
+            if sink is not None:
+                d_sink -= (torch.exp(sink.to(tiles.dtype).view(-1, 1, 1) - lse_tile) * inner_tile).sum((0, 2, 3))
             dq_tile = torch.zeros_like(q_tile)
             for keys, mask in tiles.seen(queries):
                 k_tile, v_tile = tiles.load(k, keys), tiles.load(v, keys)
@@ -160,10 +204,7 @@ class Tiled(torch.autograd.Function):
                 for total, add in ((dk, ds.mT @ by_group(q_tile, groups)), (dv, p.mT @ by_group(d_tile, groups))):
                     tiles.store(total, keys, tiles.load(total, keys) + add)
             tiles.store(dq, queries, dq_tile)
-        d_sink = None
-        if sink is not None:
-            d_sink = -(torch.exp(sink.to(lse.dtype) - lse) * inner).sum((0, 1)).to(sink.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sink, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None if sink is None else d_sink.to(sink.dtype), None
 
 
 def softmax_tile(
