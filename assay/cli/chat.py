@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _engine as options
-from assay.cli.common import Device, Part, console, load_parts
+from assay.cli.common import console
 
 if TYPE_CHECKING:
     from assay.engine.request import SamplingParams
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from assay.engine.session import Session
 
 
+@options.replies(temperature=0.8, top_p=0.95)
 def run(
     ckpt: options.Checkpoint,
     system: Annotated[
@@ -31,26 +32,13 @@ def run(
     context: Annotated[
         int | None, typer.Option("--context", min=2, help="Tokens of the whole conversation. [default: the model's]")
     ] = None,
-    max_new: options.MaxNew = None,
-    temperature: options.Temperature = 0.8,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 0.95,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.Repetition = 1.0,
-    seed: options.Seed = None,
-    dtype: options.Dtype = None,
-    device: Device = "auto",
-    part: Part = None,
+    *,
+    reply: options.Reply,
 ) -> None:
-    load_parts(part)
-    from assay.engine.request import SamplingParams
     from assay.engine.session import Session
 
-    sampling = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
-    )
-    model, tokenizer = options.load(ckpt, device, dtype)
-    chat = Chat(Session(model, tokenizer, context), sampling, max_new, system)
+    sampling, model, tokenizer = reply.open(ckpt)
+    chat = Chat(Session(model, tokenizer, context), sampling, reply.max_new, system)
     if chat.template is None:
         note = "no chat template in tokenizer_config.json: the model continues your text"
         console().print(note + ("; --system is not used" if system else ""), style="dim")

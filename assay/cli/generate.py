@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _engine as options
-from assay.cli.common import Device, Json, Part, console, emit_json, fail, load_parts
+from assay.cli.common import Json, console, emit_json, fail
 
 if TYPE_CHECKING:
     from assay.data.tokenizers import Tokenizer
@@ -22,33 +22,22 @@ if TYPE_CHECKING:
     from assay.model.lm import LM
 
 
+@options.replies()
 def run(
     ckpt: options.Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue; - reads it from stdin.")],
-    max_new: options.MaxNew = None,
-    temperature: options.Temperature = 1.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.Repetition = 1.0,
-    seed: options.Seed = None,
     stop: options.Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
-    dtype: options.Dtype = None,
-    device: Device = "auto",
-    part: Part = None,
+    *,
+    reply: options.Reply,
     json: Json = False,
 ) -> None:
-    load_parts(part)
-    from assay.engine.request import Request, SamplingParams
+    from assay.engine.request import Request
     from assay.engine.runner import context_limit
 
-    sampling = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
-    )
-    model, tokenizer = options.load(ckpt, device, dtype)
+    sampling, model, tokenizer = reply.open(ckpt)
     ids = tuple(tokenizer.encode(sys.stdin.read() if prompt == "-" else prompt).tolist()) or start(tokenizer)
-    new = options.room(len(ids), max_new, context_limit(model.spec))
+    new = options.room(len(ids), reply.max_new, context_limit(model.spec))
     ends = frozenset() if ignore_eos or tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     request = Request(prompt=ids, sampling=sampling, max_new=new, stop_tokens=ends, stop=tuple(stop or ()))
     report = write(model, tokenizer, request)

@@ -39,7 +39,7 @@ def run(
     from assay.study.materials import materials
     from assay.study.plan import Request
     from assay.study.rate import training_rate
-    from assay.study.run import Session, planned, run_study
+    from assay.study.run import Session, foreseen, run_study
     from assay.study.runners.local import Pool
     from assay.study.spec import load_study
     from assay.study.tables import Live, plan_table
@@ -57,11 +57,12 @@ def run(
         environment=measured_machine,
     )
     if dry_run:
-        plan = planned(request, session)
+        plan, left = foreseen(request, out, session)
         console_out = _stdout()
-        console_out.print(plan_table(plan, session.materials, pool.size))
+        console_out.print(plan_table(plan, session.materials, pool.size, left))
         if json:
-            emit_json({"runs": len(plan.trials), "tokens": sum(t.tokens for t in plan.trials), "scale": plan.scale})
+            counts = {"runs": len(plan.trials), "left": len(left), "tokens": sum(t.tokens for t in plan.trials)}
+            emit_json({**counts, "scale": plan.scale})
         return
     conclude(run_study(request, out, session), out, json)
 
