@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from assay.cache import Size, predict
+from assay.cache import Size, Slot, predict
 from assay.cost.bill import Question, bill
 from assay.engine.request import SamplingParams
 from assay.engine.runner import CHUNK, Runner
@@ -22,7 +23,8 @@ from assay.model.lm import LM, state_table, weight_table
 from assay.ops.step import rows_step
 from assay.spec.model import ModelSpec
 
-LEAST = 3
+LEAST, BURST = 3, 4
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,43 @@ class Times:
         return float(np.percentile(self.gaps, 100 * share))
 
 
+def warmed(step: Callable[[], float]) -> list[float]:
+    """Some steps in a row without the first one, which finds the processor's caches full of another load's data."""
+    return [step() for _ in range(BURST + 1)][1:]
+
+
+def in_turns(calls: Sequence[Callable[[], list[Found]]], budget_s: float) -> list[list[Found]]:
+    """What each call found. The call that has had the least time is next, until the budget is spent and each has found
+    three: what slows the machine for a while meets all of them alike, and each has the same time."""
+    found: list[list[Found]] = [[] for _ in calls]
+    spent = [0.0] * len(calls)
+    end = time.perf_counter() + budget_s
+    while True:
+        late = time.perf_counter() >= end
+        waiting = [i for i, values in enumerate(found) if not late or len(values) < LEAST]
+        if not waiting:
+            return found
+        i = min(waiting, key=spent.__getitem__)
+        start = time.perf_counter()
+        found[i] += calls[i]()
+        spent[i] += time.perf_counter() - start
+
+
+def timed(loads: Sequence[Serving], budget_s: float) -> list[Times]:
+    """Of each load three prefills or more within a third of the budget, then decoding within the rest, in turns. The
+    caches of all loads exist at once."""
+    if not loads:
+        return []
+    for load in loads:
+        load.prefill()
+    prefills = in_turns([load.prefill for load in loads], budget_s / 3)
+    gaps = in_turns([load.decode for load in loads], budget_s * 2 / 3)
+    return [
+        Times(median(read for read, _ in reads), median(first for _, first in reads), tuple(steps))
+        for reads, steps in zip(prefills, gaps, strict=True)
+    ]
+
+
 class Serving:
     """A model under a load, driven as the engine drives it: greedy sampling included, text decoding not."""
 
@@ -80,58 +119,46 @@ class Serving:
         self.uniforms = torch.zeros(load.batch, dtype=torch.float64, device=self.device)
         draws = torch.Generator().manual_seed(0)
         self.ids = torch.randint(model.spec.vocab, (load.batch, load.context), generator=draws)
+        self.opened: tuple[Runner, list[Slot]] | None = None
+        self.tokens = self._tokens()
 
     def choose(self, logits: Tensor) -> list[list[int]]:
         return [[token] for token in sample(logits, self.greedy, self.uniforms, None).tolist()]
 
     def measure(self, budget_s: float) -> Times:
-        """Prefill three times or more within a third of the budget, then decode, again and again, within the rest."""
-        prefills: list[tuple[float, float]] = []
-        end = time.perf_counter() + budget_s / 3
-        self._prefill()
-        while len(prefills) < LEAST or time.perf_counter() < end:
-            prefills.append(self._prefill())
-        gaps: list[float] = []
-        end = time.perf_counter() + budget_s * 2 / 3
-        while len(gaps) < LEAST or time.perf_counter() < end:
-            gaps += self._decode(end, LEAST - len(gaps))
-        return Times(median(read for read, _ in prefills), median(first for _, first in prefills), tuple(gaps))
+        return timed([self], budget_s)[0]
 
-    def _prefill(self) -> tuple[float, float]:
-        """Reading the prefill, and that with the choice of a token."""
-        ids = self.ids[:, : self.load.reading]
-        opened = self._open() if self.load.cache else None
-        rows = ids.tolist()
+    def prefill(self) -> list[tuple[float, float]]:
+        """Seconds of reading the prefill, and of that with the choice of a token. What was read is kept to decode."""
+        ids, rows = self.ids[:, : self.load.reading], self.ids[:, : self.load.reading].tolist()
+        self.opened = None  # its memory first
+        self.opened = self._open() if self.load.cache else None
         wait(self.device)
         start = time.perf_counter()
-        logits = opened[0].feed(opened[1], rows) if opened is not None else self._again(ids)
+        logits = self.opened[0].feed(self.opened[1], rows) if self.opened is not None else self._again(ids)
         wait(self.device)
         middle = time.perf_counter()
         self.choose(logits)
-        return middle - start, time.perf_counter() - start
+        return [(middle - start, time.perf_counter() - start)]
 
-    def _open(self) -> tuple[Runner, list[Any]]:
-        load = self.load
-        runner = Runner(self.model, Size(load.batch, load.context, min(CHUNK, load.context)))
-        return runner, [runner.open(load.context) for _ in range(load.batch)]
+    def decode(self) -> list[float]:
+        """Seconds of each of the next few tokens; without a cache, of the next."""
+        if not self.load.cache:
+            return [seconds(next(self.tokens), self.device)]
+        return warmed(lambda: seconds(next(self.tokens), self.device))
 
-    def _decode(self, end: float, least: int) -> list[float]:
-        """Seconds of each token from the prompt to the full context, as far as time allows."""
-        found: list[float] = []
-        for step in self._steps():
-            found.append(seconds(step, self.device))
-            if time.perf_counter() > end and len(found) >= least:
-                break
-        return found[1:] if len(found) > 1 else found
+    def _tokens(self) -> Iterator[Callable[[], object]]:
+        """The steps from the prompt to the full context, again and again."""
+        while True:
+            yield from self._steps()
 
-    def _steps(self) -> Iterator[Any]:
-        prompt = self.ids[:, : self.load.prompt]
+    def _steps(self) -> Iterator[Callable[[], object]]:
         if not self.load.cache:
             for past in range(self.load.prompt, self.load.context):
-                yield lambda past=past: self.choose(self._again(self.ids[:, : past + 1]))
+                yield partial(self._reread, past + 1)
             return
-        runner, slots = self._open()
-        rows = self.choose(runner.feed(slots, prompt.tolist()))
+        runner, slots = self._at_prompt()
+        rows = self.ids[:, self.load.prompt, None].tolist()
 
         def step() -> None:
             nonlocal rows
@@ -139,6 +166,25 @@ class Serving:
 
         for _ in range(self.load.new):
             yield step
+
+    def _open(self) -> tuple[Runner, list[Slot]]:
+        load = self.load
+        runner = Runner(self.model, Size(load.batch, load.context, min(CHUNK, load.context)))
+        return runner, [runner.open(load.context) for _ in range(load.batch)]
+
+    def _at_prompt(self) -> tuple[Runner, list[Slot]]:
+        """The cache with the prompt in it: taken back to there where it can be, filled again where it cannot."""
+        prompt = self.load.prompt
+        if self.opened is None or any(self.opened[0].cache.reach(slot, prompt) != prompt for slot in self.opened[1]):
+            self.opened = None
+            self.opened = self._open()
+            self.opened[0].feed(self.opened[1], self.ids[:, :prompt].tolist())
+        for slot in self.opened[1]:
+            self.opened[0].cache.rewind(slot, prompt)
+        return self.opened
+
+    def _reread(self, length: int) -> list[list[int]]:
+        return self.choose(self._again(self.ids[:, :length]))
 
     @torch.inference_mode()
     def _again(self, ids: Tensor) -> Tensor:
