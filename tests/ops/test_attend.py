@@ -179,9 +179,12 @@ def test_executed_pairs_are_what_torch_counts(sees: Sees, new: int, past: int) -
     with FlopCounterMode(display=False) as counter:
         p.run("matmul")
     assert counter.get_total_flops() == 2 * 4 * 4 * 3 * executed_pairs(new, past, sees)
-    capped = replace(p, scores=replace(p.scores, softcap=9.0))
     with FlopCounterMode(display=False) as counter:
-        capped.run("matmul")
+        replace(p, scores=replace(p.scores, softcap=9.0)).run("matmul")
+    assert counter.get_total_flops() == 2 * 4 * 4 * 3 * executed_pairs(new, past, sees)
+    uneven = replace(p, scores=replace(p.scores, bias=Slopes(torch.ones(4))))  # does not say that it goes by distance
+    with FlopCounterMode(display=False) as counter:
+        uneven.run("matmul")
         p.run("tiled")
     assert counter.get_total_flops() == 2 * 4 * 4 * 3 * (new * (new + past) + executed_pairs(new, past, sees, "tiled"))
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from assay.ops.attend import attend_lse
+from assay.ops.attend import attend, attend_lse
 from assay.ops.attend.tiled import Traffic, naive_traffic
 from assay.ops.attend.tiled import run as run_tiled
 from assay.ops.sees import Sees
@@ -39,14 +39,35 @@ def test_sdpa_backward_is_the_oracle_s(p: Problem) -> None:
 
 
 @pytest.mark.parametrize("sees", RULES, ids=str)
-@pytest.mark.parametrize("more", [{}, {"with_sink": True, "with_bias": Line}, {"packed": True}, {"groups": 1}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"with_sink": True, "with_bias": Line, "softcap": 0.7}, {"packed": True, "softcap": 0.7}, {"groups": 1}],
+    ids=str,
+)
 def test_blocked_backward_is_the_square_s(sees: Sees, more: dict[str, object]) -> None:
-    # A soft cap too large to bend anything sends the reference through the plain path: one square, by autograd.
     p = problem(**({"rows": 2, "tokens": 290, "heads": 2, "groups": 2, "sees": sees} | more))
     upstream = torch.randn(p.q.shape, dtype=torch.float64)
-    square = replace(p, scores=replace(p.scores, softcap=1e9))
-    for got, want in zip(p.gradients("matmul", upstream), square.gradients("matmul", upstream)):
+    plan, leaves = p.plan("matmul"), p.leaves()
+    assert len(plan.blocks) == 3
+    # Without blocks the whole square is done at once, by autograd.
+    square = attend(p.q, p.view, p.step, p.sees, p.scores, replace(plan, blocks=()))
+    wanted = torch.autograd.grad((square * upstream).sum(), leaves)
+    for got, want in zip(p.gradients("matmul", upstream), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
+def test_a_soft_cap_keeps_two_squares() -> None:
+    """The probabilities and the tanh: what a soft cap adds is no more than that."""
+    sizes = [sum(t.numel() for t in _saved(problem(rows=1, tokens=200, softcap=cap))) for cap in (None, 1.5)]
+    assert sizes[1] - sizes[0] == 4 * 200 * 200
+
+
+def _saved(p: Problem) -> list[torch.Tensor]:
+    saved: list[torch.Tensor] = []
+    p.leaves()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        p.run("matmul")
+    return saved
 
 
 @given(problems(with_bias=None), st.sampled_from(["matmul", "tiled"]))

@@ -15,7 +15,8 @@ from torch import Tensor
 from assay.ops.attend import matmul, oracle, sdpa, tiled
 from assay.ops.attend.call import Call
 from assay.ops.attend.plan import BACKENDS, Plan, materialised
-from assay.ops.attend.rule import Scores
+from assay.ops.attend.rule import Scores, softmax
+from assay.ops.here import Here, heard
 from assay.ops.sees import Sees
 from assay.ops.step import Layout, Step, View
 
@@ -35,9 +36,17 @@ def plan(step: Step, layout: Layout, sees: Sees, backend: str = "auto") -> Plan:
     return materialised(step, layout, sees, backend)
 
 
+def refusal(name: str, call: Call) -> str | None:
+    """Why a backend cannot serve this call, or None."""
+    if name == "tiled" and call.scores.dropout > 0.0:
+        return "`tiled` makes its probabilities again in the backward pass, where dropout would be another"
+    reason: str | None = MODULES[name].refuses(call)
+    return reason
+
+
 def chosen(call: Call) -> str:
     """On a CPU `matmul`; elsewhere torch's fused attention if the scores are plain; `tiled` past the mask's limit."""
-    if call.plan.mask is None and tiled.refuses(call) is None:
+    if call.plan.mask is None and refusal("tiled", call) is None:
         return "tiled"
     return "matmul" if call.q.device.type == "cpu" or sdpa.refuses(call) is not None else "sdpa"
 
@@ -48,20 +57,50 @@ def _call(q: Tensor, view: View, step: Step, sees: Sees, scores: Scores, made: P
     k, v = (t.reshape(rows, -1, *t.shape[2:]) for t in (view.dense("k"), view.dense("v")))
     call = Call(q.view(rows, -1, *q.shape[1:]), k, v, step, view, sees, scores, made)
     name = chosen(call) if made.backend == "auto" else made.backend
-    reason = MODULES[name].refuses(call)
+    reason = refusal(name, call)
     if reason is not None:
         raise ValueError(f"attention backend {name!r} refuses this layer: {reason}")
     return call, name
 
 
 def attend(
-    q: Float[Tensor, "N H K"], view: View, step: Step, sees: Sees, scores: Scores, made: Plan | None = None
+    q: Float[Tensor, "N H K"],
+    view: View,
+    step: Step,
+    sees: Sees,
+    scores: Scores,
+    made: Plan | None = None,
+    here: Here | None = None,
 ) -> Float[Tensor, "N H V"]:
     """softmax(scores + mask) v for every token and head. A token that sees nothing gives 0. ValueError if the plan
-    names a backend that cannot serve these scores."""
+    names a backend that cannot serve these scores. What it looks at is published `here`, for who asks by name."""
     call, name = _call(q, view, step, sees, scores, made)
+    if here is not None:
+        publish(call, here)
     out: Tensor = MODULES[name].run(call)[0]
     return out.reshape(q.shape[0], q.shape[1], out.shape[-1])
+
+
+def publish(call: Call, here: Here) -> None:
+    """Taps of [N, H, S] over the entries of the view. `scores`: the logits, -inf where a token does not see. `probs`:
+    their softmax, without the sink's share and before dropout.
+
+    No backend needs to hold these squares, so only a glob that ends in the tap's name asks for them: `*.scores` does,
+    and `*` does not.
+    """
+    wanted = [name for name in ("scores", "probs") if _named(here, name)]
+    if not wanted:
+        return
+    z = matmul.square(call.masked())
+    for name in wanted:
+        value = z if name == "scores" else softmax(z, call.scores.sink)
+        here.tap(name, value.transpose(1, 2).flatten(0, 1))
+
+
+def _named(here: Here, name: str) -> bool:
+    return here.hears(name) and heard(
+        f"{here.name}.{name}", frozenset(g for g in here.listen if g.rpartition(".")[2] == name)
+    )
 
 
 def attend_lse(

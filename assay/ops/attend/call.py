@@ -47,6 +47,14 @@ class Call:
         _, _, q_pos, _, _, k_pos = aligned(self.step, self.view.layout)
         return q_pos[:, None, queries], k_pos[:, None, keys]
 
+    def survivors(self) -> Bool[Tensor, "R H T S"] | None:
+        """The probabilities that dropout keeps; None without dropout. One draw for the whole square from torch's
+        generator, so that a seed keeps the same whatever the backend cuts out of it."""
+        if self.scores.dropout == 0.0:
+            return None
+        rows, tokens, heads, _ = self.q.shape
+        return torch.rand(rows, heads, tokens, self.k.shape[1], device=self.q.device) >= self.scores.dropout
+
     def trains(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v))
 

@@ -121,7 +121,8 @@ def executed_pairs(new: int, past: int, sees: Sees, backend: str = "matmul") -> 
     """(query, key) pairs that `backend` multiplies when one sequence brings `new` tokens after `past` others, its view
     holding just these in order, and so does each of a batch of equal ones. 4 * heads * head_dim FLOPs a pair, forward.
 
-    Holds for the blocked path (a CPU, no softcap); the plain path multiplies the whole square, new * (new + past).
+    Holds for the blocked path (a CPU, no bias but one by distance); the plain path multiplies the whole square,
+    new * (new + past).
     """
     if backend == "oracle":
         return sees.pairs(new, past)

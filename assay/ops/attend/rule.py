@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -28,12 +28,14 @@ class DistanceBias(Protocol):
 @dataclass(frozen=True)
 class Scores:
     """How q.k becomes a logit: times `scale`, soft-capped (cap * tanh(z / cap), Gemma 2), plus the bias; `sink` [H] is
-    a learned logit without a value in every softmax (gpt-oss)."""
+    a learned logit without a value in every softmax (gpt-oss). `dropout`: the share of the probabilities that is left
+    out of this call, the others growing by 1 / (1 - dropout); it is for the caller to give 0 outside training."""
 
     scale: float
     softcap: float | None = None
     sink: Float[Tensor, "H"] | None = None
     bias: Bias | None = None
+    dropout: float = 0.0
 
     def capped(self, raw: Tensor) -> Tensor:
         """raw q.k, scaled and soft-capped."""
@@ -44,6 +46,10 @@ class Scores:
         """raw q.k [..., H, T, S] to logits before the mask."""
         z = self.capped(raw)
         return z if self.bias is None else self.bias.tile(z, q, q_pos, k_pos)
+
+    def factors(self, kept: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
+        """What the probabilities are multiplied with, where dropout keeps `kept` of them."""
+        return kept.to(dtype).div_(1 - self.dropout)
 
 
 def softmax(z: Float[Tensor, "R H T S"], sink: Float[Tensor, "H"] | None) -> Float[Tensor, "R H T S"]:

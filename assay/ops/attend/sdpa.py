@@ -17,7 +17,7 @@ def refuses(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, None]:
-    """[R, T, H, V]; it keeps the log-sum-exp to itself."""
+    """[R, T, H, V]; it keeps the log-sum-exp to itself, and draws a dropout of its own."""
     call = call.masked()
     plan, groups = call.plan, call.k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (call.q, call.k, call.v))
@@ -26,8 +26,7 @@ def run(call: Call) -> tuple[Tensor, None]:
         assert plan.mask is not None
         # A row without a key is undefined there, forward or backward: it sees everything here, and is zeroed after.
         mask = (plan.mask if plan.dead is None else plan.mask | plan.dead[:, :, None])[:, None]
-    gqa, scale = q.shape[1] != groups, call.scores.scale
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa).transpose(
-        1, 2
-    )
+    gqa, scale, drop = q.shape[1] != groups, call.scores.scale, call.scores.dropout
+    out = F.scaled_dot_product_attention(q, k, v, mask, drop, mask is None, scale=scale, enable_gqa=gqa)
+    out = out.transpose(1, 2)
     return out if plan.dead is None else out.masked_fill(plan.dead[:, :, None, None], 0.0), None

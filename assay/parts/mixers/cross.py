@@ -98,7 +98,7 @@ class CrossMixer(Mixer):
         else:
             k, v = (m(step.memory.h, step).unflatten(-1, (-1, size)) for m in (self.k, self.v))
             view = here.state.append(step, k=here.tap("k", k), v=v)
-        mix = ops.attend(here.tap("q", q), view, step, ALL, ops.Scores(size**-0.5), step.table(self))
+        mix = ops.attend(here.tap("q", q), view, step, ALL, ops.Scores(size**-0.5), step.table(self), here)
         return self.out(here.tap("mix", mix).flatten(1), step)
 
 

@@ -20,11 +20,13 @@ from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, Posi
 
 
 class ScoreRule(Spec):
-    """scale: null is head_dim^-0.5. softcap: cap * tanh(z / cap) (Gemma 2). sink: a learned logit a head (gpt-oss)."""
+    """scale: null is head_dim^-0.5. softcap: cap * tanh(z / cap) (Gemma 2). sink: a learned logit a head (gpt-oss).
+    dropout: the share of the probabilities that is left out in training, the others growing by 1 / (1 - dropout)."""
 
     scale: float | None = None
     softcap: float | None = Field(default=None, gt=0.0)
     sink: bool = False
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
 class QkNorm(Spec):
@@ -132,10 +134,9 @@ class Gqa(MixerSpec):
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         """q k^T and p v: 2 products of 2 * heads * head_dim FLOPs for each pair. Executed: the blocks of queries with
-        the keys that somebody in them sees; the whole square under a soft cap."""
+        the keys that somebody in them sees."""
         per_pair = 4 * self.heads * self.size(site)
-        capped = self.scores.softcap is not None
-        executed = new * (new + seen) if capped else ops.executed_pairs(new, seen, self.sees)
+        executed = ops.executed_pairs(new, seen, self.sees)
         return Cost(per_pair * self.sees.pairs(new, seen), per_pair * executed)
 
     def build(self, site: Site) -> GqaMixer:
@@ -184,8 +185,9 @@ class GqaMixer(Mixer):
             rule.softcap,
             self.sink if rule.sink else None,
             self.scheme[0].bias() if self.scheme else None,
+            rule.dropout if self.training else 0.0,
         )
-        mix = ops.attend(here.tap("q", q), view, step, self.spec.sees, scores, step.table(self))
+        mix = ops.attend(here.tap("q", q), view, step, self.spec.sees, scores, step.table(self), here)
         mix = here.tap("mix", self.gated(mix, x, step))
         return self.out(mix.flatten(1), step)
 
