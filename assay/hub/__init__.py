@@ -1,0 +1,1 @@
+"""Hugging Face and GGUF, in and out: configurations, tensors, parity."""

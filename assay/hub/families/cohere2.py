@@ -1,0 +1,40 @@
+"""Command R7B: both branches from one LayerNorm, three local layers with RoPE to a global one without positions.
+
+Cohere 2024; Yang et al. 2025, arXiv 2501.18795.
+"""
+
+from __future__ import annotations
+
+from assay.hub import shared
+from assay.hub.config import Config, Tree
+from assay.hub.rules import Pairs
+
+TYPES = ("cohere2",)
+NAMES = shared.over(
+    {
+        "blocks.*.norm0.*": "model.layers.*.input_layernorm.*",
+        "blocks.*.mixer.q.*": Pairs("model.layers.*.self_attn.q_proj.*"),
+        "blocks.*.mixer.k.*": Pairs("model.layers.*.self_attn.k_proj.*"),
+    }
+)
+SKIP, SAME = shared.SKIP, shared.SAME
+
+
+def spec(c: Config) -> Tree:
+    norm = {"kind": "layernorm", "eps": c.number("layer_norm_eps", 1e-5), "bias": False}
+    every, layers = (
+        c.integer("sliding_window_pattern", c.integer("_sliding_window_pattern", 4)),
+        c.integer("num_hidden_layers"),
+    )
+    kinds = c.each_layer("layer_types", layers, lambda i: shared.SLIDING if (i + 1) % every else shared.FULL)
+    bias = "all" if c.flag("attention_bias", False) else "none"
+
+    def block(**more: object) -> Tree:
+        mixer = shared.attention(c, bias=bias, **more)
+        return {"mixer": mixer, "ffn": shared.gated(c), "norm": {"kind": norm}, "parallel": "shared"}
+
+    made = {shared.FULL: lambda: block(position=None), shared.SLIDING: lambda: block(sees=shared.window(c))}
+    blocks, pattern = shared.by_kind(c, kinds, made)
+    tree = shared.decoder(c, blocks, pattern, tie=True, final_norm=norm, positions={"main": c.rope()})
+    tree["head"]["scale"] = c.number("logit_scale", 0.0625)
+    return tree

@@ -1,0 +1,31 @@
+"""Gemma 3, text: five local layers to a global one, a RoPE for each, norms on queries and keys. arXiv 2503.19786."""
+
+from __future__ import annotations
+
+from assay.hub import shared
+from assay.hub.config import Config, Tree
+from assay.hub.families.gemma2 import NAMES as NAMES
+from assay.hub.families.gemma2 import gemma
+
+TYPES = ("gemma3_text",)
+SKIP, SAME = shared.SKIP, shared.SAME
+
+
+def spec(c: Config) -> Tree:
+    every = c.integer("sliding_window_pattern", c.integer("_sliding_window_pattern", 6))
+    layers = c.integer("num_hidden_layers")
+    kinds = c.each_layer("layer_types", layers, lambda i: shared.SLIDING if (i + 1) % every else shared.FULL)
+    scores = {"scale": c.number("query_pre_attn_scalar", c.head_size()) ** -0.5}
+    scores["softcap"] = c.number("attn_logit_softcapping", None)
+    local = c.number("rope_local_base_freq", 10_000.0)
+    tables = {"global": c.rope(shared.FULL, theta=1_000_000.0)}
+    newer = c.has("rope_parameters")
+    tables["local"] = c.rope(shared.SLIDING) if newer else {"kind": "rope", "theta": local}
+    return gemma(
+        c,
+        kinds,
+        scores,
+        {shared.FULL: "global", shared.SLIDING: "local"},
+        positions=tables,
+        qk_norm={"norm": shared.rmsnorm(c, weight="plus_one")},
+    )

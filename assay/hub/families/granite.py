@@ -1,0 +1,23 @@
+"""Granite 3: Llama with four multipliers, after muP. IBM 2024, Granite 3.0 language models."""
+
+from __future__ import annotations
+
+from assay.hub import shared
+from assay.hub.config import Config, Tree
+
+TYPES = ("granite",)
+NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
+
+
+def spec(c: Config) -> Tree:
+    mixer = shared.attention(c, scores={"scale": c.number("attention_multiplier", 1.0)})
+    mixer["bias"] = "all" if c.flag("attention_bias", False) else "none"
+    block = {
+        "mixer": mixer,
+        "ffn": shared.gated(c, bias=c.flag("mlp_bias", False)),
+        "norm": {"kind": shared.rmsnorm(c)},
+        "scale": c.number("residual_multiplier", 1.0),
+    }
+    tree = shared.decoder(c, {"block": block}, positions={"main": c.rope()})
+    tree["head"]["scale"] = 1.0 / c.number("logits_scaling", 1.0)
+    return {**tree, "embed": {"kind": "token", "scale": c.number("embedding_multiplier", 1.0)}}

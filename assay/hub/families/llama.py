@@ -1,0 +1,18 @@
+"""Llama 1 to 3, and what is built alike. Touvron et al. 2023, arXiv 2302.13971; Llama team 2024, arXiv 2407.21783."""
+
+from __future__ import annotations
+
+from assay.hub import shared
+from assay.hub.config import Config, Tree
+
+TYPES = ("llama",)
+NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
+
+
+def spec(c: Config) -> Tree:
+    block = {
+        "mixer": shared.attention(c, bias="all" if c.flag("attention_bias", False) else "none"),
+        "ffn": shared.gated(c, bias=c.flag("mlp_bias", False)),
+        "norm": {"kind": shared.rmsnorm(c)},
+    }
+    return shared.decoder(c, {"block": block}, positions={"main": c.rope()})

@@ -1,0 +1,15 @@
+"""Mistral 7B and its successors. Jiang et al. 2023, arXiv 2310.06825."""
+
+from __future__ import annotations
+
+from assay.hub import shared
+from assay.hub.config import Config, Tree
+
+TYPES = ("mistral",)
+NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
+
+
+def spec(c: Config) -> Tree:
+    sees = shared.window(c) if c.has("sliding_window") else {}
+    block = {"mixer": shared.attention(c, sees=sees), "ffn": shared.gated(c), "norm": {"kind": shared.rmsnorm(c)}}
+    return shared.decoder(c, {"block": block}, positions={"main": c.rope()})

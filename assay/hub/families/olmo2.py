@@ -1,0 +1,23 @@
+"""OLMo 2: norms after the branches only, and over all heads' queries and keys together. arXiv 2501.00656."""
+
+from __future__ import annotations
+
+from assay.hub import shared
+from assay.hub.config import Config, Tree
+
+TYPES = ("olmo2",)
+NAMES = shared.over(
+    {
+        "blocks.*.mixer_post.*": "model.layers.*.post_attention_layernorm.*",
+        "blocks.*.ffn_post.*": "model.layers.*.post_feedforward_layernorm.*",
+    }
+)
+SKIP, SAME = shared.SKIP, shared.SAME
+
+
+def spec(c: Config) -> Tree:
+    norm = shared.rmsnorm(c)
+    bias = "all" if c.flag("attention_bias", False) else "none"
+    mixer = shared.attention(c, qk_norm={"norm": norm, "over": "full"}, bias=bias)
+    block = {"mixer": mixer, "ffn": shared.gated(c), "norm": {"place": "output", "kind": norm}}
+    return shared.decoder(c, {"block": block}, positions={"main": c.rope()})

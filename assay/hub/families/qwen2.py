@@ -1,0 +1,17 @@
+"""Qwen2 and Qwen2.5: biases on queries, keys and values; windows in the upper layers where asked. arXiv 2407.10671."""
+
+from __future__ import annotations
+
+from assay.hub import shared
+from assay.hub.config import Config, Tree
+
+TYPES = ("qwen2",)
+NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
+
+
+def spec(c: Config) -> Tree:
+    mixer, norm = shared.attention(c, bias="qkv"), {"kind": shared.rmsnorm(c)}
+    blocks, pattern = shared.windowed(
+        c, lambda sees: {"mixer": {**mixer, "sees": sees}, "ffn": shared.gated(c), "norm": norm}
+    )
+    return shared.decoder(c, blocks, pattern, positions={"main": c.rope()})

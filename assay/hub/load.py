@@ -1,0 +1,157 @@
+"""A checkpoint of another library becomes a model: every tensor used once, every parameter filled, or an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from assay.hub.config import read_config
+from assay.hub.family import Copy, copies, read
+from assay.hub.files import Tensors, as_float, open_folder
+from assay.model.lm import LM
+from assay.spec.model import ModelSpec
+
+CONFIG = "config.json"
+Told = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model from elsewhere. unread: configuration keys nobody asked for. skipped: tensors that are not parameters,
+    with the reason."""
+
+    model: LM
+    spec: ModelSpec
+    family: ModuleType
+    unread: tuple[str, ...]
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A configuration with its tensors, open for reading."""
+
+    spec: ModelSpec
+    family: ModuleType
+    unread: tuple[str, ...]
+    tensors: Tensors
+
+
+@contextmanager
+def open_checkpoint(folder: Path, config: Path | None = None) -> Iterator[Source]:
+    """A Hugging Face folder. config: another file to read the configuration from."""
+    path = config or folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    values = read_config(path)
+    with open_folder(folder) as tensors:
+        found = read(values, str(path), tensors.names)
+        yield Source(found.spec, found.family, found.unread, tensors)
+
+
+def import_folder(
+    folder: Path, config: Path | None = None, dtype: torch.dtype | None = None, told: Told | None = None
+) -> Imported:
+    """The model of a Hugging Face folder, on the CPU, ready for inference.
+
+    dtype: null keeps what the files have. Raises ValueError that names the tensors which are missing, left over or of
+    another shape, and FileNotFoundError.
+    """
+    with open_checkpoint(folder, config) as source:
+        return load(source, dtype, told)
+
+
+def load(source: Source, dtype: torch.dtype | None = None, told: Told | None = None) -> Imported:
+    """Read tensor by tensor into a model without memory of its own, so that nothing is there twice."""
+    plan, skipped = planned(source)
+    with torch.device("meta"):
+        model = LM(source.spec)
+    for done, copy in enumerate(plan):
+        given = [as_float(source.tensors.read(name), dtype) for name in copy.theirs]
+        for name, value in zip(copy.place.names, copy.rule.read(given, copy.place), strict=True):
+            put(model, name, value)
+        if told is not None:
+            told(done + 1, len(plan))
+    return Imported(model.eval(), source.spec, source.family, source.unread, skipped)
+
+
+def put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Make a tensor the parameter of this name."""
+    place, _, leaf = name.rpartition(".")
+    module = model.get_submodule(place)
+    old = module.get_parameter(leaf)
+    if old.shape != value.shape:
+        raise ValueError(f"{name}: shape {tuple(value.shape)}, the model has {tuple(old.shape)}")
+    # A view would keep the whole tensor it was cut from.
+    setattr(module, leaf, nn.Parameter(value.contiguous().clone() if value._base is not None else value.contiguous()))
+
+
+def planned(source: Source) -> tuple[list[Copy], dict[str, str]]:
+    """Which tensor fills which parameter, with every name in the form that the files have, checked against them."""
+    there = source.tensors.names
+    plan, missing = [], []
+    for copy in copies(source.family, source.spec):
+        theirs = tuple(spelled(name, source.family, there) for name in copy.theirs)
+        missing += [name for name, found in zip(copy.theirs, theirs, strict=True) if found is None]
+        plan.append(Copy(copy.rule, copy.place, tuple(found or name for name, found in zip(copy.theirs, theirs))))
+    if missing:
+        raise ValueError(f"{source.tensors.where}: {len(missing)} tensors are missing: {listed(missing)}")
+    wanted = [name for copy in plan for name in copy.theirs]
+    if twice := {name for name in wanted if wanted.count(name) > 1}:
+        raise ValueError(f"{source.tensors.where}: {listed(sorted(twice))} would be used twice")
+    for copy in plan:
+        for name, shape in zip(copy.theirs, copy.rule.shapes(copy.place), strict=True):
+            if source.tensors.shape(name) != tuple(shape):
+                told = f"shape {source.tensors.shape(name)}; the configuration says {tuple(shape)}"
+                raise ValueError(f"{source.tensors.where}: {name}: {told} ({', '.join(copy.place.names)})")
+    return plan, left_over(source, there - set(wanted))
+
+
+def left_over(source: Source, names: frozenset[str]) -> dict[str, str]:
+    """Why each tensor that fills nothing may be left; ValueError for one that may not."""
+    skip = {**getattr(source.family, "SKIP", {})}
+    if hasattr(source.family, "skip"):
+        skip |= source.family.skip(source.spec)
+    same = getattr(source.family, "SAME", {})
+    found, strange = {}, []
+    for name in sorted(names):
+        reason = next((why for pattern, why in skip.items() if matches(pattern, name)), None)
+        twin = next((spelled(of, source.family, source.tensors.names) for n, of in same.items() if n == name), None)
+        if reason is not None:
+            found[name] = reason
+        elif twin is not None:
+            if not torch.equal(source.tensors.read(name), source.tensors.read(twin)):
+                raise ValueError(f"{source.tensors.where}: {name} and {twin} differ, and the configuration ties them")
+            found[name] = f"tied to {twin}"
+        else:
+            strange.append(name)
+    if strange:
+        raise ValueError(f"{source.tensors.where}: {len(strange)} tensors belong to nothing: {listed(strange)}")
+    return found
+
+
+def spelled(name: str, family: ModuleType, there: frozenset[str]) -> str | None:
+    """A tensor's name as these files have it: as the family says it, or with another prefix."""
+    if name in there:
+        return name
+    for said, other in getattr(family, "OTHERWISE", ()):
+        if name.startswith(said) and (found := other + name.removeprefix(said)) in there:
+            return found
+    return None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """`*` is one part of a dotted name; `**` at the end any number of them."""
+    regex = re.escape(pattern).replace(r"\*\*", r".+").replace(r"\*", r"[^.]+")
+    return re.fullmatch(regex, name) is not None
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
