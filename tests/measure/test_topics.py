@@ -19,6 +19,7 @@ ROWS = {
     "extrapolation": "variant length ratio loss_nats last_nats",
     "passkey": "length distance accuracy chance samples",
     "latency": "batch context cache prefill_s ttft_s decode_tok_s itl_ms_p50 itl_ms_p99 roofline_tok_s",
+    "decode_fit": "cell",
     "memory": "batch context state_bytes_predicted state_bytes_measured peak_memory_bytes",
     "kernels": "backend length seconds peak_bytes traffic_bytes",
     "attention": "layer tokens sink_mass entropy_nats max_logit",
@@ -31,6 +32,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "extrapolation": {"ratios": [1, 2], "windows": 2},
     "passkey": {"lengths": [48], "distances": 2, "samples": 2},
     "latency": {"batches": [1], "contexts": [8], "seconds": 0.05},
+    "decode_fit": {"batches": [1, 2], "contexts": [4, 8], "seconds": 0.05},
     "memory": {"batches": [1], "contexts": [8]},
     "kernels": {"lengths": [64], "seconds": 0.02},
     "steps_to_loss": {"losses": [9.0, 0.1], "over": 1},
@@ -44,7 +46,7 @@ def test_the_folder_is_the_list() -> None:
 
 
 def test_unknown_names_and_options_are_refused_with_the_accepted_ones() -> None:
-    with pytest.raises(ValueError, match=r"did you mean 'latency'\?\); accepted: attention, extrapolation"):
+    with pytest.raises(ValueError, match=r"did you mean 'latency'\?\); accepted: attention, decode_fit"):
         accepts("latencies")
     with pytest.raises(
         ValueError, match=r"option 'context' \(did you mean 'contexts'\?\); accepted: batches, contexts"
