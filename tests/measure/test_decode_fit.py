@@ -13,6 +13,7 @@ from assay.measure import decode_fit, serving
 from assay.measure.decode_fit import Step, fit
 from assay.model.lm import build
 from assay.ops.step import rows_step
+from assay.spec.load import change
 from tests.measure.subjects import spec, subject
 
 CELLS = [(batch, batch * context * 1024) for batch in (1, 8, 32) for context in (128, 512, 2048)]
@@ -50,10 +51,13 @@ def test_cells_that_leave_a_number_open_are_refused() -> None:
             fit(batches, kept, times)
 
 
-@pytest.mark.parametrize("mixer", [{"kv_heads": 1}, {"sees": {"window": 5}}])
+LINEAR = {"kind": "linear", "heads": 2}
+
+
+@pytest.mark.parametrize("mixer", [{"b.mixer.kv_heads": 1}, {"b.mixer.sees": {"window": 5}}, {"b.mixer": LINEAR}])
 def test_a_step_is_the_models_own_and_every_repetition_is_the_same(mixer: dict[str, Any]) -> None:
     """The logits that are timed are those of one pass over the whole sequence, without a cache."""
-    made = subject(spec(**mixer))
+    made = subject(change(spec(), {f"blocks.{path}": value for path, value in mixer.items()}))
     step, seen = Step(made.model, 3, 12), []
     step.serving.choose = lambda logits: seen.append(logits.clone()) or []  # type: ignore[method-assign, func-returns-value]
     assert len(step.burst()) == 4 and len(seen) == 5
@@ -95,6 +99,14 @@ def test_what_the_positions_do_not_reach_is_left_out_of_the_fit(monkeypatch: pyt
     assert rows[-1]["cells"] == 4 and rows[-1]["seconds_fixed"] is not None
     none = decode_fit.measure(made, batches=(1, 3), contexts=(17, 18), seconds=0.05)[-1]
     assert none["cells"] == 0 and none["r2"] is None and "four or more" in none["reason"]
+
+
+def test_a_state_that_does_not_grow_has_no_term_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_by(monkeypatch, lambda batch, context: 1e-3 * batch)
+    made = subject(change(spec(), {"blocks.b.mixer": LINEAR}), dtype=torch.float32)
+    *cells, line = decode_fit.measure(made, batches=(1, 3), contexts=(6, 12), seconds=0.05)
+    assert [row["seconds"] for row in cells] == [1e-3, 1e-3, 3e-3, 3e-3]
+    assert line["r2"] is None and "between which the state of a sequence grows" in line["reason"]
 
 
 def test_times_that_do_not_grow_imply_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
