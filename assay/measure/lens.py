@@ -9,6 +9,8 @@ import torch
 from assay.measure.subject import Subject, pieces
 from assay.train.evaluate import step_of
 
+SECONDS = 0.1
+
 
 @torch.no_grad()
 def measure(subject: Subject, *, tokens: int = 4096) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from assay.measure.machine import nbytes
 from assay.measure.subject import Subject
 from assay.model.lm import LM, state_table
 
+SECONDS = 0.1
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FILLED = 256
 

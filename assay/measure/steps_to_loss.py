@@ -7,6 +7,7 @@ from typing import Any
 
 from assay.measure.subject import Subject
 
+SECONDS = 0.0
 DEFAULT = (3.5, 3.0, 2.75, 2.5, 2.25, 2.0, 1.75, 1.5)
 
 

@@ -36,6 +36,29 @@ def options(path: Path) -> tuple[str, ...] | None:
     return None
 
 
+def seconds(name: str, given: Mapping[str, Any] | None = None) -> float:
+    """About how long a measurement of a small model takes: its file's `SECONDS` and what its option `seconds` says.
+
+    A file that says neither counts as a second.
+    """
+    besides, default = _times(name)
+    return besides + float((given or {}).get("seconds", default))
+
+
+@cache
+def _times(name: str) -> tuple[float, float]:
+    """`SECONDS`, and the default of the option `seconds`; 0 for what is not there, unless neither is."""
+    found: dict[str, float] = {}
+    for node in ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SECONDS":
+            found["besides"] = float(ast.literal_eval(node.value))
+        elif isinstance(node, ast.FunctionDef) and node.name == "measure":
+            defaults = {arg.arg: value for arg, value in zip(node.args.kwonlyargs, node.args.kw_defaults)}
+            if (value := defaults.get("seconds")) is not None:
+                found["default"] = float(ast.literal_eval(value))
+    return (found.get("besides", 0.0), found.get("default", 0.0)) if found else (1.0, 0.0)
+
+
 @cache
 def alone(name: str) -> bool:
     """Whether a measurement times something, so that nothing else should run beside it: its file says `ALONE = True`.

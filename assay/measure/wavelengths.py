@@ -7,6 +7,8 @@ from typing import Any
 from assay.measure.subject import Subject
 from assay.parts.positions.rope import Rope, wavelengths
 
+SECONDS = 0.0
+
 
 def measure(subject: Subject, *, length: int | None = None) -> list[dict[str, Any]]:
     """Rows: scheme, dim (the pair's number), wavelength (tokens of a full turn), completes (within `length`, which is

@@ -85,6 +85,16 @@ def planned(request: Request, session: Session, seconds: float | None = None, he
     return plan
 
 
+def foreseen(request: Request, out: str | Path, session: Session) -> tuple[Plan, list[Trial]]:
+    """The plan that `run_study` would follow, and its trials that the folder has no Result for. Nothing is changed."""
+    folder = Folder(out)
+    held = folder.held()
+    plan = planned(request, session, held=held.get("scale") if held else None)
+    if held is not None:
+        folder.check(held, plan.digest, {"study": request.name, "budget": request.budget})
+    return plan, folder.left(plan.trials)
+
+
 def _most_seeds(plan: Plan) -> int:
     return len({trial.seed for trial in plan.trials})
 

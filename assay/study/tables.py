@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -19,12 +19,11 @@ from assay.study.times import expected_seconds, wall_seconds
 from assay.study.trials import Materials, Trial
 
 
-def plan_rows(plan: Plan, materials: Materials) -> list[dict[str, Any]]:
+def plan_rows(plan: Plan, materials: Materials, seconds: Sequence[float | None]) -> list[dict[str, Any]]:
     """One row for each arm of each stage: seeds, tokens of one run, params, expected seconds of its own runs.
 
-    A run that stages share is counted where it first appears. None: nothing counts it.
+    seconds: of each trial. A run that stages share is counted where it first appears. None: nothing counts it.
     """
-    seconds = expected_seconds(plan, materials) if materials.rate else [None] * len(plan.trials)
     rows: list[dict[str, Any]] = []
     for stage in plan.stages:
         for arm in stage.arms:
@@ -55,12 +54,15 @@ def _counts(plan: Plan, seconds: Sequence[float | None], wanted: set[tuple[str, 
     return {"seeds": sum(map(any, uses)), "runs": len(own), "seconds": total}
 
 
-def plan_table(plan: Plan, materials: Materials, workers: int) -> Table:
-    """The dry run: what would be run, and for how long on so many workers."""
-    rows = plan_rows(plan, materials)
+def plan_table(plan: Plan, materials: Materials, workers: int, left: Collection[Trial] | None = None) -> Table:
+    """The dry run: what would be run, and for how long on so many workers. left: the trials without a Result."""
+    seconds = expected_seconds(plan, materials, left) if materials.rate else None
+    rows = plan_rows(plan, materials, seconds or [None] * len(plan.trials))
     caption = f"{len(plan.trials)} runs, {sum(t.tokens for t in plan.trials):,} tokens, {workers} workers"
-    if materials.rate:
-        caption += f", about {_duration(wall_seconds(expected_seconds(plan, materials), workers))}"
+    if left is not None and len(left) < len(plan.trials):
+        caption += f", {len(plan.trials) - len(left)} runs done"
+    if seconds is not None:
+        caption += f", about {_duration(wall_seconds(seconds, workers))}"
     table = Table(title=escape(f"{plan.name}, budget {plan.budget}"), caption=caption)
     for name in ("study", "arm"):
         table.add_column(name)

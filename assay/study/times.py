@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from assay.measure.topics import seconds as measuring_seconds
+from assay.study.claims import TRAINING
 from assay.study.plan import Plan
 from assay.study.trials import Materials, Trial
 
 START_S = 5.0
 """Until a pool's workers have imported torch and opened the text."""
 TRIAL_OVERHEAD_S = 0.5
-MEASUREMENT_S = 1.0
-"""About what a measurement of a small model takes; one that is bounded by a time of its own is of this order."""
 VALIDATION_COST = 1 / 3
 """Of a token that is read only: a forward pass is a third of a training step."""
 
 
-def expected_seconds(plan: Plan, materials: Materials) -> list[float]:
-    """For each trial, from the injected rate, asked once for each model and recipe."""
+def expected_seconds(plan: Plan, materials: Materials, left: Collection[Trial] | None = None) -> list[float]:
+    """For each trial, from the injected rate, asked once for each model and recipe.
+
+    left: the trials that still have to run; the others take no time, and a model without any is not asked about.
+    """
     if materials.rate is None:
         raise ValueError("no rate was measured: expected times are unknown")
     rates: dict[tuple[str, str], float] = {}
+    wanted = None if left is None else {trial.key for trial in left}
     out = []
     for trial, fixed in zip(plan.trials, fixed_seconds(plan)):
+        if wanted is not None and trial.key not in wanted:
+            out.append(0.0)
+            continue
         if trial.key[:2] not in rates:
             rates[trial.key[:2]] = materials.rate(trial.spec, trial.recipe)
         out.append((trial.tokens + _validation(trial)) / rates[trial.key[:2]] + fixed)
@@ -32,12 +39,23 @@ def expected_seconds(plan: Plan, materials: Materials) -> list[float]:
 
 def fixed_seconds(plan: Plan) -> list[float]:
     """For each trial, what no scaling of its tokens makes shorter."""
-    return [TRIAL_OVERHEAD_S + MEASUREMENT_S * len(trial.measurements) for trial in plan.trials]
+    return [TRIAL_OVERHEAD_S + _measuring(trial) for trial in plan.trials]
+
+
+def _measuring(trial: Trial) -> float:
+    """What is measured during training is measured at every validation but the last: the end is counted by itself."""
+    times = {True: max(0, _evaluation(trial)["points"] - 1), False: 1}
+    asked = [(name.removeprefix(f"{TRAINING}."), name, options) for name, options in trial.measurements]
+    return sum(measuring_seconds(topic, options) * times[topic != name] for topic, name, options in asked)
+
+
+def _evaluation(trial: Trial) -> dict[str, int]:
+    return trial.recipe.get("evaluation") or {"tokens": 0, "points": 0}
 
 
 def _validation(trial: Trial) -> float:
     """Validation, in tokens of training."""
-    asked = trial.recipe.get("evaluation") or {"tokens": 0, "points": 0}
+    asked = _evaluation(trial)
     return float(asked["tokens"] * asked["points"] * VALIDATION_COST)
 
 

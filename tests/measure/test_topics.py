@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from assay.measure.subject import Subject
-from assay.measure.topics import accepts, run, topics
+from assay.measure.topics import accepts, run, seconds, topics
 from assay.spec.result import Result, dumps, loads
 from assay.train.loop import train
 from tests.measure.subjects import recipe, spec
@@ -53,6 +55,16 @@ def test_unknown_names_and_options_are_refused_with_the_accepted_ones() -> None:
     ):
         accepts("latency", {"context": [4]})
     accepts("latency", {"contexts": [4]})
+
+
+def test_the_expected_time_is_what_the_file_and_the_option_say() -> None:
+    for name in topics():
+        module = importlib.import_module(f"assay.measure.{name}")
+        option = inspect.signature(module.measure).parameters.get("seconds")
+        besides = getattr(module, "SECONDS", 1.0 if option is None else 0.0)
+        assert seconds(name) == besides + (option.default if option is not None else 0.0)
+    assert seconds("latency", {"seconds": 7.0}) == seconds("latency") - 1.5 + 7.0
+    assert seconds("extrapolation", {"windows": 2}) == seconds("extrapolation")
 
 
 def test_names_are_checked_without_torch() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from assay.measure.topics import seconds as measuring_seconds
 from assay.spec.load import parse_yaml, validate
 from assay.study.match import nearest
 from assay.study.plan import (
@@ -17,7 +18,7 @@ from assay.study.plan import (
     make_plan,
 )
 from assay.study.spec import StudySpec, load_study
-from assay.study.times import MEASUREMENT_S, expected_seconds, fit_scale, wall_seconds
+from assay.study.times import expected_seconds, fit_scale, wall_seconds
 from tests.study.toy import MATERIALS
 from tests.study.toy_trials import params
 
@@ -199,7 +200,8 @@ def test_expected_time_and_the_scale_that_fits() -> None:
     plan = make_plan(request, MATERIALS)
     measured = expected_seconds(make_plan(_request(), MATERIALS), MATERIALS)
     seconds = expected_seconds(plan, MATERIALS)
-    assert measured == pytest.approx([s + 2 * MEASUREMENT_S for s in seconds])
+    both = measuring_seconds("latency") + measuring_seconds("extrapolation")
+    assert measured == pytest.approx([s + both for s in seconds])
     assert seconds == pytest.approx([2.5] * 9)  # 65536 tokens at 32768 a second, and 0.5 s of overhead
     assert wall_seconds(seconds, 2) == pytest.approx(12.5)  # five of nine on one of two workers
     scale = fit_scale(seconds, 7.5, 2)

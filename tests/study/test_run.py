@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from assay.measure.topics import seconds as measuring_seconds
 from assay.spec.result import read_results
 from assay.study.plan import Request, make_plan
-from assay.study.run import Session, planned, run_study
+from assay.study.run import Session, foreseen, planned, run_study
 from assay.study.runners.folder import Folder
 from assay.study.runners.local import Pool
 from assay.study.spec import StudySpec
 from assay.study.tables import Live, plan_rows, plan_table
-from assay.study.times import MEASUREMENT_S, START_S
+from assay.study.times import START_S, expected_seconds, wall_seconds
 from tests.study.test_plan import KV, POSITIONS, _study
 from tests.study.toy import MATERIALS
 from tests.study.toy_trials import loss
@@ -116,9 +117,30 @@ def test_a_time_budget_scales_every_run_alike_and_a_resumed_run_keeps_it(tmp_pat
     assert again.plan.scale == 0.5 and again.plan.digest == first.plan.digest
 
 
+def test_a_model_whose_runs_are_done_is_not_timed(tmp_path: Path) -> None:
+    request, asked = Request("s", _study(POSITIONS), "smoke"), []
+
+    def rate(model: dict[str, Any], recipe: dict[str, Any]) -> float:
+        asked.append(model["position"])
+        return 32768.0
+
+    session = _session(materials=replace(MATERIALS, rate=rate))
+    crashing = replace(session, pool=replace(POOL, function="tests.study.toy_trials:crashing"))
+    assert run_study(request, tmp_path, crashing).failed and asked == []
+    plan, left = foreseen(request, tmp_path, session)
+    assert [t.uses[0].arm for t in left] == ["rope", "alibi", "rope"]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(plan_table(plan, session.materials, 2, left))
+    assert asked == ["rope", "alibi"] and "2 runs done" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert run_study(request, tmp_path, session).failed == () and len(asked) == 2
+    assert foreseen(request, tmp_path, session)[1] == [] and len(foreseen(request, tmp_path / "new", session)[1]) == 5
+    with pytest.raises(ValueError, match="another study's plan"):
+        foreseen(replace(request, budget="full"), tmp_path, session)
+
+
 def test_the_dry_run_counts_what_would_run() -> None:
     plan = make_plan(_tour(), MATERIALS, find=_find)
-    rows = {(r["study"], r["arm"]): r for r in plan_rows(plan, MATERIALS)}
+    rows = {(r["study"], r["arm"]): r for r in plan_rows(plan, MATERIALS, expected_seconds(plan, MATERIALS))}
     assert rows["kv", "base"] == {
         "study": "kv",
         "arm": "base",
@@ -129,12 +151,14 @@ def test_the_dry_run_counts_what_would_run() -> None:
         "seconds": 0,
         "tuned": None,
     }
-    assert rows["positions", "rope"]["seconds"] == pytest.approx(3 * (2048 / 32768 + 0.5 + 2 * MEASUREMENT_S))
+    measuring = measuring_seconds("latency") + measuring_seconds("extrapolation")
+    assert rows["positions", "rope"]["seconds"] == pytest.approx(3 * (2048 / 32768 + 0.5 + measuring))
     assert rows["kv", "kv1"]["tuned"] == 40 and sum(r["runs"] for r in rows.values()) == len(plan.trials)
     console = Console(file=io.StringIO(), width=120)
     console.print(plan_table(plan, MATERIALS, 2))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "11 runs, 22,528 tokens, 2 workers, about 13 s" in text and "rope" in text
+    about = wall_seconds(expected_seconds(plan, MATERIALS), 2)
+    assert f"11 runs, 22,528 tokens, 2 workers, about {about:.0f} s" in text and "rope" in text
 
 
 def test_the_live_table_shows_what_runs() -> None:

@@ -153,7 +153,7 @@ def test_a_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     main(["study", "run", str(tiny), "--out", str(tmp_path / "out"), "--budget", "smoke", "--dry-run", "--json"])
     said = capsys.readouterr().out
     # Two arms with two seeds; of the sweep's two rates one is the recipe's own.
-    assert json.loads(said.splitlines()[-1]) == {"runs": 5, "tokens": 5 * 1024, "scale": 1.0}
+    assert json.loads(said.splitlines()[-1]) == {"runs": 5, "left": 5, "tokens": 5 * 1024, "scale": 1.0}
     assert "sweep of 2" in said and not (tmp_path / "out").exists()
 
 

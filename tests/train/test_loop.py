@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,8 @@ from assay.parts.ffns.gated import GatedFfn
 from assay.parts.heads.lm import LossOptions
 from assay.train.evaluate import step_of, token_losses
 from assay.train.learner import Learner
-from assay.train.loop import train
-from assay.train.outcome import Diverged, Status
+from assay.train.loop import Options, train
+from assay.train.outcome import Diverged, Status, TrainResult
 from tests.train.small import data, learner, model, recipe
 
 # The first losses of the small model; the same run in float64 agrees to 1e-6.
@@ -270,3 +271,25 @@ def test_a_finished_model_is_in_evaluation_mode_and_reports_its_data() -> None:
     assert not result.model.training and result.tokens == 512
     assert result.dataset.digest == data().digest
     assert result.train_flops > 6 * 512 * sum(p.numel() for p in result.model.parameters())
+
+
+def test_who_looks_at_the_model_after_a_validation_changes_nothing() -> None:
+    # Dropout draws random numbers at every step and none in evaluation mode: both would show in the losses.
+    spec, how = model(embed={"kind": "token", "dropout": 0.2}), recipe(evaluation__points=4)
+    seen: list[tuple[int, float, float]] = []
+
+    def watch(status: Status, found: TrainResult) -> None:
+        assert not found.model.training and (found.steps, found.tokens) == (status.step, status.tokens)
+        torch.randn(100)
+        batch = next(Learner(spec, how, found.dataset, torch.device("cpu")).loader)
+        before = torch.get_rng_state()
+        loss = float(token_losses(found.model, batch).sum())
+        assert torch.equal(before, torch.get_rng_state()) and found.evaluation is not None
+        seen.append((status.step, found.evaluation.loss_nats, loss))
+        time.sleep(0.5)
+
+    alone, watched = train(spec, how), train(spec, how, options=Options(on_validation=watch))
+    assert watched.losses == alone.losses and watched.valid_losses == alone.valid_losses
+    assert all(map(torch.equal, watched.model.parameters(), alone.model.parameters()))
+    assert [(step * 64, loss) for step, loss, _ in seen] == list(alone.valid_losses) and len(seen) == 4
+    assert len({loss for _, _, loss in seen}) == 4 and watched.train_s < 0.5

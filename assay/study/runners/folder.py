@@ -7,7 +7,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -80,14 +80,17 @@ class Folder:
             self._replace(self._plan, json.dumps({"digest": digest, **about}, indent=1) + "\n")
         held = self.held()
         assert held is not None
-        found = held["digest"]
-        if found != digest:
-            raise ValueError(
-                f"{self.path} holds another study's plan ({held.get('study')}, {held.get('budget')}: {found}) and this "
-                f"is {about.get('study')}, {about.get('budget')}: {digest}; choose another --out"
-            )
+        self.check(held, digest, about)
         self._drop_cut_off()
         return held
+
+    def check(self, held: dict[str, Any], digest: str, about: dict[str, Any]) -> None:
+        """ValueError, naming both digests, where what is `held` is not this plan."""
+        if held["digest"] != digest:
+            raise ValueError(
+                f"{self.path} holds another study's plan ({held.get('study')}, {held.get('budget')}: {held['digest']}) "
+                f"and this is {about.get('study')}, {about.get('budget')}: {digest}; choose another --out"
+            )
 
     def read(self) -> list[Result]:
         return read_results(self.results) if self.results.exists() else []
@@ -117,15 +120,18 @@ class Folder:
         runs = self._runs()
         left, copies = [], []
         for trial in trials:
-            missing = [use for use in trial.uses if (_labels(use), trial.key) not in runs]
-            found = [lines for (_, key), lines in runs.items() if key == trial.key]
-            sources = [None if trial.keep else next((x for x in found if _covers(x, use)), None) for use in missing]
-            if None in sources:
+            sources = _sources(trial, runs)
+            if None in sources.values():
                 left.append(trial)
             else:
-                copies += [line for use, x in zip(missing, sources) for line in relabelled(x or [], trial, use)]
+                copies += [line for use, x in sources.items() for line in relabelled(x or [], trial, use)]
         self.append(copies)
         return left
+
+    def left(self, trials: Sequence[Trial]) -> list[Trial]:
+        """As `adopt`, and nothing is changed."""
+        runs = self._runs()
+        return [trial for trial in trials if None in _sources(trial, runs).values()]
 
     def record(self, trial: Trial, results: Sequence[Result]) -> None:
         """A finished trial's lines, once for every use that does not have them yet."""
@@ -214,6 +220,13 @@ def relabelled(results: Iterable[Result], trial: Trial, use: Use) -> list[Result
         elif str(r.values["what"] if r.kind == "measure" else FAILURES) in use.measurements:
             out.append(made)
     return out
+
+
+def _sources(trial: Trial, runs: Mapping[tuple[Labels, Key], list[Result]]) -> dict[Use, list[Result] | None]:
+    """For every use without a Result: the lines that it can be copied from, or None."""
+    found = [] if trial.keep else [lines for (_, key), lines in runs.items() if key == trial.key]
+    missing = [use for use in trial.uses if (_labels(use), trial.key) not in runs]
+    return {use: next((lines for lines in found if _covers(lines, use)), None) for use in missing}
 
 
 def _with(line: Result, **values: Any) -> Result:
