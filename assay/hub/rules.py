@@ -14,6 +14,11 @@ from assay.spec.base import PartSpec, Site
 Shape = tuple[int, ...]
 
 
+def turned(x: Tensor) -> Tensor:
+    """A matrix transposed; a vector as it is."""
+    return x.mT if x.dim() == 2 else x
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rule applies: the parameters it fills (a fused tensor fills several) and the part that owns them."""
@@ -57,10 +62,10 @@ class Transposed(Rule):
         return [place.shapes[0][::-1]]
 
     def read(self, tensors: Sequence[Tensor], place: Place) -> list[Tensor]:
-        return [tensors[0].T]
+        return [turned(tensors[0])]
 
     def write(self, ours: Sequence[Tensor], place: Place) -> list[Tensor]:
-        return [ours[0].T]
+        return [turned(ours[0])]
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,12 @@ class Fused(Rule):
         return [whole[::-1] if self.transposed else whole]
 
     def read(self, tensors: Sequence[Tensor], place: Place) -> list[Tensor]:
-        whole = tensors[0].T if self.transposed else tensors[0]
+        whole = turned(tensors[0]) if self.transposed else tensors[0]
         return list(whole.split(place.rows))
 
     def write(self, ours: Sequence[Tensor], place: Place) -> list[Tensor]:
         whole = torch.cat(list(ours))
-        return [whole.T if self.transposed else whole]
+        return [turned(whole) if self.transposed else whole]
 
 
 @dataclass(frozen=True)
