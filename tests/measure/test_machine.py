@@ -90,25 +90,69 @@ def test_a_load_that_cannot_be_is_refused() -> None:
 
 
 def test_kernels_count_bytes() -> None:
-    rows = {(r["backend"], r["length"]): r for r in kernels.measure(subject(), lengths=(128, 256), seconds=0.05)}
+    found = kernels.measure(subject(), lengths=(128, 256), seconds=0.05)
+    rows = {(r["backend"], r["length"]): r for r in found}
     naive, tiled = ([rows[name, n] for n in (128, 256)] for name in ("naive", "tiled"))
-    # Scores, their masked copy and the probabilities; two of these squares live at once.
+    # The masked scores, the probabilities and the output.
     for row, n in zip(naive, (128, 256), strict=True):
-        assert 2 * 4 * n * n <= row["peak_bytes"] <= 3 * 4 * n * n + 4 * 4 * 64 * n
+        assert row["peak_bytes"] == 2 * 4 * n * n + 4 * n * 64
         assert row["traffic_bytes"] == 4 * (4 * n * n + 4 * n * 64)
-    assert 3.5 < naive[1]["peak_bytes"] / naive[0]["peak_bytes"] < 4.5
     assert tiled[1]["peak_bytes"] / tiled[0]["peak_bytes"] < 2.2
     assert tiled[1]["traffic_bytes"] < naive[1]["traffic_bytes"]
     assert rows["sdpa", 256]["traffic_bytes"] is None
+    assert len(found) == 8 and "train_seconds" not in found[0]  # too short for slopes
     with pytest.raises(ValueError, match="accepted: naive, oracle"):
         kernels.measure(subject(), backends=["flash"])
+
+
+def test_kernels_of_training_by_closed_forms() -> None:
+    sizes = (256, 512, 1024)
+    found = kernels.measure(subject(), lengths=sizes, backends=("naive", "tiled"), backward=True, seconds=0.05)
+    rows = {(r["backend"], r["length"]): r for r in found}
+    for n in sizes:
+        naive, tiled = rows["naive", n], rows["tiled", n]
+        # Probabilities, their gradient and that of the scores, beside the output and the gradient of the values.
+        assert naive["train_peak_bytes"] == 3 * 4 * n * n + 2 * 4 * n * 64
+        assert naive["train_traffic_bytes"] == 4 * (11 * n * n + 12 * n * 64)
+        pairs, tile = (n // 64) * (n // 64 + 1) // 2, 64 * 64
+        forward = 2 * n * 64 + n + pairs * 2 * tile
+        backward = 4 * n * 64 + 2 * n + pairs * 6 * tile  # k, v and their gradients in, the gradients out
+        assert tiled["train_traffic_bytes"] == 4 * (forward + backward)
+        assert 0 < tiled["seconds"] < tiled["train_seconds"]
+    naive, tiled = kernels.slopes(found, least=256)
+    assert naive["from_length"] == 256 and naive["length"] is naive["seconds"] is None
+    for column in ("peak_bytes_slope", "train_peak_bytes_slope"):
+        assert 1.9 < naive[column] < 2 and 0.4 < tiled[column] < 1
+
+
+def test_slopes_are_planted_powers() -> None:
+    rows = [
+        {"backend": b, "length": n, "seconds": 3e-9 * n**p, "traffic_bytes": None}
+        for b, p in (("a", 2.0), ("b", 1.0))
+        for n in (64, 1024, 2048, 4096)
+    ]
+    rows[0]["seconds"] = 1.0  # shorter than where the fit begins
+    first, second = kernels.slopes([*rows, {"backend": "c", "length": 4096, "seconds": 1.0}])
+    assert first["seconds_slope"] == pytest.approx(2) and second["seconds_slope"] == pytest.approx(1)
+    assert first["backend"] == "a" and "traffic_bytes_slope" not in first
+
+
+def test_what_is_slow_runs_once() -> None:
+    calls: list[float] = []
+    sleep = lambda: calls.append(time.sleep(0.01) or 0.0)  # type: ignore[func-returns-value]  # noqa: E731
+    assert kernels.timed(sleep, torch.device("cpu"), 0.005) >= 0.01 and len(calls) == 1
+    assert kernels.timed(sleep, torch.device("cpu"), 0.1) >= 0.01 and len(calls) > 3
 
 
 def test_every_kernel_computes_the_same() -> None:
     work = kernels.Work.of(20, 2, 8, torch.device("cpu"))
     expected = oracle.run(work.call())[0][0]
+    gradients = torch.autograd.grad(expected, work.given, work.upstream)
     for backend in kernels.DEFAULT:
-        assert torch.allclose(work.runner(backend)(), expected, atol=1e-5)
+        out = work.runner(backend)()
+        assert torch.allclose(out, expected, atol=1e-5)
+        for got, want in zip(torch.autograd.grad(out, work.given, work.upstream), gradients, strict=True):
+            assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_held_bytes_are_those_alive_at_once() -> None:
@@ -121,6 +165,12 @@ def test_held_bytes_are_those_alive_at_once() -> None:
         view.add_(1)
         c = view + 1
     assert held.peak == 8000 and c.numel() == 1000
+    before = torch.ones(1000)
+    with kernels.Held() as held:
+        before.view(10, 100).add_(1)
+        for _ in range(50):
+            before + 1
+    assert held.peak == 4000
 
 
 def test_rates_against_a_stopwatch() -> None:

@@ -24,6 +24,7 @@ ROWS = {
     "decode_fit": "cell",
     "memory": "batch context state_bytes_predicted state_bytes_measured peak_memory_bytes",
     "kernels": "backend length seconds peak_bytes traffic_bytes",
+    "norms": "kind tokens width forward_s backward_s ratio forward_ratio",
     "attention": "layer tokens sink_mass entropy_nats max_logit",
     "lens": "layer loss_nats",
     "steps_to_loss": "loss_nats steps tokens",
@@ -37,6 +38,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "decode_fit": {"batches": [1, 2], "contexts": [4, 8], "seconds": 0.05},
     "memory": {"batches": [1], "contexts": [8]},
     "kernels": {"lengths": [64], "seconds": 0.02},
+    "norms": {"seconds": 0.02},
     "steps_to_loss": {"losses": [9.0, 0.1], "over": 1},
     "failures": {"prompts": 2, "new_tokens": 80},
 }

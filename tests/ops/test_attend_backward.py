@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from assay.ops.attend import attend, attend_lse
+from assay.ops.attend.call import Call
 from assay.ops.attend.tiled import Traffic, naive_traffic
 from assay.ops.attend.tiled import run as run_tiled
 from assay.ops.sees import Sees
@@ -131,6 +132,17 @@ def test_tiled_memory_is_linear_and_the_square_is_not() -> None:
     for short, long in zip(held("matmul", 512), held("matmul", 1024)):
         assert long > 2.5 * short
     assert held("tiled", 1024)[1] <= 1024 * 2 * 64
+
+
+@pytest.mark.parametrize("sees,masks", [(Sees(), 4), (Sees(causal=False), 0), (Sees(window=64), 7)], ids=str)
+def test_tiled_makes_masks_only_where_a_tile_is_partly_seen(
+    sees: Sees, masks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[slice] = []
+    visible = Call.visible
+    monkeypatch.setattr(Call, "visible", lambda call, q, k: made.append(q) or visible(call, q, k))
+    problem(tokens=256, rows=1, sees=sees).run("tiled")
+    assert len(made) == masks
 
 
 def traffic(tokens: int, sees: Sees, block: int) -> tuple[Traffic, Traffic]:

@@ -43,9 +43,10 @@ class Traffic:
 
 
 def naive_traffic(call: Call, backward: bool = False) -> Traffic:
-    """Of passes that write their squares to slow memory (Dao et al. 2022, algorithms 0 and 3).
+    """Of a forward pass, or of both passes, that writes its squares to slow memory (Dao et al. 2022, algorithms 0, 3).
 
-    Forward: z = q k^T, p = softmax(z), p v. Backward: dv = p^T do, dp = do v^T, dz from p and dp, dq = dz k, dk = dz^T q.
+    Forward: z = q k^T, p = softmax(z), p v. Backward: dv = p^T do, dp = do v^T, dz from p and dp, dq = dz k,
+    dk = dz^T q.
     """
     rows, tokens, heads, _ = call.q.shape
     square = rows * heads * tokens * call.k.shape[1]
@@ -221,11 +222,12 @@ def softmax_tile(
     total, out = torch.zeros_like(top), q_tile.new_zeros(rows, heads, tokens, v.shape[-1])
     if sink is not None:
         top, total = sink.to(tiles.dtype).view(1, -1, 1, 1).expand_as(top), torch.ones_like(top)
+    lowest = torch.finfo(tiles.dtype).min
     for keys, mask in tiles.seen(queries):
         k_tile, v_tile = tiles.load(k, keys), tiles.load(v, keys)
         z, _ = tiles.logits(q_tile, k_tile, queries, keys, mask)
         new = torch.maximum(top, z.amax(-1, keepdim=True))
-        base = new.where(new.isfinite(), 0.0)  # so far nothing is visible: exp(-inf - 0) is 0, exp(-inf + inf) is not
+        base = new.clamp(min=lowest)  # so far nothing is visible: exp(-inf - lowest) is 0, exp(-inf + inf) is not
         p, fade = torch.exp(z - base), torch.exp(top - base)
         total = total * fade + p.sum(-1, keepdim=True)
         out = out * fade + (by_group(p, k.shape[2]) @ v_tile).view_as(out)
