@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm of one stage: its runs, one per seed, and the rows of its measurements."""
+    """One arm of one stage: its runs, one per seed, and the rows of its measurements, each with its seed."""
 
     name: str
     title: str
@@ -135,7 +135,8 @@ def _arm(arm: Arm, recipe: str | None, own: list[Result], every: list[Result]) -
     rows: dict[str, tuple[Row, ...]] = {}
     for measure in measures:
         what = str(measure.values["what"])
-        rows[what] = (*rows.get(what, ()), *measure.values["rows"])  # type: ignore[misc]
+        own_rows: Any = measure.values["rows"]
+        rows[what] = (*rows.get(what, ()), *({"seed": measure.seed, **row} for row in own_rows))
     return Arm(arm.name, arm.title, arm.changes, arm.is_base, arm.spec_digest, tuple(trials), rows)
 
 
@@ -158,6 +159,16 @@ def over_seeds(rows: Iterable[Row], x: str, y: str) -> list[Point]:
         if at is not None and value is not None:
             groups.setdefault(at, []).append(value)
     return [Point(at, sum(v) / len(v), min(v), max(v), len(v)) for at, v in sorted(groups.items())]
+
+
+def over_places(rows: Iterable[Row], x: str, y: str) -> list[Row]:
+    """Rows that agree in seed and x as one row with the mean of y: over layers, lengths, or whatever else they tell."""
+    groups: dict[tuple[Any, float], list[float]] = {}
+    for row in rows:
+        at, value = number(row.get(x)), number(row.get(y))
+        if at is not None and value is not None:
+            groups.setdefault((row.get("seed"), at), []).append(value)
+    return [{"seed": seed, x: at, y: sum(v) / len(v)} for (seed, at), v in groups.items()]
 
 
 def curve_rows(curve: Any, x: str, y: str) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from assay.report.collect import Arm, Point
+from assay.report.collect import Arm, Point, Row
 from assay.report.words import bytes_, label, plural, seconds, significant
 
 # Distinct for the common kinds of colour blindness, on white and on near-black; symbols repeat the distinction.
@@ -29,6 +29,8 @@ GLYPHS = {
     "circle": "●", "circle-open": "○", "square": "■", "diamond": "◆", "triangle-up": "▲", "cross": "✚", "x": "✖",
     "star": "★", "hexagon": "⬢",
 }  # fmt: skip
+SHARES = {"tickformat": ".1~%", "rangemode": "tozero"}
+"""A linear axis of shares: percent from zero, with a decimal where the ticks need one."""
 MOST_POINTS = 240
 
 
@@ -93,7 +95,7 @@ def thin(points: Sequence[Point]) -> list[Point]:
 @dataclass
 class Canvas:
     """Axes `x` and `y` are titles; `log_x` and `log_y` how they start; the kinds say how their numbers read:
-    'binary' (powers of two: lengths), 'bytes', 'seconds', 'share' (0 to 1) or '' (plain)."""
+    'binary' (powers of two: lengths), 'whole' (layers), 'bytes', 'seconds', 'share' (0 to 1) or '' (plain)."""
 
     x: str
     y: str
@@ -202,3 +204,26 @@ def vertical(at: float, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def arms_with(arms: Iterable[Arm], what: str) -> list[Arm]:
     return [arm for arm in arms if arm.rows.get(what)]
+
+
+def series(
+    arm: Arm, rows: Iterable[Row], key: str, style: Style, *, plain: Sequence[str] = (), alone: bool = False
+) -> list[tuple[Arm, Style, list[Row]]]:
+    """An arm's rows apart by `key` (variant, backend), each with a name and a style for the legend.
+
+    They keep the arm's colour and walk the symbols and dashes; what is in `plain` is the arm itself. `alone`: no other
+    arm has such rows, so they are named without it and walk the palette."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get(key, "")), []).append(row)
+    found = []
+    for place, (value, group) in enumerate(groups.items()):
+        symbol = SYMBOLS[place % len(SYMBOLS)]
+        if value in plain:
+            found.append((arm, style, group))
+            continue
+        title = value if alone else f"{arm.title}: {value}"
+        own = Style(PALETTE[place % len(PALETTE)], symbol, "solid")
+        own = own if alone else Style(style.colour, symbol, DASHES[place % len(DASHES)])
+        found.append((Arm(value if alone else f"{arm.name}/{value}", title, {}, False, None), own, group))
+    return found

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from assay.report import plots_evidence, plots_inside, plots_learning, plots_machine, tables
+from assay.report import plots_during, plots_evidence, plots_inside, plots_learning, plots_machine, tables
 from assay.report.collect import Stage, stages_of
 from assay.report.figures import Plot, styles_of
 from assay.report.summary import claim_counts, decision, headline
@@ -27,7 +27,8 @@ _GROUPS = (
         "Learning",
         (plots_learning.curves, plots_learning.by_position, plots_learning.steps_to_loss, plots_learning.sweeps),
     ),
-    ("Length and recall", (plots_learning.extrapolation, plots_learning.passkey)),
+    ("During training", (plots_during.during,)),
+    ("Length and recall", (plots_learning.extrapolation, plots_learning.recovery, plots_learning.passkey)),
     ("Speed and memory", (plots_machine.latency, plots_machine.memory, plots_machine.kernels)),
     ("Inside the model", (plots_inside.attention, plots_inside.lens, plots_inside.wavelengths)),
 )
@@ -107,6 +108,7 @@ def _stage(
         "name": stage.name,
         "title": stage.title,
         "info": stage.info,
+        "note": "" if stage.of("sweep") else stage.info.get("note") or "",
         "runs": plural(sum(len(arm.trials) for arm in stage.arms), "run"),
         "decision": decision(stage),
         "verdicts": tables.verdict_tables(stage),

@@ -9,7 +9,18 @@ import plotly.graph_objects as go
 
 from assay.report.collect import Arm, Stage
 from assay.report.figures import BASE_COLOUR, PALETTE, SYMBOLS, VERDICT_COLOURS, VERDICT_SYMBOLS, Canvas, Plot, Style
-from assay.report.words import bytes_, interval, label, lower_is_better, number, plural, significant, title_of, unit
+from assay.report.words import (
+    bytes_,
+    interval,
+    label,
+    lower_is_better,
+    number,
+    plural,
+    significant,
+    title_of,
+    unit,
+    wrapped,
+)
 
 
 def forests(stage: Stage) -> list[Plot]:
@@ -29,7 +40,7 @@ def _forest(stage: Stage, metric: str) -> Plot | None:
         canvas.add(_difference(values, row, metric), name=arm.title)
     canvas.axes["y"] = {
         "tickvals": list(range(len(found))),
-        "ticktext": [label(arm.title, 22) for arm, _ in reversed(found)],
+        "ticktext": [wrapped(arm.title) for arm, _ in reversed(found)],
         "range": [-0.6, len(found) - 0.4],
         "zeroline": False,
         "showgrid": False,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from assay.report.collect import Stage, over_seeds
-from assay.report.figures import Canvas, Plot, Style, arms_with
-from assay.report.words import number
+from assay.report.figures import SHARES, Canvas, Plot, Style, arms_with
+from assay.report.words import axis, kind, number
 
 Styles = Mapping[str, Style]
 
@@ -16,40 +16,33 @@ Styles = Mapping[str, Style]
 def attention(stage: Stage, styles: Styles) -> list[Plot]:
     """By layer: the mass on the first token, the entropy, the largest logit."""
     quantities = (
-        (
-            "sink_mass",
-            "attention on the first token",
-            "Attention sinks",
-            "How much attention rests on the first token.",
-        ),
-        ("entropy_nats", "entropy (nats)", "Attention entropy", "Low is focused, high is spread."),
-        ("max_logit", "largest attention logit", "Largest attention logit", "Growth here precedes instability."),
+        ("sink_mass", "Attention sinks", "How much attention rests on the first token."),
+        ("entropy_nats", "Attention entropy", "Low is focused, high is spread."),
+        ("max_logit", "Largest attention logit", "Growth here precedes instability."),
     )
     plots = []
-    for key, axis, title, note in quantities:
-        canvas = Canvas("layer", axis, y_kind="share" if key == "sink_mass" else "")
+    for key, title, note in quantities:
+        canvas = Canvas("layer", axis(key), x_kind="whole", y_kind=kind(key))
         for arm in arms_with(stage.arms, "attention"):
             canvas.line(arm, styles[arm.name], over_seeds(arm.rows["attention"], "layer", key))
-        canvas.axes["x"] = {"tickformat": "d"}
-        if key == "sink_mass":
-            canvas.axes["y"] = {"tickformat": ".0%", "rangemode": "tozero"}
+        if canvas.y_kind == "share":
+            canvas.axes["y"] = SHARES
         if canvas.traces:
             plots.append(canvas.plot(title, note))
     return plots
 
 
 def lens(stage: Stage, styles: Styles) -> list[Plot]:
-    canvas = Canvas("layer", "loss read off the layer (nats/token)")
+    canvas = Canvas("layer", "loss read off the layer (nats/token)", x_kind="whole")
     for arm in arms_with(stage.arms, "lens"):
         canvas.line(arm, styles[arm.name], over_seeds(arm.rows["lens"], "layer", "loss_nats"))
-    canvas.axes["x"] = {"tickformat": "d"}
     note = "The head applied after each layer: where the prediction is made."
     return [canvas.plot("Logit lens", note)] if canvas.traces else []
 
 
 def wavelengths(stage: Stage, styles: Styles) -> list[Plot]:
     """Wavelength of each rotated pair; open marks never complete a turn within the trained length."""
-    canvas = Canvas("dimension pair", "wavelength (tokens)", log_y=True)
+    canvas = Canvas("dimension pair", "wavelength (tokens)", log_y=True, x_kind="whole")
     for arm in arms_with(stage.arms, "wavelengths"):
         rows = [r for r in arm.rows["wavelengths"] if number(r.get("dim")) is not None]
         rows = list({float(r["dim"]): r for r in rows if number(r.get("wavelength")) is not None}.values())

@@ -7,11 +7,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from assay.report.collect import Arm, Row, Stage, curve_rows, over_seeds
-from assay.report.figures import Canvas, Plot, Style, arms_with, vertical
-from assay.report.words import label, number
+from assay.report.collect import Arm, Row, Stage, curve_rows, over_places, over_seeds
+from assay.report.figures import Canvas, Plot, Style, arms_with, series, vertical
+from assay.report.words import number
 
 Styles = Mapping[str, Style]
+WINDOWS = (("whole window", "loss_nats"), ("last positions", "last_nats"))
 
 
 def curves(stage: Stage, styles: Styles) -> list[Plot]:
@@ -35,34 +36,44 @@ def by_position(stage: Stage, styles: Styles) -> list[Plot]:
 
 
 def extrapolation(stage: Stage, styles: Styles) -> list[Plot]:
-    """Loss against the ratio of test to training length; a variant (position scaling) is a dash."""
+    """Loss against the ratio of test to training length; a variant (position scaling) is a line of its arm's colour."""
     canvas = Canvas("length / training length", "loss (nats/token)", log_x=True)
-    for view, key in (("whole window", "loss_nats"), ("last positions", "last_nats")):
+    for view, key in WINDOWS:
         for arm in arms_with(stage.arms, "extrapolation"):
-            for place, (variant, rows) in enumerate(_grouped(arm.rows["extrapolation"], "variant").items()):
-                marks = _variant_marks(arm, variant, place)
-                canvas.line(arm, styles[arm.name], over_seeds(rows, "ratio", key), view, **marks)
-    if not canvas.traces:
-        return []
-    ratios = sorted({number(x) or 1.0 for _, trace in canvas.traces for x in trace.x})
-    canvas.axes["x"] = {"tickvals": ratios, "ticktext": [f"{r:g}×" for r in ratios]}
-    line, note = vertical(1.0, " trained length")
+            plain = ("", "None", "base", arm.name)
+            for named, style, rows in series(arm, arm.rows["extrapolation"], "variant", styles[arm.name], plain=plain):
+                canvas.line(named, style, over_seeds(rows, "ratio", key), view)
+    note = "Flat is good: loss at longer windows."
+    return [_against_ratio(canvas, "Beyond the training length", note)] if canvas.traces else []
+
+
+def recovery(stage: Stage, styles: Styles) -> list[Plot]:
+    """Loss against length of each variant (position scaling), as it is and after fine-tuning at a longer length."""
+    canvas = Canvas("length / training length", "loss (nats/token)", log_x=True)
+    arms = arms_with(stage.arms, "recovery")
+    for view, key in WINDOWS:
+        for arm in arms:
+            for named, style, rows in series(
+                arm, arm.rows["recovery"], "variant", styles[arm.name], alone=len(arms) == 1
+            ):
+                for tuned, dash, word in ((False, "dot", "zero-shot"), (True, "solid", "fine-tuned")):
+                    own = over_seeds([row for row in rows if bool(row.get("tuned")) is tuned], "ratio", key)
+                    canvas.line(named, style, own, view, dash=dash, hover=word)
+    note = "Dotted: the trained weights as they are. Solid: after a short fine-tuning at a longer length."
+    return [_against_ratio(canvas, "Recovery by fine-tuning", note)] if canvas.traces else []
+
+
+def _against_ratio(canvas: Canvas, title: str, note: str) -> Plot:
+    """Ticks at the measured ratios, but for those too close to the one before to be read, and the trained length."""
+    ticks: list[float] = []
+    for ratio in sorted({number(x) or 1.0 for _, trace in canvas.traces for x in trace.x}):
+        if not ticks or ratio >= 1.3 * ticks[-1]:
+            ticks.append(ratio)
+    canvas.axes["x"] = {"tickvals": ticks, "ticktext": [f"{r:g}×" for r in ticks], "tickangle": 0}
+    line, text = vertical(1.0, " trained length")
     canvas.shapes.append(line)
-    canvas.notes.append(note)
-    return [canvas.plot("Beyond the training length", "Flat is good: loss at longer windows.", toggles="xy")]
-
-
-def _variant_marks(arm: Arm, variant: str, place: int) -> dict[str, Any]:
-    if variant in ("", "None", "base", arm.name):
-        return {}
-    return {"dash": ("dash", "dot", "dashdot", "longdash")[place % 4], "hover": f"variant: {label(variant)}"}
-
-
-def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(str(row.get(key, "")), []).append(row)
-    return groups
+    canvas.notes.append(text)
+    return canvas.plot(title, note, toggles="xy")
 
 
 def passkey(stage: Stage, styles: Styles) -> list[Plot]:
@@ -71,7 +82,7 @@ def passkey(stage: Stage, styles: Styles) -> list[Plot]:
     maps = Canvas("context length (tokens)", "distance to the key (tokens)")
     for arm in arms_with(stage.arms, "passkey"):
         rows = arm.rows["passkey"]
-        lines.line(arm, styles[arm.name], over_seeds(rows, "length", "accuracy"))
+        lines.line(arm, styles[arm.name], over_seeds(over_places(rows, "length", "accuracy"), "length", "accuracy"))
         chance = max([chance, *(number(row.get("chance")) or 0.0 for row in rows)])
         maps.add(_accuracy_map(rows), arm.title)
     if not lines.traces:
@@ -85,7 +96,9 @@ def passkey(stage: Stage, styles: Styles) -> list[Plot]:
     )
     lines.notes[-1]["showarrow"] = False
     maps.axes = {"x": {"type": "category", "showgrid": False}, "y": {"type": "category", "showgrid": False}}
-    plots = [lines.plot("Passkey retrieval", "Mean over distances and seeds.", toggles="x")]
+    plots = [
+        lines.plot("Passkey retrieval", "Mean over distances; bars reach from the worst to the best seed.", toggles="x")
+    ]
     if any(len(trace.x) > 1 and len(trace.y) > 1 for _, trace in maps.traces):
         plots.append(maps.plot("Passkey by length and distance", "Accuracy, mean over seeds."))
     return plots
@@ -143,5 +156,5 @@ def sweeps(stage: Stage, styles: Styles) -> list[Plot]:
                     "line": {"color": style.colour, "width": 3},
                 }
             )
-    note = "The tick at the foot is each arm's optimum."
+    note = f"The tick at the foot is each arm's optimum. {stage.info.get('note') or ''}".strip()
     return [canvas.plot("Learning-rate sweep", note)] if canvas.traces else []

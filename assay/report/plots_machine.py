@@ -6,22 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from assay.report.collect import Arm, Row, Stage, over_seeds
-from assay.report.figures import DASHES, PALETTE, SYMBOLS, Canvas, Plot, Style, arms_with
-from assay.report.words import label, number
+from assay.report.figures import Canvas, Plot, Style, arms_with, series
+from assay.report.words import kind, label, number, unit
 
 Styles = Mapping[str, Style]
+NO_CACHE = "no cache"
 
 
 def latency(stage: Stage, styles: Styles) -> list[Plot]:
     """Decode speed with its roofline, the gap between tokens, and prefill: each against context, a view a batch."""
-    decode = Canvas("context (tokens)", "decode speed (tok/s)", True, x_kind="binary")
+    decode = Canvas("context (tokens)", "decode speed (tok/s)", True, True, x_kind="binary")
     gaps = Canvas("context (tokens)", "time between tokens (ms)", True, x_kind="binary")
     prefill = Canvas("context (tokens)", "prefill (s)", True, True, x_kind="binary", y_kind="seconds")
     for batch in _batches(stage, "latency"):
         for arm in arms_with(stage.arms, "latency"):
-            rows = [row for row in arm.rows["latency"] if row.get("batch") == batch]
-            for cache, group in _by_cache(rows):
-                _latency_lines((decode, gaps, prefill), arm, styles[arm.name], group, f"batch {batch}", cache)
+            rows = [_with_cache(row) for row in arm.rows["latency"] if row.get("batch") == batch]
+            kept = [row["cache"] for row in rows if row["cache"] != NO_CACHE][:1]
+            for named, style, group in series(arm, rows, "cache", styles[arm.name], plain=kept):
+                _latency_lines((decode, gaps, prefill), named, style, group, f"batch {batch}")
     plots = [
         (decode, "Decode speed", "Dotted: the roofline, what memory bandwidth allows.", "xy"),
         (gaps, "Time between tokens", "Solid: median. Dashed: 99th percentile.", "xy"),
@@ -31,10 +33,11 @@ def latency(stage: Stage, styles: Styles) -> list[Plot]:
 
 
 def _latency_lines(
-    canvases: tuple[Canvas, Canvas, Canvas], arm: Arm, style: Style, rows: Sequence[Row], view: str, cache: str
+    canvases: tuple[Canvas, Canvas, Canvas], arm: Arm, style: Style, rows: Sequence[Row], view: str
 ) -> None:
     decode, gaps, prefill = canvases
-    hover = f"cache: {label(cache)}" if cache else ""
+    cache = str(rows[0]["cache"])
+    hover = f"cache: {label(cache)}" if cache not in ("", NO_CACHE) else ""
     decode.line(arm, style, over_seeds(rows, "context", "decode_tok_s"), view, hover=hover)
     roof = {"dash": "dot", "width": 1.5, "symbol": "line-ew-open", "hover": "roofline"}
     decode.line(arm, style, over_seeds(rows, "context", "roofline_tok_s"), view, bars=False, **roof)
@@ -47,10 +50,10 @@ def _latency_lines(
     prefill.line(arm, style, over_seeds(rows, "context", "prefill_s"), view, hover=hover)
 
 
-def _by_cache(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows apart by how the cache is stored: speeds of two caches do not average."""
-    caches = list(dict.fromkeys(str(row.get("cache") or "") for row in rows))
-    return [(cache, [row for row in rows if str(row.get("cache") or "") == cache]) for cache in caches]
+def _with_cache(row: Row) -> dict[str, Any]:
+    """The row with the name of its cache: speeds of two caches, or without one, do not average."""
+    cache = str(row.get("cache") or "")
+    return {**row, "cache": NO_CACHE if cache == "none" else cache}
 
 
 def memory(stage: Stage, styles: Styles) -> list[Plot]:
@@ -64,6 +67,7 @@ def memory(stage: Stage, styles: Styles) -> list[Plot]:
             canvas.line(arm, style, over_seeds(rows, "context", "state_bytes_measured"), view, hover="measured")
             faint = {"dash": "dot", "width": 1.5, "symbol": "line-ew-open", "hover": "predicted"}
             canvas.line(arm, style, over_seeds(rows, "context", "state_bytes_predicted"), view, bars=False, **faint)
+            peak.axes["y"] = {"rangemode": "tozero"}
             peak.line(arm, style, over_seeds(rows, "context", "peak_memory_bytes"), view)
     plots = []
     if canvas.traces:
@@ -80,25 +84,17 @@ def _batches(stage: Stage, what: str) -> list[Any]:
 
 
 def kernels(stage: Stage, styles: Styles) -> list[Plot]:
-    """Time and memory of each backend against length: a colour an arm, a dash a backend."""
-    views = (("time", "seconds"), ("peak memory", "peak_bytes"), ("memory traffic", "traffic_bytes"))
-    plots = []
-    for title, key in views:
-        kind = "seconds" if key == "seconds" else "bytes"
-        canvas = Canvas("length (tokens)", title, True, True, x_kind="binary", y_kind=kind)
-        many = len(arms_with(stage.arms, "kernels")) > 1
-        for arm in arms_with(stage.arms, "kernels"):
-            rows = arm.rows["kernels"]
-            for place, backend in enumerate(dict.fromkeys(str(row.get("backend")) for row in rows)):
-                points = over_seeds([r for r in rows if str(r.get("backend")) == backend], "length", key)
-                named = Arm(backend, f"{arm.title}: {backend}" if many else backend, {}, False, None)
-                style = (
-                    styles[arm.name]
-                    if many
-                    else Style(PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)], "solid")
-                )
-                dash = DASHES[place % len(DASHES)] if many else "solid"
-                canvas.line(named, style, points, dash=dash)
+    """Time and memory of each backend against length, a view a pass: a colour an arm, a dash a backend."""
+    quantities = (("time", "seconds"), ("peak memory", "peak_bytes"), ("memory traffic", "traffic_bytes"))
+    arms, plots = arms_with(stage.arms, "kernels"), []
+    for title, key in quantities:
+        canvas = Canvas("length (tokens)", f"{title} ({unit(key)})", True, True, x_kind="binary", y_kind=kind(key))
+        for arm in arms:
+            rows = [row for row in arm.rows["kernels"] if number(row.get("length")) is not None]
+            for named, style, group in series(arm, rows, "backend", styles[arm.name], alone=len(arms) == 1):
+                for view in dict.fromkeys(str(row.get("pass") or "") for row in group):
+                    own = [row for row in group if str(row.get("pass") or "") == view]
+                    canvas.line(named, style, over_seeds(own, "length", key), view)
         if canvas.traces:
             plots.append(canvas.plot(f"Kernels: {title}", "The same attention, by backend.", toggles="xy"))
     return plots

@@ -8,7 +8,7 @@ from typing import Any
 
 from assay.report.collect import Stage
 from assay.report.tables import claim_rows, synthesis, titles_of
-from assay.report.words import interval, join, plural, seconds, unit
+from assay.report.words import between, interval, join, plural, seconds, unit
 from assay.spec.result import OUTCOMES, VERDICTS
 
 _LEADS = {
@@ -80,7 +80,8 @@ def decision(stage: Stage) -> list[dict[str, Any]]:
     for word in VERDICTS:
         arms = [(a.title, _difference(stage, a.name)) for a in stage.arms if words.get(a.name) == word]
         if arms:
-            groups.append({"verdict": word, "lead": _LEADS[word].format(base=base), "arms": arms})
+            lead = _LEADS[word].format(base=base)
+            groups.append({"verdict": word, "lead": lead, "arms": arms, "between": between(a for a, _ in arms)})
     return groups
 
 

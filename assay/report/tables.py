@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from assay.report.collect import Arm, Stage
-from assay.report.words import DASH, interval, number, plural, shown, significant, title_of, unit
+from assay.report.collect import Arm, Row, Stage
+from assay.report.words import (
+    DASH,
+    DURING,
+    MINUS,
+    PLACES,
+    TO,
+    interval,
+    join,
+    kind,
+    number,
+    plural,
+    shown,
+    significant,
+    title_of,
+    unit,
+)
 from assay.spec.result import Result
 
 COSTS = {
@@ -24,9 +40,27 @@ COSTS = {
     "bits_per_byte": "bits/byte",
     "in_context_nats": "in-context gain",
 }
-KNOWN_MEASURES = (
-    "extrapolation passkey latency memory kernels attention lens steps_to_loss wavelengths".split()  # noqa: SIM905
-)
+PLOTTED = {
+    "extrapolation": "ratio",
+    "recovery": "ratio",
+    "passkey": "length",
+    "latency": "context",
+    "memory": "context",
+    "kernels": "length",
+    "attention": "layer",
+    "lens": "layer",
+    "steps_to_loss": "loss_nats",
+    "wavelengths": "dim",
+}
+"""What has a plot, with the column it is drawn against: rows without it (a fit, a slope) stand in a table."""
+TITLES = {
+    "decode_fit": "Time of a decode step, measured and fitted",
+    "norms": "Time of the norms",
+    "kernels": "Kernels, summed up",
+}
+NOTES = {
+    "decode_fit": "The fit: a fixed time, a time for each sequence, and a time for each byte of state that is read."
+}
 MOST_ROWS = 200
 
 
@@ -84,25 +118,70 @@ def _p(value: Any) -> str:
 
 
 def cost_table(stage: Stage) -> dict[str, Any] | None:
-    """What each arm costs, from its runs; columns that nobody has are left out."""
+    """What each arm costs, from its runs; what is the same for all is said once, what nobody has is left out."""
     arms = [arm for arm in stage.arms if arm.trials]
     keys = [key for key in COSTS if any(arm.mean(key) is not None for arm in arms)]
     if not keys:
         return None
-    rows = [[arm.title, *(shown(key, arm.mean(key)) for key in keys)] for arm in arms]
-    return {"head": ["arm", *(COSTS[key] for key in keys)], "rows": rows}
+    cells = {key: [shown(key, arm.mean(key)) for arm in arms] for key in keys}
+    if cells.get("params_active") == cells.get("params_total"):
+        keys = [key for key in keys if key != "params_active"]  # they differ where experts do
+    alike = [key for key in keys if len(arms) > 1 and len(set(cells[key])) == 1]
+    keys = [key for key in keys if key not in alike]
+    rows = [[arm.title, *(cells[key][place] for key in keys)] for place, arm in enumerate(arms)]
+    same = join([f"{title_of(key) if key.startswith('params') else COSTS[key]} {cells[key][0]}" for key in alike])
+    return {"head": ["arm", *(COSTS[key] for key in keys)], "rows": rows if keys else [], "same": same}
 
 
 def other_tables(stage: Stage) -> list[dict[str, Any]]:
-    """Measurements that this report has no plot for are shown as they are."""
+    """Measurements without a plot, means over seeds: a table for each kind of row that they have."""
     tables = []
-    for what in dict.fromkeys(w for arm in stage.arms for w in arm.rows if w not in KNOWN_MEASURES):
-        rows = [(arm.title, row) for arm in stage.arms for row in arm.rows.get(what, ())]
-        keys = list(dict.fromkeys(key for _, row in rows for key in row))
-        body = [[title, *(shown(key, row.get(key)) for key in keys)] for title, row in rows[:MOST_ROWS]]
-        more = f"{len(rows) - MOST_ROWS} more rows are in results.jsonl" if len(rows) > MOST_ROWS else ""
-        tables.append({"title": title_of(what), "head": ["arm", *map(title_of, keys)], "rows": body, "more": more})
+    for what in dict.fromkeys(w for arm in stage.arms for w in arm.rows if not w.startswith(DURING)):
+        kinds: dict[tuple[str, ...], list[tuple[str, Row]]] = {}
+        for arm in stage.arms:
+            for row in over_runs(row for row in arm.rows.get(what, ()) if _is_untold(what, row)):
+                kinds.setdefault(tuple(row), []).append((arm.title, row))
+        for place, (keys, rows) in enumerate(kinds.items()):
+            body = [[title, *(_cell(key, row[key]) for key in keys)] for title, row in rows[:MOST_ROWS]]
+            more = [NOTES.get(what, "")] if place == 0 else []
+            more += [f"{len(rows) - MOST_ROWS} more rows are in results.jsonl"] if len(rows) > MOST_ROWS else []
+            heading = TITLES.get(what, title_of(what)[:1].upper() + title_of(what)[1:])
+            told = {"title": heading if place == 0 else "", "more": " ".join(filter(None, more))}
+            tables.append({**told, "name": heading, "head": ["arm", *map(title_of, keys)], "rows": body})
     return tables
+
+
+def _cell(key: str, value: Any) -> str:
+    """A place is written out, what was found there as its metric reads."""
+    return significant(value) if key in PLACES else shown(key, value)
+
+
+def _is_untold(what: str, row: Row) -> bool:
+    """Whether no plot shows this row, though it holds a number."""
+    x = PLOTTED.get(what)
+    if x is None:
+        return True
+    return number(row.get(x)) is None and any(
+        number(v) is not None for k, v in row.items() if k not in (*PLACES, "seed")
+    )
+
+
+def over_runs(rows: Iterable[Row]) -> list[Row]:
+    """One row for those of all seeds that say the same but for their measured numbers, of which it has the means."""
+    found: dict[Any, list[Row]] = {}
+    times: Counter[Any] = Counter()
+    for row in rows:
+        said = {k: v for k, v in row.items() if k != "seed" and (k in PLACES or not isinstance(v, float))}
+        place = (plain(said), tuple(row))
+        times[place, row["seed"]] += 1
+        found.setdefault((place, times[place, row["seed"]]), []).append(row)
+    return [{k: _mean([r[k] for r in same]) for k in same[0] if k != "seed"} for same in found.values()]
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Of measured numbers; anything else is alike in all rows."""
+    finite = [v for v in values if isinstance(v, float) and number(v) is not None]
+    return sum(finite) / len(finite) if len(finite) == len(values) else values[0]
 
 
 def claim_rows(stage: Stage) -> list[dict[str, str]]:
@@ -129,8 +208,20 @@ def _failure(failure: Result, title: str) -> dict[str, str]:
         "seed": DASH if failure.seed is None else str(failure.seed),
         "metric": title_of(str(values.get("metric", ""))),
         "score": shown(str(values.get("metric", "")), values.get("score")),
-        **{key: _text(values.get(key)) for key in ("prompt", "text", "why")},
+        "generated": _visible(_text(values.get("text"))),
+        **{key: _text(values.get(key)) for key in ("prompt", "why")},
     }
+
+
+def _visible(text: str) -> str:
+    """The text, or in words what cannot be seen."""
+    return (
+        text
+        if text.strip()
+        else f"({plural(len(text), 'character')}, all of them white space)"
+        if text
+        else "(nothing)"
+    )
 
 
 def synthesis(stage: Stage, titles: Mapping[tuple[str, str], str]) -> dict[str, Any] | None:
@@ -161,9 +252,9 @@ def _choice(choice: Mapping[str, Any], titles: Mapping[tuple[str, str], str]) ->
 def _comparison(row: Mapping[str, Any]) -> dict[str, Any]:
     metric = _text(row.get("metric"))
     delta, reach = interval(row.get("delta"), row.get("low"), row.get("high"))
-    if number(row.get("low")) is None and number(row.get("delta")) is not None:
-        change = float(row["delta"])
-        delta = ("+" if change > 0 else "") + shown(metric, change) if change else "0"
+    if kind(metric) or metric.startswith("params") or number(row.get("low")) is None:
+        delta, *ends = (_signed(metric, row.get(key)) for key in ("delta", "low", "high"))
+        reach = f"{ends[0]}{TO}{ends[1]}" if row.get("low") != row.get("high") else DASH
     return {
         "metric": title_of(metric),
         "unit": unit(metric) or _text(row.get("unit")),
@@ -174,6 +265,12 @@ def _comparison(row: Mapping[str, Any]) -> dict[str, Any]:
         "interval": reach,
         "verdict": _text(row.get("verdict")) or "not tested",
     }
+
+
+def _signed(metric: str, value: Any) -> str:
+    """A difference in the unit that its metric is shown in: '+1.80 ms', '0'."""
+    change = number(value)
+    return "0" if change == 0 else ("+" if change and change > 0 else "") + shown(metric, value).replace("-", MINUS)
 
 
 def titles_of(stages: Sequence[Stage]) -> dict[tuple[str, str], str]:

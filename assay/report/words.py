@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
@@ -12,6 +14,7 @@ TO = "\N{THIN SPACE}to\N{THIN SPACE}"
 _UNITS = (
     ("_gflop_s", "GFLOP/s"),
     ("_gb_s", "GB/s"),
+    ("_byte_s", "bytes/s"),
     ("tok_s", "tok/s"),
     ("bits_per_byte", "bits/byte"),
     ("_nats", "nats"),
@@ -21,6 +24,7 @@ _UNITS = (
     ("_ms_p99", "ms"),
     ("_ms", "ms"),
     ("_s", "s"),
+    ("seconds", "s"),
     ("accuracy", ""),
 )
 _NAMES = {
@@ -32,8 +36,23 @@ _NAMES = {
     "state_bytes_per_token": "state per token",
     "memory_gb_s": "memory bandwidth",
     "train_s": "training time",
+    "sink_mass": "attention on the first token",
+    "max_logit": "largest attention logit",
+    "in_context_nats": "in-context gain",
+    "state_byte_s": "rate of reading state",
+    "memory_byte_s": "memory bandwidth",
+    "r2": "R²",
+    "fitted_s": "fitted",
 }
+_WORDS = {"ttft": "time to first token", "itl": "time between tokens", "last": "last positions"}
 _HIGHER_IS_BETTER = ("tok_s", "accuracy", "mfu", "score", "match", "flop_s", "gb_s")
+DURING = "training."
+"""What the name of a measurement begins with that was made at several points of the training."""
+PLACES = (
+    "layer", "ratio", "length", "distance", "context", "batch", "position", "dim", "head", "variant", "tuned", "kind",
+    "backend", "pass", "cache", "cell", "width", "tokens", "samples", "chance", "reason",
+)  # fmt: skip
+"""Columns of a measurement that say where it was made, or how; the others are what was found."""
 _SYMBOLS = {"better": "▲", "worse": "▼", "confirmed": "✓", "contradicted": "✗", "not distinguishable": "≈"}
 
 
@@ -65,11 +84,17 @@ def significant(value: Any, digits: int = 4) -> str:
     return f"{found:,.{_places(found, min(digits, 3) if abs(found) < 1 else digits)}f}".replace("-", MINUS)
 
 
+def _vanishes(value: float | None, places: int) -> bool:
+    """Whether a number reads as zero though it is not: the end of an interval that misses zero must show it."""
+    return bool(value) and round(value or 0.0, places) == 0
+
+
 def interval(delta: Any, low: Any, high: Any) -> tuple[str, str]:
     """('+0.381', '+0.355 to +0.407'), with as many decimals as show two digits of the interval's half width."""
     d, lo, hi = number(delta), number(low), number(high)
     half = (hi - lo) / 2 if lo is not None and hi is not None else abs(d or 0.0) / 10
     places = min(_places(half, 2), 6)
+    places += next((more for more in (0, 1, 2) if not any(_vanishes(v, places + more) for v in (lo, hi))), 0)
 
     def show(value: float | None, raw: Any) -> str:
         if value is None:
@@ -126,27 +151,46 @@ def title_of(metric: str) -> str:
     """'extrapolation.loss_nats' -> 'extrapolation: loss', for headings; the unit is said beside it."""
     if metric in _NAMES:
         return _NAMES[metric]
-    for suffix, word in _UNITS:
-        if metric.endswith(suffix) and word not in ("", "tok/s") and metric != suffix:
-            metric = metric.removesuffix(suffix) + (f" {suffix[-3:]}" if suffix[-3:] in ("p50", "p99") else "")
-            break
-    return metric.replace(".", ": ").replace("tok_s", "speed").replace("_", " ").strip()
+    suffix, word = next(((end, word) for end, word in _UNITS if metric.endswith(end)), ("", ""))
+    if word not in ("", "tok/s") and metric != suffix:
+        metric = metric.removesuffix(suffix) + (f" {suffix[-3:]}" if suffix[-3:] in ("p50", "p99") else "")
+    words = metric.replace(".", ": ").replace("tok_s", "speed").replace("_", " ").split()
+    return " ".join(_WORDS.get(word, word) for word in words)
 
 
 def shown(metric: str, value: Any) -> str:
     """A value of this metric with its unit, scaled where that reads better."""
-    if metric.endswith(("_bytes", "bytes_per_token")):
+    if kind(metric) == "bytes":
         return bytes_(value)
     if metric.startswith(("params", "tokens")) or metric.endswith("flops"):
         return count(value)
-    if metric.endswith("_s") and not metric.endswith(("tok_s", "flop_s", "gb_s")):
+    if metric.endswith("_byte_s"):
+        return f"{bytes_(value)}/s" if number(value) is not None else significant(value)
+    if kind(metric) == "seconds":
         return seconds(value)
     if metric.endswith("tok_s"):
         return f"{significant(value, 3)} tok/s" if number(value) is not None else DASH
-    if metric in ("mfu", "accuracy") and number(value) is not None:
+    if kind(metric) == "share" and number(value) is not None:
         return f"{100 * float(value):.1f}%"
     word = unit(metric)
     return significant(value) + (f" {word}" if word and number(value) is not None else "")
+
+
+def kind(metric: str) -> str:
+    """How its numbers read on an axis and in a table: 'bytes', 'seconds', 'share' (0 to 1) or '' (plain)."""
+    metric = metric.split(".")[-1]
+    if metric.endswith(("_bytes", "bytes_per_token")) or "_bytes_" in metric:
+        return "bytes"
+    if metric.startswith("seconds") or (
+        metric.endswith("_s") and not metric.endswith(("tok_s", "flop_s", "gb_s", "byte_s"))
+    ):
+        return "seconds"
+    return "share" if metric in ("mfu", "accuracy") or metric.endswith(("_share", "_mass")) else ""
+
+
+def axis(metric: str) -> str:
+    """The metric's name with its unit: 'entropy_nats' -> 'entropy (nats)'."""
+    return title_of(metric) + (f" ({unit(metric)})" if unit(metric) else "")
 
 
 def lower_is_better(metric: str) -> bool:
@@ -158,8 +202,14 @@ def symbol(word: str) -> str:
     return _SYMBOLS.get(word, "○")
 
 
+def between(items: Iterable[str]) -> str:
+    """What stands between these items in a list: a semicolon where one of them has a comma of its own."""
+    return "; " if any("," in item for item in items) else ", "
+
+
 def join(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1] if items else ""
+    last = "; and " if between(items) == "; " and len(items) > 2 else " and "
+    return items[0] if len(items) == 1 else between(items).join(items[:-1]) + last + items[-1] if items else ""
 
 
 def plural(n: int, noun: str) -> str:
@@ -171,3 +221,9 @@ def label(text: Any, longest: int = 60) -> str:
     flat = " ".join(str(text).split())
     cut = flat if len(flat) <= longest else flat[: longest - 1] + "…"
     return html.escape(cut, quote=False).replace("%", "&#37;")
+
+
+def wrapped(text: Any, width: int = 22) -> str:
+    """A label of two lines at most, for the ticks of an axis."""
+    lines = textwrap.wrap(" ".join(str(text).split()), width) or [""]
+    return "<br>".join([*map(label, lines[:1]), *([label(" ".join(lines[1:]), width)] if lines[1:] else [])])

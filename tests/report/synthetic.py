@@ -61,6 +61,7 @@ def stage(name: str, rng: random.Random) -> list[Result]:
         "base": YAML,
         "base_arm": base,
         "arms": listed,
+        "note": f"Best learning rates of {title} agree.",
         "recipe": "tokens: 400000\nlearning_rate: 0.004\nbatch: 4\n",
         "metric": "loss_nats",
         "command": "assay study run tour --out runs/tour --budget quick",
@@ -208,13 +209,36 @@ def inside(loss: float) -> Tables:
     tables["kernels"] = [
         {
             "backend": b,
+            "pass": way,
             "length": n,
             "seconds": k * n * n * 1e-9,
             "peak_bytes": m * n * (n if b == "naive" else 64),
             "traffic_bytes": 12 * n * n,
         }
         for b, k, m in (("naive", 9, 16), ("tiled", 4, 64))
+        for way in ("forward", "backward")
         for n in lengths
+    ]
+    tables["kernels"] += [
+        {"backend": b, "pass": "forward", "peak_slope": s} for b, s in (("naive", 2.0), ("tiled", 1.0))
+    ]
+    tables["training.attention"] = [
+        {"part": p / 4, "at_tokens": 100_000 * p, "layer": i, "sink_mass": 0.1 * p + 0.02 * i, "max_logit": 5.0 + p + i}
+        for p in range(1, 5)
+        for i in range(4)
+    ]
+    tables["recovery"] = [
+        {"variant": v, "tuned": t, "ratio": r, "length": 128 * r, "loss_nats": loss + g * r / (2 if t else 1)}
+        for v, g in (("none", 0.4), ("yarn", 0.1))
+        for t in (False, True)
+        for r in (1, 2, 4)
+    ]
+    cells = [(b, n, 1e-3 + 1e-6 * b + 4e-9 * b * n) for b in (1, 8) for n in (128, 512)]
+    tables["decode_fit"] = [{"batch": b, "context": n, "seconds": t, "fitted_s": t * 1.02} for b, n, t in cells]
+    tables["decode_fit"].append({"cell": "fit", "r2": 0.98, "seconds_fixed": 1e-3, "state_byte_s": 2.5e10})
+    tables["norms"] = [
+        {"kind": k, "tokens": 4096, "width": 64, "forward_s": f, "backward_s": 3 * f, "ratio": f / 2e-4}
+        for k, f in (("layernorm", 2e-4), ("rmsnorm", 1.5e-4))
     ]
     tables["lens"] = [{"layer": i, "loss_nats": loss + 0.42 * (4 - i)} for i in range(5)]
     tables["wavelengths"] = [

@@ -45,20 +45,31 @@
     at[last] = value;
   }
 
-  const trim = (value) => String(Number(value.toPrecision(3)));
+  const trim = (value, digits = 3) => String(Number(value.toPrecision(digits)));
 
-  function scaled(value, base, names) {
+  function scaled(value, base, names, digits = 3) {
     let step = 0;
     while (Math.abs(value) >= base && step < names.length - 1) { value /= base; step += 1; }
-    return trim(value) + names[step];
+    return trim(value, digits) + names[step];
   }
 
-  function tickText(value, kind) {
-    if (kind === "bytes") return scaled(value, 1024, [" B", " KiB", " MiB", " GiB", " TiB"]);
+  function tickText(value, kind, digits = 3) {
+    if (kind === "bytes") return scaled(value, 1024, [" B", " KiB", " MiB", " GiB", " TiB"], digits);
     if (kind === "seconds" && value && value < 1) return value < 1e-3 ? `${trim(value * 1e6)} µs` : `${trim(value * 1e3)} ms`;
     if (kind === "seconds") return `${trim(value)} s`;
+    if (kind === "whole") return String(value);
     if (kind === "binary") return value >= 131072 && value % 1024 === 0 ? scaled(value, 1024, ["", "Ki", "Mi"]) : value.toLocaleString("en");
     return scaled(value, 1000, ["", "k", "M", "G", "T"]);
+  }
+
+  /* As many digits as tell neighbours apart. */
+  function labels(values, kind) {
+    let texts = [];
+    for (let digits = 3; digits < 9; digits += 1) {
+      texts = values.map((value) => tickText(value, kind, digits));
+      if (new Set(texts).size === values.length) break;
+    }
+    return texts;
   }
 
   function spread(from, to, step) {
@@ -74,6 +85,7 @@
 
   /* Ticks of a log axis, or of a linear axis of bytes: powers of two, decades, or 1-2-5 where there are few decades. */
   function ticks(low, high, kind, isLog) {
+    if (kind === "whole") return spread(low, high, Math.max(1, niceStep((high - low) / 2)));
     if (!isLog) return spread(low, high, 2 ** Math.ceil(Math.log2((high - low) / 6)));
     const base = kind === "binary" || kind === "bytes" ? 2 : 10;
     const from = Math.log(low) / Math.log(base), to = Math.log(high) / Math.log(base);
@@ -82,7 +94,7 @@
     if (base === 10 && found.length < 4)
       found = spread(Math.floor(from), to, 1).flatMap((e) => [1, 2, 5].map((m) => m * 10 ** e));
     found = found.filter((v) => v >= low * 0.999 && v <= high * 1.001);
-    return found.length > 2 ? found : spread(low, high, niceStep(high - low));
+    return found.length > (kind === "binary" ? 1 : 2) ? found : spread(low, high, niceStep(high - low));
   }
 
   /* What the axes need after a draw, a zoom or a switch between linear and log; {} when they are right already. */
@@ -94,10 +106,10 @@
       const isLog = axis.type === "log";
       if (axis.type === "category" || (own && !isLog && name === "yaxis")) continue;
       if (own && isLog) { Object.assign(update, { [`${name}.tickvals`]: own.tickvals, [`${name}.ticktext`]: own.ticktext, [`${name}.tickmode`]: "array" }); continue; }
-      if (!isLog && kind !== "bytes") { update[`${name}.tickmode`] = "auto"; continue; }
+      if (!isLog && kind !== "bytes" && kind !== "whole") { update[`${name}.tickmode`] = "auto"; continue; }
       const [low, high] = isLog ? axis.range.map((v) => 10 ** v) : axis.range;
       const values = ticks(Math.min(low, high), Math.max(low, high), kind, isLog);
-      Object.assign(update, { [`${name}.tickmode`]: "array", [`${name}.tickvals`]: values, [`${name}.ticktext`]: values.map((v) => tickText(v, kind)) });
+      Object.assign(update, { [`${name}.tickmode`]: "array", [`${name}.tickvals`]: values, [`${name}.ticktext`]: labels(values, kind) });
     }
     return update;
   }
