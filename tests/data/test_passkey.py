@@ -53,6 +53,23 @@ def test_a_training_document_only_adds_questions_with_the_same_answer(task: Pass
         assert counted.all()
 
 
+def test_further_questions_are_halved_and_stand_anywhere() -> None:
+    task = Passkey.short()
+    texts = [bytes(task.draw(256, key)[0].tolist()).decode() for key in range(4000)]
+    asked = [[i for i in range(256) if text[i] == "#"] for text in texts]
+    # All eight fit where the last question is this far from the statement.
+    counts = [len(places) - 1 for places in asked if places[-1] - places[0] > 64]
+    tally = np.array([counts.count(n) for n in (1, 2, 4, 8)])
+    expected = len(counts) / 4
+    # Fair draws exceed these once in a thousand (3 and 9 degrees of freedom).
+    assert tally.sum() == len(counts) > 2000
+    assert ((tally - expected) ** 2 / expected).sum() < 16.3
+    # Where the one between stands in its room: from 3 after the statement to 3 before the last question.
+    shares = [(b - a - 3) / (c - a - 5) for a, b, c in (p for p in asked if len(p) == 3 and p[2] - p[0] > 64)]
+    tenths = np.histogram(shares, bins=10, range=(0, 1))[0]
+    assert ((tenths - len(shares) / 10) ** 2 / (len(shares) / 10)).sum() < 27.9
+
+
 def test_keys_and_distances_are_drawn_evenly() -> None:
     task = Passkey.short()
     examples = [task.example(64, key) for key in range(4000)]

@@ -36,8 +36,9 @@ class Passkey(Spec):
     """What a passkey document is made of.
 
     `digits` symbols of `alphabet` are the key. The alphabet's symbols, and the statement, stand nowhere else.
-    For training, `asks` questions stand in a document (as many as fit), and `answer_only` means that nothing else is
-    to be predicted; a document that is scored has one question, at its end. The defaults are the sentence of the
+    For training, up to `asks` questions stand in a document, at drawn places: that number, halved as often as a draw
+    says, or as many as fit. `answer_only` means that nothing else is to be predicted. A document that is scored has
+    one question, at its end. The defaults are the sentence of the
     paper; `Passkey.short()` is what a tiny model learns in seconds.
     """
 
@@ -117,13 +118,24 @@ class Passkey(Spec):
         counted = np.full(length, not self.answer_only)
         counted[-self.digits :] = True
         told = np.concatenate([_ids(self.statement), example.answer, _ids(self.end)])
-        first = length - example.distance + len(self.end)  # the filler between statement and question
-        last = length - self.digits - len(self.statement)
-        fits = min(self.asks - 1, (last - first) // len(told))
-        for stop in (first + (last - first) * (i + 1) // fits for i in range(fits)):
-            tokens[stop - len(told) : stop] = told
-            counted[stop - len(self.end) - self.digits : stop - len(self.end)] = True
+        for start in self._more(length, example.distance, len(told), key):
+            tokens[start : start + len(told)] = told
+            answer = start + len(self.statement)
+            counted[answer : answer + self.digits] = True
         return tokens, counted
+
+    def _more(self, length: int, distance: int, size: int, key: int) -> Iterator[int]:
+        """Where further questions of `size` tokens start: in the filler between the statement and the last question.
+
+        Many questions are quickly learned, for a key stands wherever one looks; few show that it can be far away.
+        """
+        draws = Draws("passkey questions", key)
+        asks = self.asks >> draws.below(self.asks.bit_length())
+        first = length - distance + len(self.end)
+        room = length - self.digits - len(self.statement) - first
+        count = min(asks - 1, room // size)
+        free = room - count * size  # tokens of filler that stay, cut at `count` even draws
+        return (first + cut + i * size for i, cut in enumerate(sorted(draws.below(free + 1) for _ in range(count))))
 
     def solve(self, prompt: NDArray[np.int64]) -> NDArray[np.int64]:
         """The oracle: what follows the first statement in the prompt."""
