@@ -58,8 +58,9 @@ def _run(job: dict[str, Any], progress: Progress, room: Room) -> list[dict[str, 
         # The study's own folder for its choice, from before the choice changed or the run was cut off.
         shutil.rmtree(keep)
     during = During(job["measurements"], room)
+    options = Options(on_validation=during.at if during.asked else None)
     try:
-        trained = train(spec, recipe, keep, on_progress=told, options=Options(on_validation=during.at))
+        trained = train(spec, recipe, keep, on_progress=told, options=options)
     except Diverged as error:
         lost = {**sizes(spec), "loss_nats": None, "diverged": True, "steps": error.step}
         return [line(job, kind, said) for kind, said in [("trial", lost), *during.lines()]]
@@ -106,7 +107,7 @@ class During:
 
     def at(self, status: Status, trained: TrainResult) -> None:
         """A validation; at the last one nothing, since the end is measured anyway."""
-        if not self.asked or status.step == status.steps:
+        if status.step == status.steps:
             return
         self.peak = max(self.peak, peak_bytes())
         points = trained.recipe.evaluation.points

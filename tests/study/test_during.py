@@ -94,6 +94,10 @@ def test_training_memory_is_not_that_of_what_is_measured(tmp_path: Path, monkeyp
     monkeypatch.setattr(trial, "measured", greedy)
     busy = _lines(_job(tmp_path, "lens", "training.lens"))["trial"]["peak_memory_bytes"]
     assert busy < plain + (50 << 20)
+    # The most before a measurement counts though less is held later on.
+    held = iter([10**12])
+    monkeypatch.setattr(trial, "peak_bytes", lambda: next(held, 1))
+    assert _lines(_job(tmp_path, "lens", "training.lens"))["trial"]["peak_memory_bytes"] == 10**12
 
 
 def test_stages_that_share_a_run_get_what_they_asked_for(tmp_path: Path) -> None:
