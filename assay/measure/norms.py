@@ -96,15 +96,16 @@ def scaled(x: Tensor) -> Tensor:
 def timed(norms: Mapping[str, Norm], x: Tensor, upstream: Tensor, budget_s: float) -> dict[str, tuple[float, float]]:
     """Medians of the seconds of forward, with all that backward needs kept, and of backward.
 
-    Of rounds in which every norm runs once, so that a busy machine slows all alike: five, and more while the budget
-    lasts; two more before them are not counted.
+    Of rounds in which every norm runs once, so that a busy machine slows all alike, each round beginning with another:
+    five, and more while the budget lasts; two more before them are not counted.
     """
     x = x.detach().requires_grad_()
-    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in norms}
+    kinds = tuple(norms)
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     start, rounds = time.perf_counter(), 0
     while rounds < WARM + ROUNDS or time.perf_counter() - start < budget_s:
-        for kind, norm in norms.items():
-            found[kind].append(both(norm, x, upstream))
+        for kind in (*kinds[rounds % len(kinds) :], *kinds[: rounds % len(kinds)]):
+            found[kind].append(both(norms[kind], x, upstream))
         rounds += 1
     kept = {kind: zip(*times[WARM:], strict=True) for kind, times in found.items()}
     return {kind: (statistics.median(a), statistics.median(b)) for kind, (a, b) in kept.items()}
