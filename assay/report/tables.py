@@ -142,6 +142,7 @@ def other_tables(stage: Stage) -> list[dict[str, Any]]:
             for row in over_runs(row for row in arm.rows.get(what, ()) if _is_untold(what, row)):
                 kinds.setdefault(tuple(row), []).append((arm.title, row))
         for place, (keys, rows) in enumerate(kinds.items()):
+            keys = tuple(key for key in keys if any(row[key] is not None for _, row in rows))
             body = [[title, *(_cell(key, row[key]) for key in keys)] for title, row in rows[:MOST_ROWS]]
             more = [NOTES.get(what, "")] if place == 0 else []
             more += [f"{len(rows) - MOST_ROWS} more rows are in results.jsonl"] if len(rows) > MOST_ROWS else []
@@ -284,10 +285,13 @@ def environments(results: Sequence[Result]) -> list[list[tuple[str, str]]]:
     found = [list(r.values.items()) + _envelope(r) for r in results if r.kind == "environment"]
     if not found:
         found = [_envelope(r) for r in results[-1:]]
-    tables = [[(title_of(k), shown(k, v) if k != "threads" else str(v)) for k, v in items] for items in found]
+    tables = [
+        [(title_of(k), shown(k, v) if not k.startswith("threads") else str(v)) for k, v in items] for items in found
+    ]
     return [table for place, table in enumerate(tables) if table not in tables[:place]]
 
 
 def _envelope(result: Result) -> list[tuple[str, Any]]:
     pairs = [("assay", result.version or None), ("commit", result.commit), ("device", result.device)]
-    return [(k, v) for k, v in [*pairs, ("threads", result.threads)] if v is not None]
+    threads = "threads of a run" if "threads" in result.values else "threads"
+    return [(k, v) for k, v in [*pairs, (threads, result.threads)] if v is not None]

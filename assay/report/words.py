@@ -179,6 +179,8 @@ def shown(metric: str, value: Any) -> str:
 def kind(metric: str) -> str:
     """How its numbers read on an axis and in a table: 'bytes', 'seconds', 'share' (0 to 1) or '' (plain)."""
     metric = metric.split(".")[-1]
+    if metric.endswith(("_slope", "_ratio")):
+        return ""
     if metric.endswith(("_bytes", "bytes_per_token")) or "_bytes_" in metric:
         return "bytes"
     if metric.startswith("seconds") or (
