@@ -1,0 +1,265 @@
+"""Likely causes of a difference, by trial: one thing is changed at one place, and the difference vanishes or it stays.
+
+What is tried goes by the names of fields (`eps`, `softcap`, `window`, `act`, ...) and by the shapes of weights, not by
+kinds of parts: the mistakes that importers make, and that no error tells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, get_args
+
+from torch import Tensor
+
+from assay.hub.family import owned
+from assay.hub.rules import Pairs
+from assay.hub.rules import Place as Spot
+from assay.measure.isolate import Place, alone, relative, variant
+from assay.model.lm import LM, weight_table
+from assay.ops.activations import Activation
+from assay.ops.step import Step
+from assay.spec.load import change, dump
+from assay.spec.model import ModelSpec
+
+Weights = Mapping[str, Tensor]
+EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3)
+CAPS = (30.0, 50.0, 20.0, 15.0)
+THETAS = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0)
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A change of the spec (dotted paths) or of the weights. step: where it acts."""
+
+    step: str
+    cause: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A number of the spec whose right value is searched between the grid's ends."""
+
+    step: str
+    paths: tuple[str, ...]
+    told: str
+    grid: tuple[float, ...]
+
+    def trial(self, value: float) -> Trial:
+        return Trial(self.step, f"{self.told}; {value:.4g} fits", dict.fromkeys(self.paths, value))
+
+
+@dataclass(frozen=True)
+class Found:
+    """step: where the trial acts. cause: what it changes. error: what is left of the difference with it."""
+
+    step: str
+    cause: str
+    error: float
+
+
+class Search:
+    """Trials at one place, each judged by the place's output on the reference's input. `told(done)` after each."""
+
+    def __init__(self, model: LM, step: Step, reference: Weights, told: Callable[[int], None] | None = None) -> None:
+        self.model, self.step, self.reference, self.told, self.done = model, step, reference, told, 0
+
+    def find(self, place: Place, error: float, enough: float, numbers: Mapping[str, float]) -> Found | None:
+        """The first trial that leaves at most `enough`, and at most a tenth of the difference.
+
+        numbers: the configuration's numbers by key; a value that was overlooked is often among them.
+        """
+        enough = min(enough, error / 10)
+        for trial in trials(self.model, place, numbers):
+            left = self.left(trial, place)
+            if left <= enough:
+                return Found(trial.step, trial.cause, left)
+        for scan in scans(self.model.spec, place):
+            value, left = self.best(scan, place)
+            if left <= enough:
+                trial = scan.trial(value)
+                return Found(trial.step, trial.cause, left)
+        return None
+
+    def left(self, trial: Trial, place: Place) -> float:
+        """The difference that is left; infinite where the model cannot be changed so."""
+        self.done += 1
+        if self.told is not None:
+            self.told(self.done)
+        try:
+            other = variant(self.model, change(self.model.spec, trial.changes), trial.weights, place)
+        except ValueError:
+            return math.inf
+        found = alone(other, self.step, self.reference).outputs.get(place.name)
+        return math.inf if found is None else relative(found, self.reference[place.wanted].flatten(0, 1))
+
+    def best(self, scan: Scan, place: Place, rounds: int = 24) -> tuple[float, float]:
+        """The scan's best value and what it leaves: a grid, then a golden-section search on the logarithm."""
+        at = lambda x: self.left(scan.trial(math.exp(x)), place)  # noqa: E731
+        grid = [math.log(g) for g in scan.grid]
+        errors = [at(x) for x in grid]
+        middle = min(range(len(grid)), key=errors.__getitem__)
+        low, high = grid[max(middle - 1, 0)], grid[min(middle + 1, len(grid) - 1)]
+        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+        at_left, at_right = at(left), at(right)
+        for _ in range(rounds):
+            if at_left <= at_right:
+                high, right, at_right = right, left, at_left
+                left = high - GOLDEN * (high - low)
+                at_left = at(left)
+            else:
+                low, left, at_left = left, right, at_right
+                right = low + GOLDEN * (high - low)
+                at_right = at(right)
+        tried = [(at_left, left), (at_right, right), *zip(errors, grid, strict=True)]
+        error, x = min(tried)
+        return math.exp(x), error
+
+
+def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Values of a tree by dotted path."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if items is None:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def fields_at(spec: ModelSpec, place: Place) -> list[tuple[str, Any]]:
+    """The fields of the spec that shape a place: of its own part or block, and of the position schemes."""
+    tree = dump(spec)
+    if place.layer is None:
+        return list(leaves(tree[place.name], place.name))
+    name = spec.plan[spec.sources[place.layer]]
+    return [*leaves(tree["blocks"][name], f"blocks.{name}"), *leaves(tree["positions"], "positions")]
+
+
+def step_of(path: str, place: Place) -> str:
+    """The step inside a place that a field acts on."""
+    if place.layer is None:
+        return {"head": "logits", "final_norm": "final"}.get(place.name, "in")
+    if path.startswith("positions.") or ".qk_norm." in path:
+        return "mixer.q"
+    if ".scores." in path or ".sees." in path:
+        return "mixer.scores"
+    if ".router." in path:
+        return "ffn.router.choice"
+    return "norm" if ".norm." in path else "ffn" if path.endswith("act") else "out"
+
+
+def trials(model: LM, place: Place, numbers: Mapping[str, float]) -> Iterator[Trial]:
+    """Changes of the spec first, all alike fields of the place together before each alone; then of the weights."""
+    fields = fields_at(model.spec, place)
+    alike: dict[tuple[str, Any], list[str]] = {}
+    for path, value in fields:
+        if not isinstance(value, list | dict):
+            alike.setdefault((path.rpartition(".")[2], value), []).append(path)
+    for (leaf, value), paths in alike.items():
+        for other in candidates(leaf, value, numbers):
+            groups = [paths, *([p] for p in paths)] if len(paths) > 1 else [paths]
+            for group in groups:
+                names = " and ".join(group)
+                cause = f"{names} is {shown(value)} here; {shown(other)} fits"
+                yield Trial(step_of(group[0], place), cause, dict.fromkeys(group, other))
+    if place.layer is not None:
+        yield from weight_trials(model, f"blocks.{model.spec.sources[place.layer]}.")
+
+
+def shown(value: Any) -> str:
+    return "absent" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def candidates(leaf: str, value: Any, numbers: Mapping[str, float]) -> list[Any]:
+    """Other values that a field of this name often has, first those that the configuration mentions."""
+
+    def near(*words: str) -> list[float]:
+        return [v for k, v in numbers.items() if any(word in k for word in words)]
+
+    usual: dict[str, list[Any]] = {
+        "eps": [*near("eps"), *EPS],
+        "softcap": [None, *near("cap"), *CAPS],
+        "window": [None, *(n for w in near("window", "local") for n in (int(w), int(w) + 1))],
+        "theta": [*near("theta", "freq", "base"), *THETAS],
+        "scale": [w for v in near("scal", "multipl", "size", "dim") if v > 0 for w in (v, 1 / v, v**-0.5, v**0.5)],
+        "act": list(get_args(Activation)),
+        "weight": ["one", "plus_one"] if value in ("one", "plus_one") else [],
+        "parallel": ["no", "own", "shared"],
+        "scaling": [None],
+        "kind": ["rmsnorm", "layernorm"] if value in ("rmsnorm", "layernorm") else [],
+    }
+    found = usual.get(leaf, [])
+    if leaf == "window" and isinstance(value, int):
+        found = [value + 1, value - 1, *found]
+    if isinstance(value, bool):
+        found = [not value]
+    return [x for x in dict.fromkeys(found) if x != value and not (x == 0 and not isinstance(x, bool))]
+
+
+def scans(spec: ModelSpec, place: Place) -> Iterator[Scan]:
+    """Epsilons, all together and each alone, and scales, over many orders of magnitude."""
+    fields = fields_at(spec, place)
+    eps = {path: value for path, value in fields if path.endswith("eps") and value is not None}
+    grid = tuple(10.0**e for e in range(-9, 1))
+    if len(set(eps.values())) == 1 and len(eps) > 1:
+        value = next(iter(eps.values()))
+        yield Scan(step_of(next(iter(eps)), place), tuple(eps), f"{' and '.join(eps)} is {value:g} here", grid)
+    for path, value in eps.items():
+        yield Scan(step_of(path, place), (path,), f"{path} is {value:g} here", grid)
+    for path, value in fields:
+        if path.endswith("scale"):
+            told = f"{path} is {shown(value)} here"
+            yield Scan(step_of(path, place), (path,), told, tuple(2.0**e for e in range(-12, 13, 2)))
+
+
+def weight_trials(model: LM, prefix: str) -> Iterator[Trial]:
+    """Pairs of RoPE in the other layout, square matrices transposed, matrices of one shape exchanged."""
+    own = {name: p.detach() for name, p in model.named_parameters() if name.startswith(prefix)}
+    yield from layouts(model.spec, own)
+    for name, w in own.items():
+        if w.dim() >= 2 and w.shape[-1] == w.shape[-2]:
+            yield Trial(inner(name, prefix), f"{name} is transposed", weights={name: w.mT.contiguous()})
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, w in own.items():
+        owner, _, leaf = name.rpartition(".")
+        groups.setdefault(owner if leaf in ("weight", "bias") else name, {})[leaf] = w
+    for (a, first), (b, second) in combinations(groups.items(), 2):
+        shapes = [[(leaf in ("weight", "bias") and leaf, w.shape) for leaf, w in g.items()] for g in (first, second)]
+        matrix = any(w.dim() > 1 for w in first.values())
+        if matrix and shapes[0] == shapes[1] and a.rpartition(".")[0] == b.rpartition(".")[0]:
+            other = {f"{a}.{leaf}" if a.rpartition(".")[2] != leaf else a: w for leaf, w in zip(first, second.values())}
+            other |= {
+                f"{b}.{leaf}" if b.rpartition(".")[2] != leaf else b: w for leaf, w in zip(second, first.values())
+            }
+            yield Trial(inner(a, prefix), f"{a} and {b} are exchanged", weights=other)
+
+
+def inner(name: str, prefix: str) -> str:
+    """`blocks.1.mixer.q.weight` -> `mixer.q`."""
+    return name.removeprefix(prefix).removesuffix(".weight").removesuffix(".bias")
+
+
+def layouts(spec: ModelSpec, own: Weights) -> Iterator[Trial]:
+    """Queries and keys of each mixer with its pairs as neighbours, or back from there to halves."""
+    table = weight_table(spec)
+    for name, (part, site) in owned(spec):
+        position = getattr(part, "position", None)
+        if not isinstance(position, str) or not hasattr(part, "size"):
+            continue
+        turned = [f"{name}.{x}" for x in ("q.weight", "q.bias", "k.weight", "k.bias", "q_norm.weight", "k_norm.weight")]
+        there = [n for n in turned if n in own]
+        rule = Pairs("", dim=getattr(spec.positions[position], "dim", None))
+        for back, told in ((False, "neighbours in the file: (0, 1), (2, 3)"), (True, "halves in the file")):
+            changed = {}
+            for n in there:
+                spot = Spot((n,), (table[n].shape,), part, site)
+                changed[n] = (rule.write if back else rule.read)([own[n]], spot)[0]
+            if changed:
+                yield Trial(
+                    f"{name.partition('.')[2].partition('.')[2]}.q", f"RoPE's pairs are {told}", weights=changed
+                )

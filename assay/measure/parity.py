@@ -1,0 +1,299 @@
+"""Whether an imported model computes what the reference does, quantity by quantity, and if not, where it parts and why.
+
+A reference is a mapping of tensors, from a safetensors file or from transformers itself:
+
+    input_ids [R, T]             integers
+    logits [R, T, V]
+    hidden.0 .. hidden.L         [R, T, D]: the input of each layer, and the last layer's output before the final norm
+    final [R, T, D]              after it
+    greedy_ids, greedy_logits    [R, n], [R, n, V]: a cached continuation of input_ids by the likeliest token
+    leftpad.*, rightpad.*        input_ids and attention_mask [R, T] (1 is a token), logits [R, T, V]
+
+What a reference does not have is not compared, and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from assay.cache import Size
+from assay.engine.runner import Runner, check_context, check_continues, context_limit, right_padded
+from assay.hub.config import is_number
+from assay.hub.live import GREEDY
+from assay.hub.load import Imported
+from assay.measure.causes import Found, Search
+from assay.measure.isolate import Place, alone, places, relative
+from assay.model.lm import LM
+from assay.ops.step import Step, rows_step
+from assay.spec.model import ModelSpec
+
+TOLERANCE = 1e-4
+"""max |ours - theirs| / max |theirs| in float32: above rounding, below what any wrong field does."""
+CHUNK = 32  # tokens of a prompt that one step of the greedy run takes, so that prefill in pieces is compared too
+PADS = ("leftpad", "rightpad")
+
+Reference = Mapping[str, Tensor]
+Inside = Callable[[int], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity: `logits`, `hidden.3`, `greedy_ids` (the share of tokens that differ), ..."""
+
+    quantity: str
+    max_rel_diff: float
+    match: bool
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where the first difference is made. layer: of a block. step: inside it, as far as it is known. cause: null where
+    no trial makes the difference vanish."""
+
+    layer: int | None
+    step: str
+    max_rel_diff: float
+    cause: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, what could not be and why, and the first difference."""
+
+    rows: tuple[Row, ...]
+    absent: tuple[str, ...]
+    first_divergence: Divergence | None
+
+    @property
+    def match(self) -> bool:
+        return all(row.match for row in self.rows)
+
+    @property
+    def max_rel_diff(self) -> float:
+        return max(row.max_rel_diff for row in self.rows)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"match": self.match, "max_rel_diff": self.max_rel_diff, **asdict(self)}
+
+
+def read_reference(path: Path, vocab: int) -> dict[str, Tensor]:
+    """A reference file. ValueError names what is missing or does not fit."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or one that was cut short: {error}") from None
+    for name in ("input_ids", "logits"):
+        if name not in found:
+            raise ValueError(f"{path}: {name}: missing; a reference has at least input_ids and logits")
+    for name, value in found.items():
+        if name.endswith(("input_ids", "greedy_ids")):
+            if value.is_floating_point() or value.dim() != 2 or not value.numel():
+                raise ValueError(
+                    f"{path}: {name}: {value.dtype} {tuple(value.shape)}; integers [rows, tokens] expected"
+                )
+            if not 0 <= int(value.min()) <= int(value.max()) < vocab:
+                raise ValueError(f"{path}: {name}: ids {value.min()} to {value.max()}; the model has 0 to {vocab - 1}")
+    if found["logits"].shape[:2] != found["input_ids"].shape:
+        shapes = tuple(found["logits"].shape), tuple(found["input_ids"].shape)
+        raise ValueError(f"{path}: logits: shape {shapes[0]}; input_ids are {shapes[1]}")
+    return found
+
+
+def compare(
+    imported: Imported,
+    reference: Reference,
+    numbers: Mapping[str, float] | None = None,
+    inside: Inside | None = None,
+    told: Callable[[int], None] | None = None,
+) -> Report:
+    """Run the model on the reference's input and compare everything that both have.
+
+    numbers: of the configuration, for the search of a cause. inside: the reference's values within a block, where it
+    can be asked for them (`assay.hub.live`). told: called with the number of trials done.
+    """
+    model, step = imported.model, rows_step(reference["input_ids"])
+    rows, absent = list(forward_rows(model, step, reference)), []
+    for part in (padded_rows, greedy_rows):
+        try:
+            rows += part(model, reference)
+        except ValueError as error:
+            absent.append(str(error))
+    absent += [f"{name}: not in the reference" for name in expected(imported) if name not in reference]
+    report = Report(tuple(rows), tuple(absent), None)
+    if report.match:
+        return report
+    search = Search(model, step, reference, told)
+    return Report(report.rows, report.absent, diverges(search, report, numbers or {}, inside))
+
+
+def expected(imported: Imported) -> list[str]:
+    hidden = [f"hidden.{i}" for i in range(imported.spec.layers + 1)]
+    return [*hidden, "final", "logits", *(f"{pad}.logits" for pad in PADS), "greedy_ids", "greedy_logits"]
+
+
+def row(quantity: str, ours: Tensor, theirs: Tensor) -> Row:
+    error = relative(ours, theirs)
+    return Row(quantity, error, error <= TOLERANCE)
+
+
+@torch.no_grad()
+def forward_rows(model: LM, step: Step, reference: Reference) -> Iterator[Row]:
+    """Hidden states, final features and logits of one uncached pass."""
+    layers = model.spec.layers
+    wanted = frozenset({"final", *(f"blocks.{i}.{end}" for i in range(layers) for end in ("in", "out"))})
+    out = model(step.with_(listen=wanted))
+    taps = {f"hidden.{i}": f"blocks.{i}.in" for i in range(layers)} | {f"hidden.{layers}": f"blocks.{layers - 1}.out"}
+    for quantity, tap in {**taps, "final": "final"}.items():
+        if quantity in reference:
+            yield row(quantity, out.taps[tap], reference[quantity].flatten(0, 1))
+    yield row("logits", out.logits, reference["logits"].flatten(0, 1))
+
+
+@torch.no_grad()
+def padded_rows(model: LM, reference: Reference) -> Iterator[Row]:
+    """Rows of unequal length in one batch: only real tokens are compared, wherever the reference put its padding."""
+    for pad in PADS:
+        if f"{pad}.logits" not in reference:
+            continue
+        ids, keep = reference[f"{pad}.input_ids"], reference[f"{pad}.attention_mask"].bool()
+        texts = [row_ids[mask].tolist() for row_ids, mask in zip(ids, keep, strict=True)]
+        lengths = [len(text) for text in texts]
+        step = right_padded(texts, [0] * len(texts), lengths, ids.device).with_(emit=None)
+        out = model(step)
+        yield row(f"{pad}.logits", out.logits[step.seq >= 0], reference[f"{pad}.logits"][keep])
+
+
+@torch.no_grad()
+def greedy_rows(model: LM, reference: Reference) -> Iterator[Row]:
+    """The continuation through the engine's cache, fed with the reference's tokens so that every step is compared.
+
+    A token counts as another only where the reference's two best are further apart than the tolerance.
+    """
+    if "greedy_ids" not in reference or "greedy_logits" not in reference:
+        return
+    check_continues(model.spec)
+    ids, said = reference["input_ids"], reference["greedy_ids"]
+    check_context(model.spec, ids.shape[1], said.shape[1])
+    ours = continued(model, ids, said)
+    theirs = reference["greedy_logits"].to(ours.dtype)
+    best = theirs.topk(2, -1).values
+    sure = best[..., 0] - best[..., 1] > 2 * TOLERANCE * theirs.abs().max()
+    share = float(((ours.argmax(-1) != said) & sure).float().mean())
+    yield row("greedy_logits", ours, theirs)
+    yield Row("greedy_ids", share, share == 0.0)
+
+
+def continued(model: LM, ids: Int[Tensor, "R T"], said: Int[Tensor, "R n"]) -> Tensor:
+    """[R, n, V]: logits before each token of `said`, one cached step at a time."""
+    count, length = ids.shape
+    runner = Runner(model, Size(count, length + said.shape[1], min(CHUNK, length)))
+    slots = [runner.open(length + said.shape[1]) for _ in range(count)]
+    logits = [runner.feed(slots, ids.tolist())]
+    for column in said[:, :-1].unbind(1):
+        logits.append(runner.feed(slots, column[:, None].tolist()))
+    return torch.stack(logits, 1)
+
+
+def diverges(search: Search, report: Report, numbers: Mapping[str, float], inside: Inside | None) -> Divergence:
+    """The first place whose own output differs when it is given the reference's input, and a cause."""
+    model, reference = search.model, search.reference
+    made = alone(model, search.step, reference).outputs
+    for place in places(model.spec):
+        known = place.wanted in reference and (place.given is None or place.given in reference)
+        if not known or place.name not in made:
+            continue
+        error = relative(made[place.name], reference[place.wanted].flatten(0, 1))
+        if error > TOLERANCE / 10:
+            return explained(search, place, error, numbers, inside)
+    first = next(r for r in report.rows if not r.match)
+    apart = not any(r.quantity.startswith("hidden.") for r in report.rows)
+    cause = None if apart else "every layer agrees when it is given the reference's input: what differs is between them"
+    return Divergence(None, first.quantity, first.max_rel_diff, cause)
+
+
+def explained(
+    search: Search, place: Place, error: float, numbers: Mapping[str, float], inside: Inside | None
+) -> Divergence:
+    model = search.model
+    found: Found | None = search.find(place, error, TOLERANCE / 10, numbers)
+    cause = found.cause if found is not None else None
+    if place.layer is not None and inside is not None:
+        ours = alone(model, search.step, search.reference, place.layer).inside
+        step = first_step(ours, inside(place.layer), raw_keys(model.spec, place.layer))
+        if step is not None:
+            return Divergence(place.layer, step[0], step[1], cause)
+    default = {"embed": "in", "final_norm": "final", "head": "logits"}.get(place.name, "out")
+    return Divergence(place.layer, found.step if found is not None else default, error, cause)
+
+
+def raw_keys(spec: ModelSpec, layer: int) -> frozenset[str]:
+    """Keys of a block that are turned only when they are read, and so are not what the reference attends to."""
+    names = ((site, getattr(branch.part, "position", None)) for site, _, branch in spec.branches(layer))
+    raw = [
+        site.name for site, name in names if name in spec.positions and getattr(spec.positions[name], "reads", False)
+    ]
+    return frozenset(f"{name.split('.', 2)[2]}.k" for name in raw)
+
+
+def first_step(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], skip: frozenset[str] = frozenset()
+) -> tuple[str, float] | None:
+    """The first step inside a block that differs: norms, then what each mixer and each feed-forward part does.
+
+    Queries and keys that give the same shares are no difference: only their products count.
+    """
+    errors = {
+        name: step_error(name, ours[name], theirs[name])
+        for name in ordered(ours)
+        if name in theirs and name not in skip
+    }
+    for name, error in errors.items():
+        part, _, leaf = name.rpartition(".")
+        excused = leaf in ("q", "k") and errors.get(f"{part}.scores", 1.0) <= TOLERANCE / 10
+        if error > TOLERANCE / 10 and not excused:
+            return name, error
+    return None
+
+
+def step_error(name: str, ours: Tensor, theirs: Tensor) -> float:
+    """Choices of experts are sets: the share of them that differ. Anything else: see `relative`."""
+    if name.endswith(".choice"):
+        return float((ours.sort(-1).values != theirs.sort(-1).values).float().mean())
+    return relative(ours.flatten(1), theirs.flatten(1))
+
+
+def ordered(names: Mapping[str, Tensor]) -> list[str]:
+    """In the order of computation: within a part its taps before its output, its norms before and after."""
+    steps = ("router.logits", "router.choice", "q", "k", "scores", "mix")
+    parts = [name for name in names if "." not in name and not name.startswith("residual")]
+    made = [n for part in parts for n in (*(f"{part}.{step}" for step in steps), part)]
+    return [name for name in made if name in names]
+
+
+def sample(spec: ModelSpec, tokens: int, rows: int = 2) -> Int[Tensor, "R T"]:
+    """Random ids, the same every time; as many as leave room for a continuation."""
+    limit = context_limit(spec)
+    length = tokens if limit is None else max(1, min(tokens, limit - GREEDY))
+    return torch.randint(0, spec.vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def numbers_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a configuration by dotted key."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= numbers_of(value, f"{prefix}{key}.")
+        elif is_number(value):
+            found[f"{prefix}{key}"] = float(value)
+    return found
