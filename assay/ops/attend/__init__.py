@@ -2,10 +2,9 @@
 
 from assay.ops.attend.api import attend, attend_lse, plan
 from assay.ops.attend.merge import merge
-from assay.ops.attend.plan import BACKENDS, Plan, executed_pairs, visible
-from assay.ops.attend.rule import Bias, DistanceBias, Scores, softmax
+from assay.ops.attend.plan import BACKENDS, Plan, executed_pairs
+from assay.ops.attend.rule import Bias, DistanceBias, Scores
 
 __all__ = [
     "BACKENDS", "Bias", "DistanceBias", "Plan", "Scores", "attend", "attend_lse", "executed_pairs", "merge", "plan",
-    "softmax", "visible",
 ]  # fmt: skip
