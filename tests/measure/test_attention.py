@@ -41,7 +41,9 @@ class Even(Mixer):
 def test_any_mixer_that_publishes_is_measured() -> None:
     made = subject(spec(layers=3))
     second: Any = made.model.blocks[1]
-    second.mixer = Even(second.mixer.spec, second.mixer.site).double()
+    even = Even(second.mixer.spec, second.mixer.site).double()
+    even.load_state_dict(second.mixer.state_dict())
+    second.mixer = even
     rows = attention.measure(made, tokens=2 * LENGTH)
     assert [(row["layer"], row["tokens"]) for row in rows] == [(n, 2 * LENGTH) for n in range(3)]
     entropy = sum(math.log(i + 1) for i in range(LENGTH)) / LENGTH
