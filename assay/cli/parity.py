@@ -9,6 +9,10 @@ A reference file is safetensors with input_ids [R, T] and logits [R, T, V], and 
 input of layer 0) to hidden.L (the last layer's output before the final norm) and final (after it), all [R, T, D];
 greedy_ids [R, n] and greedy_logits [R, n, V], the likeliest continuation; leftpad.* and rightpad.*: input_ids,
 attention_mask and logits of a padded batch.
+
+Steps inside a layer: mixer_norm, mixer.q and mixer.k (after the turn), mixer.scores (the attention's shares),
+mixer.mix, mixer, ffn_norm, ffn.router.logits, ffn.router.choice, ffn. They are seen where transformers runs; with a
+reference file the step is where the cause acts.
 """
 
 from __future__ import annotations
@@ -62,13 +66,14 @@ def compared(
     """With a file or with transformers. how: tokens a row, and where progress is shown."""
     from assay.hub.config import read_config
     from assay.hub.load import CONFIG
-    from assay.measure.parity import compare, numbers_of, read_reference, sample
+    from assay.measure.parity import compare
+    from assay.measure.reference import numbers_of, read_reference, sample
 
     tokens, bar = how
     numbers = numbers_of(read_config(config or folder / CONFIG))
     inside = None
     if reference is not None:
-        found = read_reference(reference, imported.spec.vocab)
+        found = read_reference(reference, imported.spec)
     else:
         from assay.hub.live import open_live
 

@@ -202,7 +202,7 @@ def candidates(leaf: str, value: Any, numbers: Mapping[str, float]) -> list[Any]
 
 
 def scans(spec: ModelSpec, place: Place) -> Iterator[Scan]:
-    """Epsilons, all together and each alone, and scales, over many orders of magnitude."""
+    """Epsilons, all together and each alone, scales and caps, over many orders of magnitude."""
     fields = fields_at(spec, place)
     eps = {path: value for path, value in fields if path.endswith("eps") and value is not None}
     grid = tuple(10.0**e for e in range(-9, 1))
@@ -212,7 +212,7 @@ def scans(spec: ModelSpec, place: Place) -> Iterator[Scan]:
     for path, value in eps.items():
         yield Scan(step_of(path, place), (path,), f"{path} is {value:g} here", grid)
     for path, value in fields:
-        if path.endswith("scale"):
+        if path.endswith(("scale", "softcap")):
             told = f"{path} is {shown(value)} here"
             yield Scan(step_of(path, place), (path,), told, tuple(2.0**e for e in range(-12, 13, 2)))
 
@@ -254,12 +254,15 @@ def layouts(spec: ModelSpec, own: Weights) -> Iterator[Trial]:
         turned = [f"{name}.{x}" for x in ("q.weight", "q.bias", "k.weight", "k.bias", "q_norm.weight", "k_norm.weight")]
         there = [n for n in turned if n in own]
         rule = Pairs("", dim=getattr(spec.positions[position], "dim", None))
-        for back, told in ((False, "neighbours in the file: (0, 1), (2, 3)"), (True, "halves in the file")):
+        for back, told in (
+            (False, "pairs neighbours, and they were read as halves"),
+            (True, "pairs halves, and they were read as neighbours"),
+        ):
             changed = {}
             for n in there:
                 spot = Spot((n,), (table[n].shape,), part, site)
                 changed[n] = (rule.write if back else rule.read)([own[n]], spot)[0]
             if changed:
                 yield Trial(
-                    f"{name.partition('.')[2].partition('.')[2]}.q", f"RoPE's pairs are {told}", weights=changed
+                    f"{name.partition('.')[2].partition('.')[2]}.q", f"RoPE's layout: the file {told}", weights=changed
                 )

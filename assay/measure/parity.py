@@ -1,37 +1,24 @@
 """Whether an imported model computes what the reference does, quantity by quantity, and if not, where it parts and why.
 
-A reference is a mapping of tensors, from a safetensors file or from transformers itself:
-
-    input_ids [R, T]             integers
-    logits [R, T, V]
-    hidden.0 .. hidden.L         [R, T, D]: the input of each layer, and the last layer's output before the final norm
-    final [R, T, D]              after it
-    greedy_ids, greedy_logits    [R, n], [R, n, V]: a cached continuation of input_ids by the likeliest token
-    leftpad.*, rightpad.*        input_ids and attention_mask [R, T] (1 is a token), logits [R, T, V]
-
-What a reference does not have is not compared, and said.
+A reference is a mapping of tensors (`assay.measure.reference`). What it does not have is not compared, and said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from assay.cache import Size
-from assay.engine.runner import Runner, check_context, check_continues, context_limit, right_padded
-from assay.hub.config import is_number
-from assay.hub.live import GREEDY
+from assay.engine.runner import Runner, check_context, check_continues, right_padded
 from assay.hub.load import Imported
 from assay.measure.causes import Found, Search
 from assay.measure.isolate import Place, alone, places, relative
+from assay.measure.reference import PADS, Reference
 from assay.model.lm import LM
 from assay.ops.step import Step, rows_step
 from assay.spec.model import ModelSpec
@@ -39,9 +26,7 @@ from assay.spec.model import ModelSpec
 TOLERANCE = 1e-4
 """max |ours - theirs| / max |theirs| in float32: above rounding, below what any wrong field does."""
 CHUNK = 32  # tokens of a prompt that one step of the greedy run takes, so that prefill in pieces is compared too
-PADS = ("leftpad", "rightpad")
 
-Reference = Mapping[str, Tensor]
 Inside = Callable[[int], Mapping[str, Tensor]]
 
 
@@ -83,31 +68,6 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         return {"match": self.match, "max_rel_diff": self.max_rel_diff, **asdict(self)}
-
-
-def read_reference(path: Path, vocab: int) -> dict[str, Tensor]:
-    """A reference file. ValueError names what is missing or does not fit."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        found: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a safetensors file, or one that was cut short: {error}") from None
-    for name in ("input_ids", "logits"):
-        if name not in found:
-            raise ValueError(f"{path}: {name}: missing; a reference has at least input_ids and logits")
-    for name, value in found.items():
-        if name.endswith(("input_ids", "greedy_ids")):
-            if value.is_floating_point() or value.dim() != 2 or not value.numel():
-                raise ValueError(
-                    f"{path}: {name}: {value.dtype} {tuple(value.shape)}; integers [rows, tokens] expected"
-                )
-            if not 0 <= int(value.min()) <= int(value.max()) < vocab:
-                raise ValueError(f"{path}: {name}: ids {value.min()} to {value.max()}; the model has 0 to {vocab - 1}")
-    if found["logits"].shape[:2] != found["input_ids"].shape:
-        shapes = tuple(found["logits"].shape), tuple(found["input_ids"].shape)
-        raise ValueError(f"{path}: logits: shape {shapes[0]}; input_ids are {shapes[1]}")
-    return found
 
 
 def compare(
@@ -217,9 +177,18 @@ def diverges(search: Search, report: Report, numbers: Mapping[str, float], insid
         if error > TOLERANCE / 10:
             return explained(search, place, error, numbers, inside)
     first = next(r for r in report.rows if not r.match)
-    apart = not any(r.quantity.startswith("hidden.") for r in report.rows)
-    cause = None if apart else "every layer agrees when it is given the reference's input: what differs is between them"
-    return Divergence(None, first.quantity, first.max_rel_diff, cause)
+    return Divergence(None, first.quantity, first.max_rel_diff, elsewhere(first.quantity, report))
+
+
+def elsewhere(quantity: str, report: Report) -> str | None:
+    """What is known where no single place differs."""
+    if quantity in [f"{pad}.logits" for pad in PADS]:
+        return "the batch without padding agrees: sequences of unequal length are told apart wrongly"
+    if quantity.startswith("greedy"):
+        return "the pass without a cache agrees: what decoding reads from the cache is not what prefill computes"
+    if any(row.quantity.startswith("hidden.") for row in report.rows):
+        return "each place agrees when it is given the reference's input: small differences add up"
+    return None
 
 
 def explained(
@@ -279,21 +248,3 @@ def ordered(names: Mapping[str, Tensor]) -> list[str]:
     parts = [name for name in names if "." not in name and not name.startswith("residual")]
     made = [n for part in parts for n in (*(f"{part}.{step}" for step in steps), part)]
     return [name for name in made if name in names]
-
-
-def sample(spec: ModelSpec, tokens: int, rows: int = 2) -> Int[Tensor, "R T"]:
-    """Random ids, the same every time; as many as leave room for a continuation."""
-    limit = context_limit(spec)
-    length = tokens if limit is None else max(1, min(tokens, limit - GREEDY))
-    return torch.randint(0, spec.vocab, (rows, length), generator=torch.Generator().manual_seed(0))
-
-
-def numbers_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a configuration by dotted key."""
-    found: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= numbers_of(value, f"{prefix}{key}.")
-        elif is_number(value):
-            found[f"{prefix}{key}"] = float(value)
-    return found
