@@ -21,6 +21,7 @@ from assay.ops.sees import Sees
 from assay.ops.state import step_layout
 from assay.ops.step import Step, View, rows_step
 
+ALONE = True
 NAIVE, TILED = "naive", "tiled"
 DEFAULT = (NAIVE, TILED, "matmul", "sdpa")
 LONG = 1024

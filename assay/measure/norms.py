@@ -18,6 +18,7 @@ from assay.model.init import initialise
 from assay.spec import registry
 from assay.spec.base import Site
 
+ALONE = True
 BASE = "layernorm"
 ROUNDS, WARM = 5, 2
 EPS = 1e-5

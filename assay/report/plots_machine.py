@@ -84,7 +84,7 @@ def _batches(stage: Stage, what: str) -> list[Any]:
 
 
 def kernels(stage: Stage, styles: Styles) -> list[Plot]:
-    """Time and memory of each backend against length, a view a pass: a colour an arm, a dash a backend."""
+    """Time and memory of each backend against length, a view for each pass: a colour an arm, a dash a backend."""
     quantities = (("time", "seconds"), ("peak memory", "peak_bytes"), ("memory traffic", "traffic_bytes"))
     arms, plots = arms_with(stage.arms, "kernels"), []
     for title, key in quantities:
@@ -92,9 +92,8 @@ def kernels(stage: Stage, styles: Styles) -> list[Plot]:
         for arm in arms:
             rows = [row for row in arm.rows["kernels"] if number(row.get("length")) is not None]
             for named, style, group in series(arm, rows, "backend", styles[arm.name], alone=len(arms) == 1):
-                for view in dict.fromkeys(str(row.get("pass") or "") for row in group):
-                    own = [row for row in group if str(row.get("pass") or "") == view]
-                    canvas.line(named, style, over_seeds(own, "length", key), view)
+                for view, column in (("forward", key), ("forward and backward", f"train_{key}")):
+                    canvas.line(named, style, over_seeds(group, "length", column), view)
         if canvas.traces:
             plots.append(canvas.plot(f"Kernels: {title}", "The same attention, by backend.", toggles="xy"))
     return plots

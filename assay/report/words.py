@@ -50,7 +50,7 @@ DURING = "training."
 """What the name of a measurement begins with that was made at several points of the training."""
 PLACES = (
     "layer", "ratio", "length", "distance", "context", "batch", "position", "dim", "head", "variant", "tuned", "kind",
-    "backend", "pass", "cache", "cell", "width", "tokens", "samples", "chance", "reason",
+    "backend", "cache", "cell", "width", "tokens", "samples", "chance", "reason",
 )  # fmt: skip
 """Columns of a measurement that say where it was made, or how; the others are what was found."""
 _SYMBOLS = {"better": "▲", "worse": "▼", "confirmed": "✓", "contradicted": "✗", "not distinguishable": "≈"}

@@ -20,6 +20,7 @@ from tests.measure.subjects import recipe, spec
 ROWS = {
     "extrapolation": "variant length ratio loss_nats last_nats",
     "passkey": "length distance accuracy chance samples",
+    "recovery": "variant tuned ratio length loss_nats last_nats tokens_tuned",
     "latency": "batch context cache prefill_s ttft_s decode_tok_s itl_ms_p50 itl_ms_p99 roofline_tok_s",
     "decode_fit": "cell",
     "memory": "batch context state_bytes_predicted state_bytes_measured peak_memory_bytes",
@@ -33,6 +34,7 @@ ROWS = {
 }
 QUICK: dict[str, dict[str, Any]] = {
     "extrapolation": {"ratios": [1, 2], "windows": 2},
+    "recovery": {"ratios": [1, 2], "windows": 2},
     "passkey": {"lengths": [48], "distances": 2, "samples": 2},
     "latency": {"batches": [1], "contexts": [8], "seconds": 0.05},
     "decode_fit": {"batches": [1, 2], "contexts": [4, 8], "seconds": 0.05},

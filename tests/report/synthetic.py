@@ -209,19 +209,15 @@ def inside(loss: float) -> Tables:
     tables["kernels"] = [
         {
             "backend": b,
-            "pass": way,
             "length": n,
-            "seconds": k * n * n * 1e-9,
-            "peak_bytes": m * n * (n if b == "naive" else 64),
-            "traffic_bytes": 12 * n * n,
+            **{f"{way}seconds": k * n * n * 1e-9 for way in ("", "train_")},
+            **{f"{way}peak_bytes": m * n * (n if b == "naive" else 64) for way in ("", "train_")},
+            **{f"{way}traffic_bytes": 12 * n * n for way in ("", "train_")},
         }
         for b, k, m in (("naive", 9, 16), ("tiled", 4, 64))
-        for way in ("forward", "backward")
         for n in lengths
     ]
-    tables["kernels"] += [
-        {"backend": b, "pass": "forward", "peak_slope": s} for b, s in (("naive", 2.0), ("tiled", 1.0))
-    ]
+    tables["kernels"] += [{"backend": b, "peak_bytes_slope": s} for b, s in (("naive", 2.0), ("tiled", 1.0))]
     tables["training.attention"] = [
         {"part": p / 4, "at_tokens": 100_000 * p, "layer": i, "sink_mass": 0.1 * p + 0.02 * i, "max_logit": 5.0 + p + i}
         for p in range(1, 5)

@@ -103,18 +103,14 @@ def test_rows_of_a_table_are_averaged_only_over_seeds() -> None:
 
 
 def test_kernels_have_a_view_a_pass_and_a_table_of_slopes() -> None:
-    rows: Rows = [
-        {"backend": "naive", "pass": way, "length": n, "seconds": n * k}
-        for way, k in (("forward", 1e-6), ("backward", 3e-6))
-        for n in (256, 512)
-    ]
-    fit = {"backend": "naive", "pass": "forward", "length": None, "seconds": None, "seconds_slope": 1.98}
+    rows: Rows = [{"backend": "naive", "length": n, "seconds": n * 1e-6, "train_seconds": n * 3e-6} for n in (256, 512)]
+    fit = {"backend": "naive", "length": None, "seconds": None, "seconds_slope": 1.98}
     found = page(measured("kernels", [*rows, {**fit, "peak_bytes_slope": 2.0}]))
     (figure,) = found.figures
     drawn = [(t["visible"], t["y"]) for t in figure["data"]]
     assert drawn == [(True, [256e-6, 512e-6]), (False, [768e-6, 1536e-6])]
     assert figure["layout"]["yaxis"]["title"]["text"] == "time (s)" and "backward" in found.text
-    assert "arm backend pass seconds slope peak bytes slope a naive forward 1.980 2.000" in found.text
+    assert "arm backend seconds slope peak bytes slope a naive 1.980 2.000" in found.text
 
 
 def test_speeds_with_and_without_a_cache_are_named_apart() -> None:

@@ -49,7 +49,7 @@ def test_every_arm_builds_with_the_parameters_that_were_counted(name: str, arm: 
 @pytest.mark.parametrize("name", [name for name in shelf("studies") if not load_study(name)[1].stages])
 def test_claims_ask_for_what_is_measured(name: str) -> None:
     study = load_study(name)[1]
-    measured = {m.name for m in study.measurements}
+    measured = {name for m in study.measurements for name in m.names}
     for claim in study.claims:
         for term in terms(parse(claim.test)):
             what = term.metric.rpartition(".")[0]
