@@ -57,6 +57,17 @@ def test_latency_rows() -> None:
         latency.measure(made, cache=["paged"])
 
 
+def test_each_row_has_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(runs: list[serving.Serving], budget_s: float) -> list[serving.Times]:
+        gaps = [(run.load.batch + run.load.context / 100 + 10 * run.load.cache,) for run in runs]
+        return [serving.Times(1.0, 2.0, gap) for gap in gaps]
+
+    monkeypatch.setattr(latency, "timed", timed)
+    for row in latency.measure(subject(dtype=torch.float32), batches=(1, 4), contexts=(6, 12)):
+        expected = row["batch"] + row["context"] / 100 + 10 * (row["cache"] == "rows")
+        assert row["itl_ms_p50"] == pytest.approx(1e3 * expected)
+
+
 def test_decoding_with_the_cache_and_without_it_says_the_same() -> None:
     """Both ways of the benchmark compute the same logits, so that it times the same work."""
     made, found = subject(), {}
