@@ -19,22 +19,27 @@ from assay.spec.base import Fan, FfnSpec, Site
 
 
 class Gated(FfnSpec):
-    """down(act(gate x) * up x). Shazeer 2020, arXiv 2002.05202: silu is SwiGLU, gelu GEGLU, relu ReGLU."""
+    """down(act(gate x) * up x). Shazeer 2020, arXiv 2002.05202: silu is SwiGLU, gelu GEGLU, relu ReGLU.
+
+    share: multiplied by sigmoid(w x), one number a token (the shared expert of Qwen1.5-MoE).
+    """
 
     kind: Literal["gated"] = "gated"
     width: int = Field(ge=1)
     act: Activation = "silu"
     bias: bool = False
+    share: bool = False
 
     def refusals(self) -> Mapping[str, str]:
         return {"split": f"a width of {self.width} is not cut in two"} if self.width % 2 else {}
 
     def linears(self, site: Site) -> dict[str, Fan]:
-        return {
+        table = {
             "gate": Fan(site.d_in, self.width, self.bias, split=0),
             "up": Fan(site.d_in, self.width, self.bias, split=0),
             "down": Fan(self.width, site.d_out, self.bias, out=True, split=1),
         }
+        return table | {"share": Fan(site.d_in, 1)} if self.share else table
 
     def build(self, site: Site) -> GatedFfn:
         return GatedFfn(self, site)
@@ -43,12 +48,13 @@ class Gated(FfnSpec):
     def tiny(cls) -> Iterator[Self]:
         yield cls(width=24)
         yield cls(width=17, act="gelu_tanh", bias=True)
-        yield cls(width=8, act="relu2")
+        yield cls(width=8, act="relu2", share=True)
 
 
 class GatedFfn(Ffn):
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        return self.down(activate(self.spec.act, self.gate(x, step)) * self.up(x, step), step)
+        y = self.down(activate(self.spec.act, self.gate(x, step)) * self.up(x, step), step)
+        return y * torch.sigmoid(self.share(x, step)) if self.spec.share else y
 
 
 def reference(spec: Gated, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
@@ -60,5 +66,6 @@ def reference(spec: Gated, weights: dict[str, Tensor], x: Tensor, positions: Ten
 
     rows = []
     for row in x:
-        rows.append(linear("down", reference_activation(spec.act, linear("gate", row)) * linear("up", row)))
+        y = linear("down", reference_activation(spec.act, linear("gate", row)) * linear("up", row))
+        rows.append(y / (1 + torch.exp(-weights["share.weight"] @ row)) if spec.share else y)
     return torch.stack(rows)
