@@ -114,7 +114,8 @@ def measure(
     though the model may hold. worst_error is the largest relative error of a cell, and says how good the fit is by
     itself. A small model (64 wide) on a CPU reads its weights in microseconds: its fixed time is that of starting
     operations, its time a sequence is bookkeeping and sampling, and state_byte_s is the rate of attention's arithmetic
-    and of copies as much as that of memory.
+    and of copies as much as that of memory. Where those copies grow past what the allocator keeps (tens of MiB), each
+    step faults its pages in anew and the largest cells stand above the line: worst_error shows it.
     """
     check(batches, contexts, seconds)
     end = time.perf_counter() + seconds
