@@ -15,6 +15,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from assay.hub.family import owned
+from assay.hub.load import put
 from assay.hub.rules import Pairs
 from assay.hub.rules import Place as Spot
 from assay.measure.isolate import Place, alone, relative, variant
@@ -29,6 +30,8 @@ EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3)
 CAPS = (30.0, 50.0, 20.0, 15.0)
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0)
 GOLDEN = (math.sqrt(5) - 1) / 2
+ROUNDS = 24  # of a golden-section search: a value to four digits
+HELPS = 0.8  # a scan goes on only where a point of its grid takes a fifth of the difference away
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Scan:
     grid: tuple[float, ...]
 
     def trial(self, value: float) -> Trial:
-        return Trial(self.step, f"{self.told}; {value:.4g} fits", dict.fromkeys(self.paths, value))
+        return Trial(self.step, f"{self.told}; {value:.3g} fits", dict.fromkeys(self.paths, value))
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Search:
 
     def __init__(self, model: LM, step: Step, reference: Weights, told: Callable[[int], None] | None = None) -> None:
         self.model, self.step, self.reference, self.told, self.done = model, step, reference, told, 0
+        self.plain: tuple[Place, LM] | None = None
 
     def find(self, place: Place, error: float, enough: float, numbers: Mapping[str, float]) -> Found | None:
         """The first trial that leaves at most `enough`, and at most a tenth of the difference.
@@ -80,7 +84,7 @@ class Search:
             if left <= enough:
                 return Found(trial.step, trial.cause, left)
         for scan in scans(self.model.spec, place):
-            value, left = self.best(scan, place)
+            left, value = self.best(scan, place, error, enough)
             if left <= enough:
                 trial = scan.trial(value)
                 return Found(trial.step, trial.cause, left)
@@ -92,33 +96,51 @@ class Search:
         if self.told is not None:
             self.told(self.done)
         try:
-            other = variant(self.model, change(self.model.spec, trial.changes), trial.weights, place)
+            if trial.changes:
+                other = variant(self.model, change(self.model.spec, trial.changes), place)
+                return self.error(other, place)
+            return self.exchanged(trial.weights, place)
         except ValueError:
             return math.inf
+
+    def exchanged(self, weights: Weights, place: Place) -> float:
+        """What other weights leave, in one and the same copy of the model."""
+        if self.plain is None or self.plain[0] != place:
+            self.plain = place, variant(self.model, self.model.spec, place)
+        own = dict(self.model.named_parameters())
+        try:
+            for name, value in weights.items():
+                put(self.plain[1], name, value)
+            return self.error(self.plain[1], place)
+        finally:
+            for name in weights:
+                put(self.plain[1], name, own[name].detach())
+
+    def error(self, other: LM, place: Place) -> float:
         found = alone(other, self.step, self.reference).outputs.get(place.name)
         return math.inf if found is None else relative(found, self.reference[place.wanted].flatten(0, 1))
 
-    def best(self, scan: Scan, place: Place, rounds: int = 24) -> tuple[float, float]:
-        """The scan's best value and what it leaves: a grid, then a golden-section search on the logarithm."""
-        at = lambda x: self.left(scan.trial(math.exp(x)), place)  # noqa: E731
-        grid = [math.log(g) for g in scan.grid]
-        errors = [at(x) for x in grid]
-        middle = min(range(len(grid)), key=errors.__getitem__)
-        low, high = grid[max(middle - 1, 0)], grid[min(middle + 1, len(grid) - 1)]
-        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-        at_left, at_right = at(left), at(right)
-        for _ in range(rounds):
-            if at_left <= at_right:
-                high, right, at_right = right, left, at_left
-                left = high - GOLDEN * (high - low)
-                at_left = at(left)
-            else:
-                low, left, at_left = left, right, at_right
-                right = low + GOLDEN * (high - low)
-                at_right = at(right)
-        tried = [(at_left, left), (at_right, right), *zip(errors, grid, strict=True)]
-        error, x = min(tried)
-        return math.exp(x), error
+    def best(self, scan: Scan, place: Place, error: float, enough: float) -> tuple[float, float]:
+        """What the scan's best value leaves, and the value: a grid, and where it helps at all a golden-section search
+        of the logarithm around its best point, until `enough`."""
+        at = lambda x: (self.left(scan.trial(math.exp(x)), place), x)  # noqa: E731
+        tried = [at(math.log(g)) for g in scan.grid]
+        middle = tried.index(min(tried))
+        low, high = tried[max(middle - 1, 0)][1], tried[min(middle + 1, len(tried) - 1)][1]
+        if min(tried)[0] < HELPS * error:
+            left, right = at(high - GOLDEN * (high - low)), at(low + GOLDEN * (high - low))
+            for _ in range(ROUNDS):
+                tried += [left, right]
+                if min(left, right)[0] <= enough:
+                    break
+                if left[0] <= right[0]:
+                    high, right = right[1], left
+                    left = at(high - GOLDEN * (high - low))
+                else:
+                    low, left = left[1], right
+                    right = at(low + GOLDEN * (high - low))
+        least, x = min(tried)
+        return least, math.exp(x)
 
 
 def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -186,7 +208,11 @@ def candidates(leaf: str, value: Any, numbers: Mapping[str, float]) -> list[Any]
         "softcap": [None, *near("cap"), *CAPS],
         "window": [None, *(n for w in near("window", "local") for n in (int(w), int(w) + 1))],
         "theta": [*near("theta", "freq", "base"), *THETAS],
-        "scale": [w for v in near("scal", "multipl", "size", "dim") if v > 0 for w in (v, 1 / v, v**-0.5, v**0.5)],
+        "scale": [
+            *(w for v in near("scal", "multipl") if v > 0 for w in (v, 1 / v)),
+            *(w for v in near("head_dim", "hidden_size", "_scalar") if v > 0 for w in (v**-0.5, v**0.5)),
+            1.0,
+        ],
         "act": list(get_args(Activation)),
         "weight": ["one", "plus_one"] if value in ("one", "plus_one") else [],
         "parallel": ["no", "own", "shared"],

@@ -150,8 +150,8 @@ class Pass(nn.Module):
         return h, dict(given), {}
 
 
-def variant(model: LM, spec: ModelSpec, weights: Mapping[str, Tensor], place: Place) -> LM:
-    """The model of another spec with the same parameters but for `weights`, and only the blocks that `place` needs.
+def variant(model: LM, spec: ModelSpec, place: Place) -> LM:
+    """The model of another spec with the same parameters, and only the blocks that `place` needs.
 
     ValueError where the spec has other parameters.
     """
@@ -161,7 +161,7 @@ def variant(model: LM, spec: ModelSpec, weights: Mapping[str, Tensor], place: Pl
     for name, _ in list(other.named_parameters()):
         if name not in own:
             raise ValueError(f"{name}: a parameter that the model does not have")
-        put(other, name, weights.get(name, own[name].detach()))
+        put(other, name, own[name].detach())
     borrows = any(getattr(b.part, "takes", None) for i in range(spec.layers) for _, _, b in spec.branches(i))
     for i in range(spec.layers):
         if i != place.layer and not (borrows and place.layer is not None and i < place.layer):
