@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jaxtyping import config as shapes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -134,6 +135,15 @@ DEFECTS = [
 ]
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """A search runs some hundred variants of a model; that their shapes are right is seen in every other test."""
+    shapes.update("jaxtyping_disable", True)
+    yield
+    shapes.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("planted", DEFECTS, ids=[f"{d.family}-{d.cause}" for d in DEFECTS])
 def test_a_planted_defect_is_found_and_named(case: Callable[[str], Case], planted: Defect) -> None:
     c = case(planted.family)
