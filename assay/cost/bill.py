@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from assay.model.lm import embed_site, head_site
-from assay.spec.base import Cost, PartSpec, PositionSpec, Site, StateField, Weight
+from assay.spec.base import DTYPE_BYTES, Cost, PartSpec, PositionSpec, Site, StateField, Weight
 from assay.spec.model import ModelSpec
 
 KvDtype = Literal["bf16", "f32", "int8", "int4"]
@@ -44,21 +44,44 @@ def layer_of(name: str) -> int | None:
     return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
-def placed(spec: ModelSpec) -> Iterator[tuple[Site, PartSpec, bool]]:
-    """Every part at its true site, and whether its weights are its own (not another layer's by `like`)."""
+@dataclass(frozen=True)
+class Placed:
+    """A part at its true site with its weights. owns: they are its own, not another layer's by `like`. reads: the
+    state fields that one decoded token reads, which for borrowed keys and values are the giver's."""
+
+    site: Site
+    part: PartSpec
+    owns: bool
+    weights: dict[str, Weight]
+    state: tuple[StateField, ...]
+    reads: tuple[StateField, ...]
+
+    @property
+    def own_weights(self) -> dict[str, Weight]:
+        return {f"{self.site.name}.{key}": w for key, w in self.weights.items()} if self.owns else {}
+
+    def cost(self, new: int, seen: int, memory: int = 0) -> Cost:
+        """Linears, own weights and declared cost of the part and its children, for `new` tokens after `seen`."""
+        linear = sum(w.flops for w in self.weights.values()) * new
+        total = Cost(linear, linear) + self.part.cost(self.site, new, seen, memory)
+        for child, place in self.part.children(self.site).values():
+            total += child.cost(place, new, seen, memory)
+        return total
+
+
+def placed(spec: ModelSpec) -> Iterator[Placed]:
+    """Every part of a model (not of its encoder)."""
     special = {"embed": embed_site(spec), "head": head_site(spec)}
-    for site, part in spec.parts():
-        layer = layer_of(site.name)
-        yield special.get(site.name, site), part, layer is None or spec.sources[layer] == layer
-
-
-def cost_of(part: PartSpec, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
-    """Linears, own weights and declared cost of a part and its children, for `new` tokens after `seen`."""
-    linear = sum(w.flops for w in part.weights(site).values()) * new
-    total = Cost(linear, linear) + part.cost(site, new, seen, memory)
-    for child, place in part.children(site).values():
-        total += child.cost(place, new, seen, memory)
-    return total
+    given: dict[str, tuple[StateField, ...]] = {}
+    for found, part in spec.parts():
+        site, layer = special.get(found.name, found), layer_of(found.name)
+        state = part.state(site)
+        gives, takes = (getattr(part, key, None) for key in ("gives", "takes"))
+        if isinstance(gives, str):
+            given[gives] = state
+        reads = given[takes] if isinstance(takes, str) else state
+        owns = layer is None or spec.sources[layer] == layer
+        yield Placed(site, part, owns, part.weights(site), state, reads)
 
 
 def field_bytes(field: StateField, entries: int, question: Question) -> int:
@@ -72,6 +95,16 @@ def field_bytes(field: StateField, entries: int, question: Question) -> int:
     return entries * one
 
 
+def stored(fields: Iterable[StateField], ask: Question) -> int:
+    """Bytes of what can still be read, of the whole batch."""
+    return ask.batch * sum(field_bytes(f, f.entries(ask.context, ask.memory), ask) for f in fields)
+
+
+def reserved(fields: Iterable[StateField], ask: Question) -> int:
+    """Bytes of the whole pages that hold it."""
+    return ask.batch * sum(field_bytes(f, f.slots(ask.context, ask.page, ask.memory), ask) for f in fields)
+
+
 def params(weights: dict[str, Weight]) -> dict[str, int]:
     """total; active: less the routed experts a token does not use; embedding: the input table and an untied head."""
     embedding = sum(w.numel for n, w in weights.items() if n == "embed.weight" or w.role == "head")
@@ -79,11 +112,20 @@ def params(weights: dict[str, Weight]) -> dict[str, int]:
     return {"total": sum(w.numel for w in weights.values()), "active": active, "embedding": embedding}
 
 
+def group_of(part: PartSpec, weight: Weight) -> str:
+    """What a parameter is counted under in `params_by`."""
+    if weight.role == "expert":
+        return "experts"
+    return part.slot if part.slot in ("embeds", "mixers", "ffns", "heads") else "other"
+
+
 @dataclass(frozen=True)
 class LayerBill:
-    """One layer (or a part outside the layers): its parts by name and kind, and its share of everything."""
+    """One layer (or a part outside the layers): its block's name, its parts by name and kind, and its share of
+    everything."""
 
     name: str
+    block: str
     parts: dict[str, str]
     params: int
     active: int
@@ -94,11 +136,13 @@ class LayerBill:
     decode_flops: int
     prefill_executed: int
     decode_executed: int
+    state_bytes_read: int
 
 
 @dataclass(frozen=True)
 class Bill:
-    """See the command line's contract for the keys."""
+    """See the command line's contract for the keys. params_by: parameters of mixers, ffns (routed experts apart),
+    tables, heads and the rest. state_bytes_read: what one decode step of the batch reads at the full context."""
 
     params: dict[str, int]
     weight_bytes: int
@@ -108,6 +152,8 @@ class Bill:
     flops: dict[str, int]
     layers: tuple[LayerBill, ...]
     question: dict[str, Any]
+    params_by: dict[str, int]
+    state_bytes_read: int
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,79 +161,116 @@ class Bill:
 
 def bill(spec: ModelSpec, question: Question | None = None) -> Bill:
     """What the model needs at this question; every number is exact for the declared parts."""
-    ask = question or Question(spec.context)
-    _check_limits(spec, ask.context)
-    groups: dict[str, list[tuple[Site, PartSpec, bool]]] = {}
-    for site, part, owns in placed(spec):
-        layer = layer_of(site.name)
-        groups.setdefault(site.name if layer is None else f"blocks.{layer}", []).append((site, part, owns))
-    layers = tuple(_layer(name, group, ask) for name, group in groups.items())
-    total = {
-        "total": sum(x.params for x in layers),
-        "active": sum(x.active for x in layers),
-        "embedding": _embedding(groups),
-    }
+    return Sheet(spec).bill(question or Question(spec.context))
+
+
+class Sheet:
+    """A model's parts, read once; `bill` answers any number of questions about them."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.parts = tuple(placed(spec))
+        self.encoder = Sheet(spec.encoder) if spec.encoder is not None else None
+        self.groups: dict[str, list[Placed]] = {}
+        for one in self.parts:
+            layer = layer_of(one.site.name)
+            self.groups.setdefault(one.site.name if layer is None else f"blocks.{layer}", []).append(one)
+
+    @property
+    def limit(self) -> int | None:
+        """The longest context that every position scheme has."""
+        limits = [p.part.limit(p.site) for p in self.parts if isinstance(p.part, PositionSpec)]
+        return min((n for n in limits if n is not None), default=None)
+
+    def weights(self) -> dict[str, Weight]:
+        return {name: w for p in self.parts for name, w in p.own_weights.items()}
+
+    def bill(self, ask: Question) -> Bill:
+        self._check_limits(ask.context)
+        layers = tuple(self._layer(name, ask) for name in self.groups)
+        first = self.encoder.bill(Question(max(ask.memory, 1), 1, ask.dtype)) if self.encoder is not None else None
+        total = params(self.weights())
+        if first is not None:
+            total = {key: total[key] + first.params[key] for key in total}
+        return Bill(
+            total,
+            total["total"] * DTYPE_BYTES[DTYPES[ask.dtype]],
+            sum(x.state_bytes_per_token for x in layers),
+            sum(x.state_bytes for x in layers),
+            sum(x.reserved_bytes for x in layers),
+            _flops(layers, ask, first.flops if first is not None and ask.memory else None),
+            layers,
+            asdict(ask),
+            self.params_by(),
+            sum(x.state_bytes_read for x in layers),
+        )
+
+    def state_bytes(self, ask: Question) -> int:
+        return stored([f for p in self.parts for f in p.state], ask)
+
+    def reserved_bytes(self, ask: Question) -> int:
+        return reserved([f for p in self.parts for f in p.state], ask)
+
+    def state_bytes_read(self, ask: Question) -> int:
+        return stored([f for p in self.parts for f in p.reads], ask)
+
+    def decode_flops(self, ask: Question) -> int:
+        """Of one token that sees the whole context: cheap, where `bill` also counts the prefill's pairs."""
+        return sum(p.cost(1, ask.context - 1, ask.memory).flops for p in self.parts)
+
+    def params_by(self) -> dict[str, int]:
+        found = dict.fromkeys(("embeds", "mixers", "ffns", "experts", "heads", "other"), 0)
+        for one in self.parts:
+            for weight in one.weights.values() if one.owns else ():
+                found[group_of(one.part, weight)] += weight.numel
+        if self.encoder is not None:
+            found = {key: count + self.encoder.params_by()[key] for key, count in found.items()}
+        return found
+
+    def _check_limits(self, context: int) -> None:
+        for one in self.parts:
+            limit = one.part.limit(one.site) if isinstance(one.part, PositionSpec) else None
+            if limit is not None and context > limit:
+                raise ValueError(
+                    f"context: {context}; {one.site.name} ({one.part.kind_name()}) has {limit} positions: "
+                    f"1 to {limit} are accepted"
+                )
+
+    def _layer(self, name: str, ask: Question) -> LayerBill:
+        group, layer = self.groups[name], layer_of(name)
+        fields = [f for p in group for f in p.state]
+        read = [f for p in group for f in p.reads]
+        count = params({key: w for p in group for key, w in p.own_weights.items()})
+        whole = sum((p.cost(ask.context, 0, ask.memory) for p in group), Cost())
+        one = sum((p.cost(1, ask.context - 1, ask.memory) for p in group), Cost())
+        kinds = {p.site.name.removeprefix(f"{name}."): p.part for p in group}
+        shown = {n: p.kind_name() for n, p in kinds.items() if p.slot in ("mixers", "ffns")}
+        return LayerBill(
+            name,
+            "" if layer is None else self.spec.plan[layer],
+            shown or {n: p.kind_name() for n, p in kinds.items()},
+            count["total"],
+            count["active"],
+            sum(field_bytes(f, 1, ask) // f.every for f in fields if f.per == "token"),
+            stored(fields, ask),
+            reserved(fields, ask),
+            ask.batch * whole.flops,
+            one.flops,
+            ask.batch * whole.executed,
+            one.executed,
+            stored(read, ask),
+        )
+
+
+def _flops(layers: tuple[LayerBill, ...], ask: Question, encoder: dict[str, int] | None) -> dict[str, int]:
+    """encoder: the FLOPs of one encoded memory, where there is one."""
     prefill = sum(x.prefill_flops for x in layers)
-    encoder = bill(spec.encoder, Question(max(ask.memory, 1), 1, ask.dtype)) if spec.encoder else None
-    extra = encoder.flops["prefill"] if encoder and ask.memory else 0
-    extra_executed = encoder.flops["prefill_executed"] if encoder and ask.memory else 0
-    flops = {
+    extra = encoder["prefill"] if encoder is not None else 0
+    extra_executed = encoder["prefill_executed"] if encoder is not None else 0
+    return {
         "train_per_token": 3 * (prefill // ask.batch + extra) // ask.context,
         "prefill": prefill + ask.batch * extra,
         "decode_per_token": sum(x.decode_flops for x in layers),
         "prefill_executed": sum(x.prefill_executed for x in layers) + ask.batch * extra_executed,
         "decode_per_token_executed": sum(x.decode_executed for x in layers),
     }
-    if encoder is not None:
-        total = {key: total[key] + encoder.params[key] for key in total}
-    return Bill(
-        total,
-        total["total"] * (4 if ask.dtype == "f32" else 2),
-        sum(x.state_bytes_per_token for x in layers),
-        sum(x.state_bytes for x in layers),
-        sum(x.reserved_bytes for x in layers),
-        flops,
-        layers,
-        asdict(ask),
-    )
-
-
-def _check_limits(spec: ModelSpec, context: int) -> None:
-    for site, part in spec.parts():
-        limit = part.limit(site) if isinstance(part, PositionSpec) else None
-        if limit is not None and context > limit:
-            raise ValueError(
-                f"context: {context}; {site.name} ({part.kind_name()}) has {limit} positions: 1 to {limit} are accepted"
-            )
-
-
-def _embedding(groups: dict[str, list[tuple[Site, PartSpec, bool]]]) -> int:
-    tables = {f"{s.name}.{k}": w for g in groups.values() for s, p, own in g if own for k, w in p.weights(s).items()}
-    return params(tables)["embedding"]
-
-
-def _layer(name: str, group: list[tuple[Site, PartSpec, bool]], ask: Question) -> LayerBill:
-    weights = {f"{s.name}.{k}": w for s, p, own in group if own for k, w in p.weights(s).items()}
-    fields = [f for s, p, _ in group for f in p.state(s)]
-    growing = [f for f in fields if f.per == "token"]
-    count = params(weights)
-    stored = sum(field_bytes(f, f.entries(ask.context, ask.memory), ask) for f in fields)
-    kept = sum(field_bytes(f, f.slots(ask.context, ask.page, ask.memory), ask) for f in fields)
-    costs = {"all": Cost(), "one": Cost()}
-    for site, part, _ in group:
-        costs["all"] += cost_of(part, site, ask.context, 0, ask.memory)
-        costs["one"] += cost_of(part, site, 1, ask.context - 1, ask.memory)
-    kinds = {s.name.removeprefix(f"{name}."): p.kind_name() for s, p, _ in group if p.slot in ("mixers", "ffns")}
-    return LayerBill(
-        name,
-        kinds or {s.name: p.kind_name() for s, p, _ in group},
-        count["total"],
-        count["active"],
-        sum(field_bytes(f, 1, ask) // f.every for f in growing),
-        ask.batch * stored,
-        ask.batch * kept,
-        ask.batch * costs["all"].flops,
-        costs["one"].flops,
-        ask.batch * costs["all"].executed,
-        costs["one"].executed,
-    )

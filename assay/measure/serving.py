@@ -15,13 +15,13 @@ from torch import Tensor
 
 from assay.cache import Size, Slot, predict
 from assay.cost.bill import Question, bill
+from assay.cost.hardware import weights_read
 from assay.engine.request import SamplingParams
 from assay.engine.runner import CHUNK, Runner
 from assay.engine.sampler import Settings, sample
 from assay.measure.machine import matmul_flop_s, memory_byte_s, seconds, wait
-from assay.model.lm import LM, state_table, weight_table
+from assay.model.lm import LM, state_table
 from assay.ops.step import rows_step
-from assay.spec.model import ModelSpec
 
 LEAST, BURST = 3, 4
 Found = TypeVar("Found")
@@ -232,15 +232,3 @@ def roofline(model: LM, load: Load) -> Roofline:
     flops = load.batch * whole["decode_per_token"] if load.cache else whole["prefill"]
     decode = max((read + kept) / rate, flops / flop_s)
     return Roofline(read, kept, rate, flop_s, decode, max(read / rate, first / flop_s))
-
-
-def weights_read(spec: ModelSpec, batch: int) -> int:
-    """Parameters that one decode step must read: of an expert at most `batch` times a token's share; of a lookup table
-    only rows, unless a tied head multiplies with it."""
-    table = weight_table(spec)
-    tied = not any(w.role == "head" for w in table.values())
-    total = 0.0
-    for name, weight in table.items():
-        if weight.role != "embed" or (name == "embed.weight" and tied):
-            total += weight.numel * min(1.0, batch * weight.active)
-    return round(total)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from assay.cost.memory import need_of
 from assay.data.dataset import Dataset
 from assay.data.loader import Batch, Loader
 from assay.model.lm import build, weight_table
@@ -16,7 +17,7 @@ from assay.parts.base import Part
 from assay.parts.heads.lm import LossOptions
 from assay.spec.model import ModelSpec
 from assay.train.evaluate import step_of
-from assay.train.memory import SavedForBackward, available_bytes, need_of
+from assay.train.memory import SavedForBackward, available_bytes
 from assay.train.optim.adamw import adamw, load_state, set_rate, state_tensors
 from assay.train.optim.groups import groups
 from assay.train.precision import Runner

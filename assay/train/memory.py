@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from assay.model.lm import LM
-from assay.spec.base import DTYPE_BYTES, Weight
 
 CGROUP = Path("/sys/fs/cgroup")
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that a run keeps: weights, gradients, AdamW's two moments, and what one piece saves for backward."""
-
-    weights: int
-    gradients: int
-    moments: int
-    activations: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.activations
-
-    def with_activations(self, count: int) -> Need:
-        return replace(self, activations=count)
-
-    def check(self, available: int, advice: str) -> None:
-        """ValueError with the numbers when this is more than is available."""
-        if self.total > available:
-            parts = ", ".join(f"{name} {_gib(getattr(self, name))}" for name in type(self).__dataclass_fields__)
-            need = f"this run needs about {_gib(self.total)} of memory ({parts})"
-            raise ValueError(f"{need} and {_gib(available)} is available; {advice}")
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
-
-
-def need_of(table: Mapping[str, Weight], precision: str) -> Need:
-    """What the weights of this table take in training; bfloat16 runs keep copies of weights and gradients."""
-    count = sum(w.numel for w in table.values())
-    stored = sum(w.numel * DTYPE_BYTES[w.dtype] for w in table.values())
-    copies = 2 * count if precision == "bfloat16" else 0
-    return Need(stored + copies, stored + copies, 2 * stored)
 
 
 class SavedForBackward:
