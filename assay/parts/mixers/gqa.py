@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -16,17 +17,32 @@ from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Step, View
 from assay.parts.base import Mixer, Position
+from assay.parts.norms.rmsnorm import RmsNorm
 from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, PositionSpec, Site, Spec, StateField, Weight
+
+
+class Temperature(Spec):
+    """Queries times 1 + gain * ln(1 + floor((position + 1) / every)): later ones look harder (Llama 4; Nakanishi 2025,
+    arXiv 2501.19399)."""
+
+    gain: float = 0.1
+    every: int = Field(default=8192, ge=1)
+
+    def factor(self, positions: Int[Tensor, "N"], dtype: torch.dtype) -> Float[Tensor, "N 1 1"]:
+        steps = ((positions + 1) // self.every).to(torch.promote_types(dtype, torch.float32))
+        return (1 + self.gain * torch.log1p(steps))[:, None, None].to(dtype)
 
 
 class ScoreRule(Spec):
     """scale: null is head_dim^-0.5. softcap: cap * tanh(z / cap) (Gemma 2). sink: a learned logit a head (gpt-oss).
-    dropout: the share of the probabilities that is left out in training, the others growing by 1 / (1 - dropout)."""
+    dropout: the share of the probabilities that is left out in training, the others growing by 1 / (1 - dropout).
+    temperature: a factor that grows with the query's position."""
 
     scale: float | None = None
     softcap: float | None = Field(default=None, gt=0.0)
     sink: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    temperature: Temperature | None = None
 
 
 class QkNorm(Spec):
@@ -40,10 +56,19 @@ class QkNorm(Spec):
     when: Literal["before", "after"] = "before"
 
 
+class Values(Spec):
+    """What is mixed. tied: the keys as they come from their map, before norm and position, so that a layer has one map
+    for both (Gemma 4). norm: on each head's values."""
+
+    tied: bool = False
+    norm: NormSpec | None = None
+
+
 class Gqa(MixerSpec):
     """Grouped-query attention. Ainslie et al. 2023, arXiv 2305.13245. kv_heads == heads is MHA, kv_heads == 1 is MQA.
 
     kv_heads: null is heads. head_dim: null is d_model / heads. position: the name of a scheme of the stack.
+    values: where they come from, and a norm on them.
     gate: a sigmoid gate on the mixed values from the layer's input (Qiu et al. 2025, arXiv 2505.06708).
     gives, takes: names under which K and V are shared with, or taken from, another layer (arXiv 2405.05254).
     """
@@ -56,6 +81,7 @@ class Gqa(MixerSpec):
     sees: Sees = Sees()
     scores: ScoreRule = ScoreRule()
     qk_norm: QkNorm | None = None
+    values: Values = Values()
     gate: Literal["none", "element", "head"] = "none"
     bias: Literal["none", "qkv", "all"] = "none"
     gives: str | None = None
@@ -83,10 +109,13 @@ class Gqa(MixerSpec):
             raise ValueError(f"`gives` ({self.gives}) and `takes` ({self.takes}): what is taken is not given again")
         if self.heads % self.groups:
             raise ValueError(f"`heads` ({self.heads}) is not a multiple of `kv_heads` ({self.groups})")
-        if self.qk_norm is not None and self.qk_norm.norm.refuses:
-            raise ValueError(
-                f"`qk_norm.norm` {self.qk_norm.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm"
-            )
+        qk = self.qk_norm.norm if self.qk_norm is not None else None
+        norms = {"qk_norm.norm": qk, "values.norm": self.values.norm}
+        for name, norm in norms.items():
+            if norm is not None and norm.refuses:
+                raise ValueError(f"`{name}` {norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        if self.takes is not None and self.values != Values():
+            raise ValueError(f"`values`: this layer takes its values from {self.takes!r} as they are")
         if self.head_dim is None and site.d_in % self.heads:
             raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
 
@@ -110,7 +139,8 @@ class Gqa(MixerSpec):
         k, qkv = self.size(site), self.bias != "none"
         table = {"q": Fan(site.d_in, self.heads * k, qkv, split=0)}
         if self.takes is None:
-            table |= {name: Fan(site.d_in, self.groups * k, qkv, split=0) for name in ("k", "v")}
+            names = ("k",) if self.values.tied else ("k", "v")
+            table |= {name: Fan(site.d_in, self.groups * k, qkv, split=0) for name in names}
         if self.gate != "none":
             table["gate_map"] = Fan(site.d_in, self.heads * (k if self.gate == "element" else 1), split=0)
         return table | {"out": Fan(self.heads * k, site.d_out, self.bias == "all", out=True, split=1)}
@@ -119,12 +149,14 @@ class Gqa(MixerSpec):
         return {"sink": Weight((self.heads,), "vector", Init.constant(0.0), split=0)} if self.scores.sink else {}
 
     def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
+        k, found = self.size(site), self.values.norm
+        own: dict[str, tuple[PartSpec, Site]] = {} if found is None else {"v_norm": (found, site.child("v_norm", k, k))}
         if self.qk_norm is None:
-            return {}
-        k, full = self.size(site), self.qk_norm.over == "full"
+            return own
+        full = self.qk_norm.over == "full"
         widths = {"q_norm": k * (self.heads if full else 1), "k_norm": k * (self.groups if full else 1)}
         names = widths if self.takes is None else {"q_norm": widths["q_norm"]}
-        return {name: (self.qk_norm.norm, site.child(name, width, width)) for name, width in names.items()}
+        return own | {name: (self.qk_norm.norm, site.child(name, width, width)) for name, width in names.items()}
 
     def state(self, site: Site) -> tuple[StateField, ...]:
         if self.takes is not None:
@@ -153,6 +185,9 @@ class Gqa(MixerSpec):
         )
         yield cls(heads=2, sees=Sees(window=4, first=2))
         yield cls(heads=2, sees=Sees(causal=False))
+        yield cls(heads=4, kv_heads=2, scores=ScoreRule(temperature=Temperature(gain=0.7, every=3)))
+        plain = RmsNorm(weight="none", eps=1e-2)
+        yield cls(heads=2, bias="qkv", qk_norm=QkNorm(norm=plain), values=Values(tied=True, norm=RmsNorm()))
 
 
 class GqaMixer(Mixer):
@@ -180,6 +215,8 @@ class GqaMixer(Mixer):
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         q, view = self.read(x, step, here)
         rule = self.spec.scores
+        if rule.temperature is not None:
+            q = q * rule.temperature.factor(step.positions, q.dtype)
         scores = ops.Scores(
             q.shape[-1] ** -0.5 if rule.scale is None else rule.scale,
             rule.softcap,
@@ -199,7 +236,9 @@ class GqaMixer(Mixer):
             q = self.placed(q, q[:, :0], step)[0]
             view = here.take(self.spec.takes)
         else:
-            k, v = (m(x, step).unflatten(-1, (-1, size)) for m in (self.k, self.v))
+            k = self.k(x, step).unflatten(-1, (-1, size))
+            v = k if self.spec.values.tied else self.v(x, step).unflatten(-1, (-1, size))
+            v = v if self.spec.values.norm is None else self.v_norm(v)
             q, k = self.placed(q, k, step)
             view = here.state.append(step, k=here.tap("k", k), v=v)
             if self.spec.gives is not None:
@@ -237,10 +276,11 @@ def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
         return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", zero)
 
     def norm(name: str, t: Tensor) -> Tensor:
-        if spec.qk_norm is None:
+        rule: Any = spec.values if name == "v_norm" else spec.qk_norm
+        if rule is None or rule.norm is None:
             return t
-        pieces = [t] if spec.qk_norm.over == "full" else list(t.split(d))
-        eps: float = spec.qk_norm.norm.eps  # type: ignore[attr-defined]
+        pieces = [t] if getattr(rule, "over", "head") == "full" else list(t.split(d))
+        eps: float = rule.norm.eps
         w = weights.get(f"{name}.weight", one)
         return torch.cat([p / ((p * p).mean() + eps) ** 0.5 * w for p in pieces])
 
@@ -249,7 +289,8 @@ def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
         near = s.window is None or i - j < s.window or j < s.first
         return (j <= i or not s.causal) and near and (s.chunk is None or i // s.chunk == j // s.chunk)
 
-    q, k, v = linear("q"), linear("k"), linear("v")
+    q, k = linear("q"), linear("k")
+    v = torch.stack([norm("v_norm", row) for row in (k if spec.values.tied else linear("v"))])
     scale = spec.scores.scale if spec.scores.scale is not None else d**-0.5
     rows = []
     for i in range(x.shape[0]):
@@ -258,6 +299,8 @@ def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
             g = h // (spec.heads // spec.groups)
             seen = [j for j in range(x.shape[0]) if sees(i, j)]
             qi = norm("q_norm", q[i])[h * d : (h + 1) * d]
+            if (heat := spec.scores.temperature) is not None:
+                qi = qi * (1 + heat.gain * math.log(1 + (int(positions[i]) + 1) // heat.every))
             z = [scale * (qi @ norm("k_norm", k[j])[g * d : (g + 1) * d]) for j in seen]
             if spec.scores.softcap is not None:
                 z = [spec.scores.softcap * torch.tanh(value / spec.scores.softcap) for value in z]

@@ -1,0 +1,62 @@
+"""GLM-4.5: sigmoid routing with a selection bias, a shared expert, half of each head turned. arXiv 2508.06471."""
+
+from __future__ import annotations
+
+from assay.hub import shared
+from assay.hub.config import Config, Tree
+from assay.hub.rules import Experts
+from assay.spec.model import ModelSpec
+
+TYPES = ("glm4_moe",)
+NAMES = shared.over(
+    {
+        "blocks.*.ffn.router.map.weight": "model.layers.*.mlp.gate.weight",
+        "blocks.*.ffn.router.select_bias": "model.layers.*.mlp.gate.e_score_correction_bias",
+        "blocks.*.ffn.shared.gate.*": "model.layers.*.mlp.shared_experts.gate_proj.*",
+        "blocks.*.ffn.shared.up.*": "model.layers.*.mlp.shared_experts.up_proj.*",
+        "blocks.*.ffn.shared.down.*": "model.layers.*.mlp.shared_experts.down_proj.*",
+        "blocks.*.ffn.gate": Experts("model.layers.*.mlp.experts.#.gate_proj.weight"),
+        "blocks.*.ffn.up": Experts("model.layers.*.mlp.experts.#.up_proj.weight"),
+        "blocks.*.ffn.down": Experts("model.layers.*.mlp.experts.#.down_proj.weight"),
+    }
+)
+SAME = shared.SAME
+
+
+def skip(model: ModelSpec) -> dict[str, str]:
+    return {**shared.SKIP, f"model.layers.{model.layers}.**": "a layer that predicts a further token"}
+
+
+def spec(c: Config) -> Tree:
+    norm = shared.rmsnorm(c, eps=c.number("rms_norm_eps", 1e-5))
+    moe = mixture(c)
+    mixer = shared.attention(c, bias="qkv" if c.flag("attention_bias", False) else "none")
+    mixer["qk_norm"] = {"norm": norm} if c.flag("use_qk_norm", False) else None
+    made = {
+        "dense": lambda: {"mixer": mixer, "ffn": shared.gated(c), "norm": {"kind": norm}},
+        "sparse": lambda: {"mixer": mixer, "ffn": moe, "norm": {"kind": norm}},
+    }
+    first = c.integer("first_k_dense_replace", 1, least=0)
+    kinds = tuple("dense" if i < first else "sparse" for i in range(c.integer("num_hidden_layers")))
+    c.ignore("intermediate_size", "num_nextn_predict_layers", "num_mtp_layers")
+    blocks, pattern = shared.by_kind(c, kinds, made)
+    return shared.decoder(c, blocks, pattern, final_norm=norm, positions={"main": c.rope(share=0.5)})
+
+
+def mixture(c: Config) -> Tree:
+    """The experts of DeepSeek-V3 and of those who kept its names."""
+    experts, width, act = c.integer("n_routed_experts"), c.integer("moe_intermediate_size"), c.activation("hidden_act")
+    router = {
+        "kind": "topk",
+        "k": c.integer("num_experts_per_tok"),
+        "score": "sigmoid",
+        "renormalise": c.flag("norm_topk_prob", True),
+        "scale": c.number("routed_scaling_factor", 1.0),
+        "select_bias": True,
+        "balance": 0.0,
+    }
+    count, top = c.integer("n_group", 1), c.integer("topk_group", 1)
+    router["groups"] = {"count": count, "top": top} if count > 1 else None
+    beside = c.integer("n_shared_experts", 1, least=0)
+    both = {"kind": "gated", "width": beside * width, "act": act} if beside else None
+    return {"kind": "moe", "experts": experts, "width": width, "act": act, "router": router, "shared": both}
