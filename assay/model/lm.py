@@ -46,6 +46,8 @@ class LM(nn.Module):
         self.final_norm = spec.final_norm.build(self._site("final_norm")) if spec.final_norm is not None else None
         self.head = spec.head.build(head_site(spec, prefix)) if spec.head is not None else None
         self.encoder = LM(spec.encoder, f"{prefix}encoder.") if spec.encoder is not None else None
+        if self.encoder is not None:
+            self.encoder.embed.share(self.embed)
         schemes: dict[str, Position] = dict(self.positions.items())  # type: ignore[arg-type]
         parts = [m for block in blocks for m in block.modules() if isinstance(m, Part)]
         for part in parts:

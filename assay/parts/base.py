@@ -125,6 +125,9 @@ class Embed(Part):
     def forward(self, step: Step) -> Float[Tensor, "N D"]:
         raise NotImplementedError
 
+    def share(self, outer: Embed) -> None:
+        """An encoder's is told the embedding of the model around it, whose table it may read."""
+
     def table(self) -> Tensor:
         """[V, D]: what a tied head multiplies with."""
         raise NotImplementedError

@@ -283,6 +283,9 @@ class EmbedSpec(PartSpec):
     slot: ClassVar[str] = "embeds"
     abstract_slot: ClassVar[bool] = True
 
+    def borrows(self, outer: tuple[int, int], own: tuple[int, int]) -> None:
+        """Raise ValueError where an encoder's embedding cannot use the table [V, D] of the model around it."""
+
 
 class HeadSpec(PartSpec):
     slot: ClassVar[str] = "heads"

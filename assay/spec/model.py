@@ -182,7 +182,15 @@ class ModelSpec(Spec):
         self._check_shared()
         if self.encoder is not None and self.encoder.head is not None:
             raise NestedError(("encoder", "head"), "an encoder has no head: its features are read; accepted: null")
+        if self.encoder is not None:
+            self._check_table(self.encoder)
         return self
+
+    def _check_table(self, encoder: ModelSpec) -> None:
+        try:
+            encoder.embed.borrows((self.vocab, self.d_model), (encoder.vocab, encoder.d_model))
+        except ValueError as error:
+            raise NestedError(("encoder", "embed"), str(error)) from None
 
     def _check_shared(self) -> None:
         """Every `takes` has an earlier `gives` that it can read; cross-attention fits the encoder's width."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from assay.ops.step import Step
 from assay.parts.base import Head
-from assay.spec.base import Cost, Fan, HeadSpec, Site
+from assay.spec.base import Cost, Fan, HeadSpec, Init, Site, Weight
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,11 @@ class LmHead(HeadSpec):
     softcap: float | None = Field(default=None, gt=0.0)
     bias: bool = False
 
-    def check(self, site: Site) -> None:
-        if self.tie and self.bias:
-            raise ValueError(
-                "`bias` on a tied head is not supported; accepted: tie: false with bias, or tie: true without"
-            )
-
     def linears(self, site: Site) -> dict[str, Fan]:
         return {} if self.tie else {"out": Fan(site.d_in, site.d_out, self.bias, split=0, role="head")}
+
+    def own(self, site: Site) -> dict[str, Weight]:
+        return {"bias": Weight((site.d_out,), "vector", Init.constant(0.0), split=0)} if self.tie and self.bias else {}
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         """A tied head multiplies with the embedding's table, which is a lookup everywhere else."""
@@ -58,11 +55,13 @@ class LmHead(HeadSpec):
         yield cls()
         yield cls(tie=True, scale=0.5)
         yield cls(bias=True, softcap=3.0)
+        yield cls(tie=True, bias=True)
 
 
 class LmHeadPart(Head):
     def forward(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N V"]:
-        logits = F.linear(features, table.to(features.dtype)) if self.spec.tie else self.out(features, step)
+        bias = self.bias.to(features.dtype) if self.spec.tie and self.spec.bias else None
+        logits = F.linear(features, table.to(features.dtype), bias) if self.spec.tie else self.out(features, step)
         logits = logits if self.spec.scale == 1.0 else logits * self.spec.scale
         cap = self.spec.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -22,9 +22,9 @@ ALL = Sees(causal=False)
 
 
 class Cross(MixerSpec):
-    """softmax(q k^T / sqrt(K)) v with k, v from the encoder's features. Vaswani et al. 2017, section 3.2.3.
+    """softmax(scale q k^T) v with k, v from the encoder's features. Vaswani et al. 2017, section 3.2.3.
 
-    kv_heads: null is heads. d_memory: width of the features; null is d_model.
+    kv_heads: null is heads. d_memory: width of the features; null is d_model. scale: null is head_dim^-0.5 (T5's is 1).
     """
 
     kind: Literal["cross"] = "cross"
@@ -33,6 +33,7 @@ class Cross(MixerSpec):
     head_dim: int | None = Field(default=None, ge=1)
     d_memory: int | None = Field(default=None, ge=1)
     bias: bool = False
+    scale: float | None = None
 
     @property
     def groups(self) -> int:
@@ -78,6 +79,7 @@ class Cross(MixerSpec):
     def tiny(cls) -> Iterator[Self]:
         yield cls(heads=4)
         yield cls(heads=4, kv_heads=2, head_dim=6, d_memory=20, bias=True)
+        yield cls(heads=4, scale=0.7)
 
 
 class CrossMixer(Mixer):
@@ -98,13 +100,15 @@ class CrossMixer(Mixer):
         else:
             k, v = (m(step.memory.h, step).unflatten(-1, (-1, size)) for m in (self.k, self.v))
             view = here.state.append(step, k=here.tap("k", k), v=v)
-        mix = ops.attend(here.tap("q", q), view, step, ALL, ops.Scores(size**-0.5), step.table(self), here)
+        scores = ops.Scores(size**-0.5 if self.spec.scale is None else self.spec.scale)
+        mix = ops.attend(here.tap("q", q), view, step, ALL, scores, step.table(self), here)
         return self.out(here.tap("mix", mix).flatten(1), step)
 
 
 def reference(spec: Cross, weights: dict[str, Tensor], x: Tensor, positions: Tensor, memory: Tensor) -> Tensor:
     """[N, D] in float64 against a memory [M, D']: one token and one head at a time."""
     d = spec.head_dim if spec.head_dim is not None else x.shape[1] // spec.heads
+    scale = d**-0.5 if spec.scale is None else spec.scale
     zero = torch.zeros((), dtype=x.dtype)
     q, k, v = (
         source @ weights[f"{n}.weight"].T + weights.get(f"{n}.bias", zero)
@@ -116,7 +120,7 @@ def reference(spec: Cross, weights: dict[str, Tensor], x: Tensor, positions: Ten
         for h in range(spec.heads):
             g = h // (spec.heads // spec.groups)
             z = torch.stack(
-                [q[i, h * d : (h + 1) * d] @ k[j, g * d : (g + 1) * d] / d**0.5 for j in range(memory.shape[0])]
+                [q[i, h * d : (h + 1) * d] @ k[j, g * d : (g + 1) * d] * scale for j in range(memory.shape[0])]
             )
             p = z.exp() / z.exp().sum()
             heads.append(torch.stack([p[j] * v[j, g * d : (g + 1) * d] for j in range(memory.shape[0])]).sum(0))

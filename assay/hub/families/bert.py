@@ -1,0 +1,113 @@
+"""BERT: bidirectional, learned positions, segments, a norm after each sum. Devlin et al. 2018, arXiv 1810.04805."""
+
+from __future__ import annotations
+
+from assay.hub.config import Config, Tree
+from assay.hub.family import Names
+from assay.spec.model import ModelSpec
+
+TYPES = ("bert",)
+BODY: Names = {
+    "embed.weight": "embeddings.word_embeddings.weight",
+    "embed.types": "embeddings.token_type_embeddings.weight",
+    "positions.main.norm.*": "embeddings.LayerNorm.*",
+    "positions.main.weight": "embeddings.position_embeddings.weight",
+    "blocks.*.mixer.q.*": "encoder.layer.*.attention.self.query.*",
+    "blocks.*.mixer.k.*": "encoder.layer.*.attention.self.key.*",
+    "blocks.*.mixer.v.*": "encoder.layer.*.attention.self.value.*",
+    "blocks.*.mixer.out.*": "encoder.layer.*.attention.output.dense.*",
+    "blocks.*.residual0.norm.*": "encoder.layer.*.attention.output.LayerNorm.*",
+    "blocks.*.ffn.up.*": "encoder.layer.*.intermediate.dense.*",
+    "blocks.*.ffn.down.*": "encoder.layer.*.output.dense.*",
+    "blocks.*.residual1.norm.*": "encoder.layer.*.output.LayerNorm.*",
+}
+MASKED: Names = {
+    "head.dense.*": "cls.predictions.transform.dense.*",
+    "head.norm.*": "cls.predictions.transform.LayerNorm.*",
+    "head.out.weight": "cls.predictions.decoder.weight",
+    "head.out.bias": "cls.predictions.bias",
+    "head.bias": "cls.predictions.bias",
+}
+CLASSIFY: Names = {"head.dense.*": "bert.pooler.dense.*", "head.out.*": "classifier.*"}
+SAME = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+OTHERWISE = (("bert.", ""),)
+POOLER = "BERT's pooled output, which nothing but a classifier reads"
+
+
+def names(spec: ModelSpec) -> Names:
+    head = CLASSIFY if spec.head is not None and spec.head.kind_name() == "classify" else MASKED
+    return {**{ours: f"bert.{theirs}" for ours, theirs in BODY.items()}, **head}
+
+
+def skip(spec: ModelSpec) -> dict[str, str]:
+    found = {
+        "bert.embeddings.position_ids": "0, 1, 2, ...",
+        "embeddings.position_ids": "0, 1, 2, ...",
+        "cls.seq_relationship.*": "next-sentence prediction, a task of the pre-training",
+    }
+    if spec.head is None or spec.head.kind_name() != "classify":
+        found |= dict.fromkeys(("bert.pooler.dense.*", "pooler.dense.*"), POOLER)
+    return found
+
+
+def spec(c: Config) -> Tree:
+    d, norm, act = c.integer("hidden_size"), layernorm(c), c.activation("hidden_act", "gelu")
+    masked = {"kind": "mlm", "act": act, "norm": norm, "tie": c.flag("tie_word_embeddings", True)}
+    heads = {"mlm": masked, "classify": {"kind": "classify", "labels": labels(c)}, "none": None}
+    return {
+        **body(c, c.integer("max_position_embeddings")),
+        "d_model": d,
+        "head": heads[purpose(c, "cls.predictions.bias", "classifier.weight")],
+    }
+
+
+def layernorm(c: Config) -> Tree:
+    return {"kind": "layernorm", "eps": c.number("layer_norm_eps", 1e-12)}
+
+
+def body(c: Config, context: int) -> Tree:
+    """Everything but the head, as RoBERTa has it too."""
+    norm, heads = layernorm(c), c.integer("num_attention_heads")
+    c.must_be("is_decoder", False, why="a decoder's mask is causal")
+    c.must_be("add_cross_attention", False)
+    c.must_be("position_embedding_type", "absolute")
+    c.ignore("attention_probs_dropout_prob", "hidden_dropout_prob", "directionality", "finetuning_task", "num_labels")
+    c.ignore(*(f"pooler_{x}" for x in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")))
+    mixer = {"kind": "gqa", "heads": heads, "bias": "all", "sees": {"causal": False}}
+    act = c.activation("hidden_act", "gelu")
+    ffn = {"kind": "dense", "width": c.integer("intermediate_size"), "act": act, "bias": True}
+    return {
+        "vocab": c.integer("vocab_size"),
+        "layers": c.integer("num_hidden_layers"),
+        "context": context,
+        "positions": {"main": {"kind": "learned", "norm": norm}},
+        "embed": {"kind": "token", "types": c.integer("type_vocab_size", 2)},
+        "blocks": {"block": {"mixer": mixer, "ffn": ffn, "norm": {"place": "post", "kind": norm}}},
+        "final_norm": None,
+    }
+
+
+def labels(c: Config) -> int:
+    """How many classes a classifier tells apart: transformers keeps their names, and two are its default."""
+    return len(c.mapping("id2label", {0: "", 1: ""}))
+
+
+def purpose(c: Config, masked: str, classifier: str) -> str:
+    """mlm, classify or none: which head the tensors `masked` and `classifier` show, or, where a configuration stands
+    alone, the class that it names."""
+    names = c.listed("architectures", None) or [""]
+    task = str(names[0]).rpartition("For")[2]
+    if c.tensors is None:
+        return {"MaskedLM": "mlm", "PreTraining": "mlm", "SequenceClassification": "classify"}.get(task, "none")
+    if masked in c.tensors:
+        return "mlm"
+    if classifier not in c.tensors:
+        return "none"
+    if task != "SequenceClassification":
+        raise ValueError(
+            f"{c.where}: architectures: {names[0]!r:.80}; accepted with a classifier: ...ForSequenceClassification"
+        )
+    return "classify"

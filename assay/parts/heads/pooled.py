@@ -1,0 +1,48 @@
+"""Embeddings of whole texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from assay.ops.step import Step
+from assay.parts.base import Head
+from assay.parts.heads._pool import Pool, pool
+from assay.spec.base import HeadSpec, Site
+
+
+class Pooled(HeadSpec):
+    """One vector a sequence, of length 1 where `normalise`. Reimers and Gurevych 2019, arXiv 1908.10084, section 3.
+
+    pool: the mean over the tokens, the first one (BERT's [CLS]), or the last (decoders). Its output is [B, d_model].
+    """
+
+    kind: Literal["pooled"] = "pooled"
+    pool: Pool = "mean"
+    normalise: bool = True
+
+    def build(self, site: Site) -> PooledHead:
+        return PooledHead(self, site)
+
+    @classmethod
+    def tiny(cls) -> Iterator[Self]:
+        yield cls()
+        yield cls(pool="first", normalise=False)
+        yield cls(pool="last")
+
+
+class PooledHead(Head):
+    def forward(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "B D"]:
+        x = pool(features, step, self.spec.pool)
+        return F.normalize(x, dim=-1) if self.spec.normalise else x
+
+    def loss(
+        self, features: Tensor, targets: Int[Tensor, "N"], step: Step, table: Tensor, options: Any = None
+    ) -> dict[str, Tensor]:
+        raise ValueError(
+            "head 'pooled' has no loss: its vectors are compared with each other; accepted: lm, mlm, classify"
+        )
