@@ -236,9 +236,9 @@ def first_step(
 
 
 def step_error(name: str, ours: Tensor, theirs: Tensor) -> float:
-    """Choices of experts are sets: the share of them that differ. Anything else: see `relative`."""
+    """Choices of experts are sets: the share of tokens that choose others. Anything else: see `relative`."""
     if name.endswith(".choice"):
-        return float((ours.sort(-1).values != theirs.sort(-1).values).float().mean())
+        return float((ours.sort(-1).values != theirs.sort(-1).values).any(-1).float().mean())
     return relative(ours.flatten(1), theirs.flatten(1))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import config as shapes
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from assay.cli.main import main
@@ -19,7 +20,7 @@ from assay.hub.config import read_config
 from assay.hub.live import Live, open_live
 from assay.hub.load import Imported, import_folder, put
 from assay.measure.isolate import alone, places, relative
-from assay.measure.parity import Divergence, Report, compare
+from assay.measure.parity import Divergence, Report, compare, first_step
 from assay.measure.reference import numbers_of, read_reference, sample
 from assay.model.lm import LM
 from assay.ops.step import rows_step
@@ -269,18 +270,55 @@ def test_the_verb_refuses_bad_input(
         assert message in err
 
 
-def test_transformers_is_never_given_code_to_run(tmp_path: Path, case: Callable[[str], Case]) -> None:
-    """A folder whose configuration asks for code of its own is refused, and the code does not run."""
-    folder = case("llama").folder
-    for name in ("model.safetensors",):
-        (tmp_path / name).symlink_to(folder / name)
-    values = {**read_config(folder / "config.json"), "model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+def test_code_beside_the_weights_is_not_run(tmp_path: Path, case: Callable[[str], Case]) -> None:
+    c = case("llama")
+    (tmp_path / "model.safetensors").symlink_to(c.folder / "model.safetensors")
+    values = {**read_config(c.folder / "config.json"), "auto_map": {"AutoModelForCausalLM": "own.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    got = case("llama").got
-    with pytest.raises(ValueError, match="cannot load it"):
-        open_live(tmp_path, got.family, got.spec)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    live = open_live(tmp_path, c.got.family, c.got.spec)
+    assert type(live.model).__module__.startswith("transformers.models.llama")
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_transformers_cannot_load_is_one_clear_message(tmp_path: Path, case: Callable[[str], Case]) -> None:
+    c = case("llama")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own"}))
+    with pytest.raises(ValueError, match=r"transformers \S+ cannot load it"):
+        open_live(tmp_path, c.got.family, c.got.spec)
+    (tmp_path / "config.json").write_text((c.folder / "config.json").read_text())
+    tensors = load_file(c.folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"transformers finds no model\.norm\.weight"):
+        open_live(tmp_path, c.got.family, c.got.spec)
+
+
+def test_without_transformers_what_to_install_is_said(
+    case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, _, err = run(capsys, case("llama").folder)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "pip install 'assay[hf]'" in err
+
+
+def test_the_first_step_inside_a_block() -> None:
+    """In the order of computation; queries and keys count by their products, choices as sets."""
+    one, two = torch.ones(3, 2), torch.full((3, 2), 2.0)
+    names = ("mixer_norm", "mixer.q", "mixer.k", "mixer.scores", "mixer.mix", "mixer", "ffn")
+    same = dict.fromkeys(names, one)
+    assert first_step(same, same) is None
+    assert first_step(same, {**same, "mixer.q": two, "mixer.k": two}) is None
+    assert first_step(same, {**same, "mixer.k": two, "mixer.scores": two}) == ("mixer.k", 0.5)
+    assert first_step(same, {**same, "mixer.k": two, "mixer.scores": two}, frozenset({"mixer.k"})) == (
+        "mixer.scores",
+        0.5,
+    )
+    assert first_step(same, {**same, "mixer": two, "mixer.mix": two, "ffn": two}) == ("mixer.mix", 0.5)
+    chosen = {"ffn.router.choice": torch.tensor([[0, 1], [2, 0], [1, 3]])}
+    turned = {"ffn.router.choice": torch.tensor([[1, 0], [2, 0], [3, 2]])}
+    assert first_step({**same, **chosen}, turned) == ("ffn.router.choice", pytest.approx(1 / 3))
 
 
 def test_sample_leaves_room_where_positions_end(case: Callable[[str], Case]) -> None:
