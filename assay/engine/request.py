@@ -36,10 +36,12 @@ class SamplingParams(Spec):
 class Request(Spec):
     """A prompt and how it is to be continued: up to `max_new` tokens, or until a stop token or a stop text.
 
-    Neither a stop token nor a stop text is part of the reply's text.
+    Neither a stop token nor a stop text is part of the reply's text. source: what an encoder-decoder's encoder reads;
+    the prompt then begins the reply.
     """
 
     prompt: tuple[int, ...] = Field(min_length=1)
+    source: tuple[int, ...] = ()
     sampling: SamplingParams = SamplingParams()
     max_new: int = Field(default=128, ge=1)
     stop_tokens: frozenset[int] = frozenset()

@@ -52,13 +52,30 @@ def check_context(spec: ModelSpec, prompt: int, new: int) -> None:
 
 
 def check_continues(spec: ModelSpec) -> None:
-    """ValueError for a model that cannot continue a text: no head, an encoder, a part that sees later tokens."""
-    if spec.encoder is not None or spec.head is None:
-        raise ValueError("this model does not continue text: generation needs a decoder with a head and no encoder")
+    """ValueError for a model that cannot continue a text: no head that names tokens, a part that sees later ones."""
+    if spec.head is None or not spec.head.names_tokens:
+        raise ValueError("this model does not continue text: generation needs a head with logits for every token")
     for site, part in spec.parts():
         reason = part.refusals().get("chunking")
         if reason is not None:
             raise ValueError(f"{site.name}: this model does not continue text: {reason}")
+
+
+def check_source(spec: ModelSpec, source: Ids) -> None:
+    """ValueError for a source text that is missing, or that nothing or no encoder of this size can read."""
+    if spec.encoder is None:
+        if source:
+            raise ValueError("`source` is what an encoder reads, and this model has none: accepted: a prompt alone")
+        return
+    if not source:
+        raise ValueError(
+            "this model continues what its encoder has read: a request without `source` cannot be answered"
+        )
+    if not 0 <= min(source) <= max(source) < spec.encoder.vocab:
+        raise ValueError(f"source token {max(source)}; the encoder has ids 0 to {spec.encoder.vocab - 1}")
+    limit = context_limit(spec.encoder)
+    if limit is not None and len(source) > limit:
+        raise ValueError(f"a source of {len(source)} tokens; the positions of this model's encoder reach {limit}")
 
 
 def right_padded(rows: Sequence[Ids], past: Sequence[int], horizon: Sequence[int], device: torch.device) -> Step:
@@ -99,16 +116,26 @@ class Runner:
         self.model, self.device = model.eval(), weight.device
         self.cache = Cache(state_table(model.spec, model.prefix), size, weight.dtype, weight.device)
         self.horizons: dict[Slot, int] = {}
+        self.sources: dict[Slot, Ids] = {}  # of sequences whose source nobody has encoded yet
 
-    def open(self, horizon: int) -> Slot:
-        """A slot for a sequence of up to `horizon` tokens; position schemes that depend on length plan for that."""
+    def open(self, horizon: int, source: Ids = ()) -> Slot:
+        """A slot for a sequence of up to `horizon` tokens; position schemes that depend on length plan for that.
+
+        source: what an encoder-decoder's encoder reads, once, with the first step of the sequence.
+        """
+        check_source(self.model.spec, source)
+        if len(source) > self.cache.size.memory:
+            raise ValueError(f"a source of {len(source)} tokens; this runner has room for {self.cache.size.memory}")
         slot = self.cache.open()
         self.horizons[slot] = horizon
+        if source:
+            self.sources[slot] = source
         return slot
 
     def close(self, slot: Slot) -> None:
         self.cache.close(slot)
         del self.horizons[slot]
+        self.sources.pop(slot, None)
 
     @torch.inference_mode()
     def feed(self, slots: Sequence[Slot], rows: Sequence[Ids]) -> Float[Tensor, "E V"]:
@@ -126,9 +153,19 @@ class Runner:
     def _step(self, slots: Sequence[Slot], rows: Sequence[Ids]) -> Tensor:
         past = [self.cache.length(slot) for slot in slots]
         step = right_padded(rows, past, [self.horizons[slot] for slot in slots], self.device)
+        step = step.with_(encode=self._unread(slots))
         logits = self.model(step, self.cache.begin(slots, step)).logits
         assert logits is not None
+        for slot in slots:
+            self.sources.pop(slot, None)
         return logits
+
+    def _unread(self, slots: Sequence[Slot]) -> Step | None:
+        """The sources that the encoder has yet to read; None where it has read them all."""
+        rows = [self.sources.get(slot, ()) for slot in slots]
+        if not any(rows):
+            return None
+        return right_padded(rows, [0] * len(rows), [len(ids) for ids in rows], self.device).with_(emit=None)
 
 
 class Running:
@@ -205,6 +242,7 @@ def generate(model: LM, tokenizer: Tokenizer, requests: Sequence[Request], chunk
         return
     longest = max(request.horizon for request in requests)
     prompt = max(len(request.prompt) for request in requests)
-    runner = Runner(model, Size(len(requests), longest, min(chunk, prompt)))
-    slots = [runner.open(request.horizon) for request in requests]
+    memory = max(len(request.source) for request in requests)
+    runner = Runner(model, Size(len(requests), longest, min(chunk, prompt), memory))
+    slots = [runner.open(request.horizon, request.source) for request in requests]
     yield from stream(runner, tokenizer, slots, requests)

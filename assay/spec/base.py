@@ -290,6 +290,8 @@ class EmbedSpec(PartSpec):
 class HeadSpec(PartSpec):
     slot: ClassVar[str] = "heads"
     abstract_slot: ClassVar[bool] = True
+    names_tokens: ClassVar[bool] = True
+    """Its output is logits over the vocabulary for every token, not something about a whole sequence."""
 
 
 SLOTS: Mapping[str, type[PartSpec]] = {

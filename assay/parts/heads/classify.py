@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ class Classify(HeadSpec):
     norm: after the activation (ModernBERT, arXiv 2412.13663). dense_bias: a bias in the dense map.
     """
 
+    names_tokens: ClassVar[bool] = False
     kind: Literal["classify"] = "classify"
     labels: int = Field(ge=1)
     pool: Pool = "first"

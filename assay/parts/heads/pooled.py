@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ class Pooled(HeadSpec):
     pool: the mean over the tokens, the first one (BERT's [CLS]), or the last (decoders). Its output is [B, d_model].
     """
 
+    names_tokens: ClassVar[bool] = False
     kind: Literal["pooled"] = "pooled"
     pool: Pool = "mean"
     normalise: bool = True
