@@ -102,6 +102,7 @@ class Case:
         step = step.with_(tables={m.name: m.prepare(step, states.get(m.name)) for m in planned})
         name = self.mixer.name if self.mixer is not None else self.part.name
         given, taps = {} if given is None else given, {} if taps is None else taps
+        given.setdefault("embed", x)  # what the stack starts with
         here = Here(name, states, given, taps, step.listen)
         return self.apply(x, step, here)
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel
 
 from assay.conform.cases import MEMORY, Case, case, noise
+from assay.ops.step import View
 from assay.spec import registry
 from assay.spec.base import PartSpec
 from assay.spec.load import dump, validate
@@ -92,7 +93,7 @@ def fingerprint(c: Case) -> dict[str, Any]:
     given: dict[str, Any] = {}
     y = c.run(x, step, taps=taps, given=given)
     values: dict[str, Any] = {f"tap {k}": v.detach() for k, v in taps.items()}
-    values |= {"y": y.detach()} | {f"given {k}": v.dense("k").detach() for k, v in given.items()}
+    values |= {"y": y.detach()} | {f"given {k}": v.dense("k").detach() for k, v in given.items() if isinstance(v, View)}
     table = c.spec.weights(c.site)
     cost = c.spec.cost(c.site, 12, 3, MEMORY)
     values["facts"] = (table, c.spec.state(c.site), cost, extras(c))

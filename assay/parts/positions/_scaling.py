@@ -212,8 +212,29 @@ class LongRopeScaling(Scaling):
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original))
 
 
+class ProportionalScaling(Scaling):
+    """Only the first `share` of the pairs turn, at the frequencies they have when all do. Gemma 4.
+
+    Pairs stay (i, i + dim/2) of the whole head; Rope's own `dim` turns its leading dimensions at frequencies of theirs.
+    """
+
+    kind: Literal["proportional"]
+    share: Annotated[float, Field(gt=0.0, le=1.0)]
+
+    def check(self, dim: int) -> None:
+        if not self.turned(dim // 2):
+            raise ValueError(f"`scaling.share` {self.share} of {dim // 2} pairs is not one")
+
+    def turned(self, pairs: int) -> int:
+        return int(self.share * pairs)
+
+    def frequencies(self, theta: float, inv: Tensor, horizon: Tensor) -> Tensor:
+        turns = torch.arange(inv.shape[-1], device=inv.device) < self.turned(inv.shape[-1])
+        return torch.where(turns, inv, torch.zeros_like(inv))
+
+
 AnyScaling = Annotated[
-    LinearScaling | NtkScaling | DynamicScaling | YarnScaling | Llama3Scaling | LongRopeScaling,
+    LinearScaling | NtkScaling | DynamicScaling | YarnScaling | Llama3Scaling | LongRopeScaling | ProportionalScaling,
     Field(discriminator="kind"),
 ]
 

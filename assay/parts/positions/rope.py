@@ -24,6 +24,7 @@ from assay.parts.positions._scaling import (
     Llama3Scaling,
     LongRopeScaling,
     NtkScaling,
+    ProportionalScaling,
     YarnScaling,
     inverse,
 )
@@ -78,6 +79,7 @@ class Rope(PositionSpec):
     @classmethod
     def tiny(cls) -> Iterator[Self]:
         yield cls()
+        yield cls(scaling=ProportionalScaling(kind="proportional", share=0.5))
         yield cls(theta=100.0, dim=4, turns="read")
         yield cls(scaling=LinearScaling(kind="linear", factor=2.0))
         yield cls(scaling=NtkScaling(kind="ntk", factor=4.0))
@@ -246,6 +248,8 @@ def _reference_pair(theta: float, dim: int, i: int, s: Any, length: int) -> tupl
     plain = 1.0 / theta ** (2 * i / dim)
     if s is None:
         return plain, 1.0
+    if s.kind == "proportional":
+        return (plain if i < int(s.share * (dim // 2)) else 0.0), 1.0
     if s.kind == "linear":
         return plain / s.factor, 1.0
     if s.kind in ("ntk", "dynamic"):
