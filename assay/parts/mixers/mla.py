@@ -1,0 +1,215 @@
+"""Multi-head latent attention, in the form that suits many new tokens and the one that suits a single one.
+
+Legend: N tokens, R x S entries of the view, H heads, C latent width, E = nope + rope dimensions of a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from assay.ops import attend as ops
+from assay.ops.here import Here
+from assay.ops.sees import Sees
+from assay.ops.state import State
+from assay.ops.step import Step, View
+from assay.parts.base import Mixer, Position
+from assay.parts.norms.rmsnorm import RmsNorm
+from assay.spec.base import Cost, Fan, MixerSpec, NormSpec, PartSpec, PositionSpec, Site, StateField, linear_at
+
+CAUSAL = Sees()
+
+
+class Mla(MixerSpec):
+    """Multi-head latent attention. DeepSeek-AI 2024, arXiv 2405.04434, section 2.1; 2412.19437, section 2.1.1.
+
+    Keys and values of every head are maps of one latent of `kv_rank` numbers a token. Position enters by `rope_dim`
+    dimensions of their own: of each query, and of one key that all heads share. The latent and that key are all that
+    is remembered. A head's keys have `nope_dim` + `rope_dim` dimensions, its values `value_dim`.
+
+    q_rank: queries come from a latent too; null is a map without one. norm: on both latents. scale: null is
+    (nope_dim + rope_dim)^-0.5. position: a scheme of the stack for the `rope_dim` dimensions. bias: of the maps into
+    the latents and of the one out.
+
+    Several new tokens: the keys and values of all heads are made from the latents (expanded). One new token a sequence:
+    their maps are folded into the query and the mix, and what is attended to is the latent itself (absorbed, section
+    2.1.2). Both are the same function.
+    """
+
+    kind: Literal["mla"] = "mla"
+    heads: int = Field(ge=1)
+    kv_rank: int = Field(ge=1)
+    q_rank: int | None = Field(default=None, ge=1)
+    nope_dim: int = Field(default=128, ge=1)
+    rope_dim: int = Field(default=64, ge=1)
+    value_dim: int = Field(default=128, ge=1)
+    position: str | None = None
+    scale: float | None = None
+    norm: NormSpec = Field(default="rmsnorm", validate_default=True)
+    bias: bool = False
+
+    def refusals(self) -> Mapping[str, str]:
+        return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
+
+    def check(self, site: Site) -> None:
+        if self.norm.refuses:
+            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+
+    def meets(self, scheme: PositionSpec, site: Site) -> None:
+        scheme.fits(self.heads, self.rope_dim)
+
+    def linears(self, site: Site) -> dict[str, Fan]:
+        queries = self.heads * (self.nope_dim + self.rope_dim)
+        if self.q_rank is None:
+            table = {"q": Fan(site.d_in, queries, split=0)}
+        else:
+            table = {"q_down": Fan(site.d_in, self.q_rank, self.bias), "q_up": Fan(self.q_rank, queries, split=0)}
+        return table | {
+            "kv_down": Fan(site.d_in, self.kv_rank + self.rope_dim, self.bias),
+            "kv_up": Fan(self.kv_rank, self.heads * (self.nope_dim + self.value_dim), split=0),
+            "out": Fan(self.heads * self.value_dim, site.d_out, self.bias, out=True, split=1),
+        }
+
+    def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
+        widths = {"kv_norm": self.kv_rank} | ({} if self.q_rank is None else {"q_norm": self.q_rank})
+        return {name: (self.norm, site.child(name, width, width)) for name, width in widths.items()}
+
+    def state(self, site: Site) -> tuple[StateField, ...]:
+        """The normed latent and the shared key (turned, where the scheme turns when it writes) side by side: the keys
+        of the absorbed form as they are."""
+        return (StateField("latent", "token", (self.kv_rank + self.rope_dim,)),)
+
+    def absorbs(self, site: Site) -> bool:
+        """Whether one new token is served by the latents: folding needs the matrix of `kv_up`."""
+        return linear_at(site, "kv_up").kind_name() == "dense"
+
+    def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
+        """q k^T and p v for each pair, 2 FLOPs a multiply-add. Of several new tokens, in the expanded form: 2 * heads *
+        (nope_dim + rope_dim + value_dim) a pair, and the map `kv_up` again for every entry that was seen before.
+        Of one, in the absorbed form: 2 * heads * (2 * kv_rank + rope_dim) a pair; folding costs what `kv_up` does."""
+        absorbed = new == 1 and self.absorbs(site)
+        sizes = 2 * self.kv_rank + self.rope_dim if absorbed else self.nope_dim + self.rope_dim + self.value_dim
+        again = 0 if absorbed else 2 * seen * self.kv_rank * self.heads * (self.nope_dim + self.value_dim)
+        pairs, executed = CAUSAL.pairs(new, seen), ops.executed_pairs(new, seen, CAUSAL)
+        return Cost(2 * self.heads * sizes * pairs + again, 2 * self.heads * sizes * executed + again)
+
+    def build(self, site: Site) -> MlaMixer:
+        return MlaMixer(self, site)
+
+    @classmethod
+    def tiny(cls) -> Iterator[Self]:
+        sizes: dict[str, Any] = {"heads": 4, "kv_rank": 10, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
+        yield cls(**sizes, q_rank=14)
+        yield cls(**sizes, bias=True, scale=0.4)
+        yield cls(**sizes, q_rank=9, bias=True, norm=RmsNorm(eps=1e-2))
+
+
+class MlaMixer(Mixer):
+    """[N, D] -> [N, D]. Head counts are read from the tensors, so a shard of the heads runs the same lines."""
+
+    def __init__(self, spec: Mla, site: Site) -> None:
+        super().__init__(spec, site)
+        self.scheme: tuple[Position, ...] = ()  # a tuple: the stack owns the module, and torch does not register it
+        self.folds = spec.absorbs(site)
+
+    def bind(self, positions: Mapping[str, Position]) -> None:
+        self.scheme = (positions[self.spec.position],) if self.spec.position is not None else ()
+        for scheme in self.scheme:
+            scheme.serve(self.spec.heads, self.spec.rope_dim)
+
+    def prepare_key(self) -> object:
+        return ("attend", CAUSAL, None)
+
+    def prepare(self, step: Step, state: State | None) -> Any:
+        assert state is not None
+        if self.spec.position is not None and not self.scheme:
+            raise ValueError(f"{self.name}: position {self.spec.position!r} is not a scheme of this stack")
+        return ops.plan(step, state.layout(step), CAUSAL)
+
+    def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
+        spec = self.spec
+        q = self.q(x, step) if spec.q_rank is None else self.q_up(self.q_norm(self.q_down(x, step)), step)
+        q = q.unflatten(-1, (-1, spec.nope_dim + spec.rope_dim))
+        latent, k = self.kv_down(x, step).split([spec.kv_rank, spec.rope_dim], -1)
+        turned, k = self.turned(q[..., spec.nope_dim :], k[:, None], step)
+        q = torch.cat([q[..., : spec.nope_dim], turned], -1)
+        view = here.state.append(step, latent=torch.cat([self.kv_norm(latent), k[:, 0]], -1))
+        form = self.absorbed if self.folds and step.longest == 1 else self.expanded
+        mix = here.tap("mix", form(here.tap("q", q), self.on_read(view, step), step, here))
+        return self.out(mix.flatten(1), step)
+
+    def turned(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        return self.scheme[0].on_qk(q, k, step) if self.scheme else (q, k)
+
+    def on_read(self, view: View, step: Step) -> View:
+        """The view with its shared key turned, where the scheme does that when it is read."""
+        if not self.scheme or not self.scheme[0].spec.reads:
+            return view
+        latent, k = view.dense("latent").split([self.spec.kv_rank, self.spec.rope_dim], -1)
+        _, read = self.scheme[0].on_read(k, View({"k": k[:, :, None]}, view.layout), step)
+        return View({"latent": torch.cat([latent, read.dense("k")[:, :, 0]], -1)}, view.layout)
+
+    def expanded(self, q: Float[Tensor, "N H E"], view: View, step: Step, here: Here) -> Float[Tensor, "N H V"]:
+        """Keys and values of every head, from the latents."""
+        spec = self.spec
+        latent, shared = view.dense("latent").split([spec.kv_rank, spec.rope_dim], -1)
+        # The entries of a view are not the tokens of the step, by whom an adapter would be chosen.
+        k, v = (
+            self.kv_up(latent, None)
+            .unflatten(-1, (-1, spec.nope_dim + spec.value_dim))
+            .split([spec.nope_dim, spec.value_dim], -1)
+        )
+        k = torch.cat([k, shared[:, :, None].expand(-1, -1, k.shape[2], -1)], -1)
+        return self.mixed(q, View({"k": k, "v": v}, view.layout), step, here)
+
+    def absorbed(self, q: Float[Tensor, "N H E"], view: View, step: Step, here: Here) -> Float[Tensor, "N H V"]:
+        """(W_k c) q = c (W_k^T q) and sum p W_v c = W_v sum p c: one key head, whose values are a part of it."""
+        spec, entries = self.spec, view.dense("latent")[:, :, None]
+        up_k, up_v = self.kv_up.weight.unflatten(0, (-1, spec.nope_dim + spec.value_dim)).split(
+            [spec.nope_dim, spec.value_dim], 1
+        )
+        q_nope, q_rope = q.split([spec.nope_dim, spec.rope_dim], -1)
+        q = torch.cat([torch.einsum("nhk,hkc->nhc", q_nope, up_k), q_rope], -1)
+        mix = self.mixed(q, View({"k": entries, "v": entries[..., : spec.kv_rank]}, view.layout), step, here)
+        return torch.einsum("nhc,hvc->nhv", mix, up_v)
+
+    def mixed(self, q: Tensor, view: View, step: Step, here: Here) -> Tensor:
+        spec = self.spec
+        scale = (spec.nope_dim + spec.rope_dim) ** -0.5 if spec.scale is None else spec.scale
+        scores = ops.Scores(scale, bias=self.scheme[0].bias() if self.scheme else None)
+        return ops.attend(q, view, step, CAUSAL, scores, step.table(self), here)
+
+
+def reference(spec: Mla, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
+    """[N, D] in float64 for one sequence without a position scheme: one token and one head at a time, in the expanded
+    form of the paper's equations 37 to 47 (2405.04434, appendix C)."""
+    nope, rope, values = spec.nope_dim, spec.rope_dim, spec.value_dim
+    scale = spec.scale if spec.scale is not None else 1 / (nope + rope) ** 0.5
+
+    def linear(name: str, z: Tensor) -> Tensor:
+        return weights[f"{name}.weight"] @ z + weights.get(f"{name}.bias", torch.zeros((), dtype=x.dtype))
+
+    def norm(name: str, z: Tensor) -> Tensor:
+        return z / ((z * z).mean() + spec.norm.eps) ** 0.5 * weights[f"{name}.weight"]  # type: ignore[attr-defined]
+
+    keys, shared = [], []
+    for row in x:
+        down = linear("kv_down", row)
+        keys.append(linear("kv_up", norm("kv_norm", down[: spec.kv_rank])).view(spec.heads, nope + values))
+        shared.append(down[spec.kv_rank :])
+    rows = []
+    for i, row in enumerate(x):
+        flat = linear("q", row) if spec.q_rank is None else linear("q_up", norm("q_norm", linear("q_down", row)))
+        q, heads = flat.view(spec.heads, nope + rope), []
+        for h in range(spec.heads):
+            seen = range(i + 1)
+            z = [scale * (q[h, :nope] @ keys[j][h, :nope] + q[h, nope:] @ shared[j]) for j in seen]
+            e = [value.exp() for value in z]
+            heads.append(torch.stack([e[j] / sum(e) * keys[j][h, nope:] for j in seen]).sum(0))
+        rows.append(linear("out", torch.cat(heads)))
+    return torch.stack(rows)
