@@ -31,6 +31,7 @@ CAPS = (30.0, 50.0, 20.0, 15.0)
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0)
 GOLDEN = (math.sqrt(5) - 1) / 2
 ROUNDS = 24  # of a golden-section search: a value to four digits
+PARTLY = 0.25  # what a first trial leaves at most for a second to be tried on top of it
 HELPS = 0.8  # a scan goes on only where a point of its grid takes a fifth of the difference away
 
 
@@ -42,6 +43,12 @@ class Trial:
     cause: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     weights: Weights = field(default_factory=dict)
+
+    def and_(self, other: Trial) -> Trial:
+        """Both at once, at the step of the first."""
+        cause = "; and ".join(cause for cause in (self.cause, other.cause) if cause)
+        merged = {**self.changes, **other.changes}, {**self.weights, **other.weights}
+        return Trial(self.step or other.step, cause, *merged)
 
 
 @dataclass(frozen=True)
@@ -72,52 +79,61 @@ class Search:
     def __init__(self, model: LM, step: Step, reference: Weights, told: Callable[[int], None] | None = None) -> None:
         self.model, self.step, self.reference, self.told, self.done = model, step, reference, told, 0
         self.plain: tuple[Place, LM] | None = None
+        self.base = Trial("", "")
 
     def find(self, place: Place, error: float, enough: float, numbers: Mapping[str, float]) -> Found | None:
-        """The first trial that leaves at most `enough`, and at most a tenth of the difference.
+        """The first trial that leaves at most `enough`, and at most a tenth of the difference; else the first two that
+        do together, one of them being what helps most alone.
 
         numbers: the configuration's numbers by key; a value that was overlooked is often among them.
         """
         enough = min(enough, error / 10)
+        left, trial = self.round(place, error, enough, numbers)
+        if enough < left <= PARTLY * error:
+            self.base = trial
+            left, trial = self.round(place, left, enough, numbers)
+            trial, self.base = self.base.and_(trial), Trial("", "")
+        return Found(trial.step, trial.cause, left) if left <= enough else None
+
+    def round(self, place: Place, error: float, enough: float, numbers: Mapping[str, float]) -> tuple[float, Trial]:
+        """The first trial that leaves `enough`, else the one that leaves least, and what it leaves."""
+        best = (math.inf, Trial("", ""))
         for trial in trials(self.model, place, numbers):
-            left = self.left(trial, place)
-            if left <= enough:
-                return Found(trial.step, trial.cause, left)
+            best = min(best, (self.left(trial, place), trial), key=lambda pair: pair[0])
+            if best[0] <= enough:
+                return best
         for scan in scans(self.model.spec, place):
             left, value = self.best(scan, place, error, enough)
-            if left <= enough:
-                trial = scan.trial(value)
-                return Found(trial.step, trial.cause, left)
-        return None
+            best = min(best, (left, scan.trial(value)), key=lambda pair: pair[0])
+            if best[0] <= enough:
+                return best
+        return best
 
     def left(self, trial: Trial, place: Place) -> float:
         """The difference that is left; infinite where the model cannot be changed so."""
         self.done += 1
         if self.told is not None:
             self.told(self.done)
+        trial = self.base.and_(trial)
         try:
             if trial.changes:
-                other = variant(self.model, change(self.model.spec, trial.changes), place)
-                return self.error(other, place)
-            return self.exchanged(trial.weights, place)
+                return self.error(variant(self.model, change(self.model.spec, trial.changes), place), trial, place)
+            if self.plain is None or self.plain[0] != place:
+                self.plain = place, variant(self.model, self.model.spec, place)
+            return self.error(self.plain[1], trial, place)
         except ValueError:
             return math.inf
 
-    def exchanged(self, weights: Weights, place: Place) -> float:
-        """What other weights leave, in one and the same copy of the model."""
-        if self.plain is None or self.plain[0] != place:
-            self.plain = place, variant(self.model, self.model.spec, place)
+    def error(self, other: LM, trial: Trial, place: Place) -> float:
+        """What another model leaves, with the trial's weights for as long as it runs."""
         own = dict(self.model.named_parameters())
         try:
-            for name, value in weights.items():
-                put(self.plain[1], name, value)
-            return self.error(self.plain[1], place)
+            for name, value in trial.weights.items():
+                put(other, name, value)
+            found = alone(other, self.step, self.reference).outputs.get(place.name)
         finally:
-            for name in weights:
-                put(self.plain[1], name, own[name].detach())
-
-    def error(self, other: LM, place: Place) -> float:
-        found = alone(other, self.step, self.reference).outputs.get(place.name)
+            for name in trial.weights:
+                put(other, name, own[name].detach())
         return math.inf if found is None else relative(found, self.reference[place.wanted].flatten(0, 1))
 
     def best(self, scan: Scan, place: Place, error: float, enough: float) -> tuple[float, float]:
