@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from assay.hub import outward
 from assay.hub.config import Config, Tree
 from assay.hub.rules import FusedHeads
+from assay.spec.model import ModelSpec
 
 TYPES = ("bloom",)
 NAMES = {
@@ -44,4 +46,18 @@ def spec(c: Config) -> Tree:
         "blocks": {"block": {"mixer": mixer, "ffn": ffn, "norm": {"kind": norm}}},
         "final_norm": norm,
         "head": {"kind": "lm", "tie": c.flag("tie_word_embeddings", True)},
+    }
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    return {
+        "model_type": "bloom",
+        "architectures": ["BloomForCausalLM"],
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.d_model,
+        "n_layer": spec.layers,
+        "n_head": outward.part(spec, "mixer", "gqa").heads,
+        "seq_length": spec.context,
+        "layer_norm_epsilon": outward.epsilon(spec, "layernorm"),
+        "tie_word_embeddings": outward.of_kind(spec.head, "head", "lm").tie,
     }

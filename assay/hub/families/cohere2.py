@@ -5,9 +5,10 @@ Cohere 2024; Yang et al. 2025, arXiv 2501.18795.
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.rules import Pairs
+from assay.spec.model import ModelSpec
 
 TYPES = ("cohere2",)
 NAMES = shared.over(
@@ -38,3 +39,22 @@ def spec(c: Config) -> Tree:
     tree = shared.decoder(c, blocks, pattern, tie=True, final_norm=norm, positions={"main": c.rope()})
     tree["head"]["scale"] = c.number("logit_scale", 0.0625)
     return tree
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    outward.whole_heads(spec, by_width=True)
+    kinds, net = outward.layer_types(spec), outward.part(spec, "ffn", "gated")
+    turned = kinds.index(shared.SLIDING) if shared.SLIDING in kinds else 0
+    return {
+        **outward.sizes(spec, "cohere2", "Cohere2ForCausalLM"),
+        **outward.rope(spec, turned),
+        "num_key_value_heads": outward.part(spec, "mixer", "gqa").groups,
+        "head_dim": outward.head_size(spec),
+        "intermediate_size": net.width,
+        "hidden_act": outward.ACTS[net.act],
+        "layer_norm_eps": outward.epsilon(spec, "layernorm"),
+        "attention_bias": outward.biased(spec),
+        "logit_scale": outward.of_kind(spec.head, "head", "lm").scale,
+        "layer_types": kinds,
+        "sliding_window": outward.window(spec),
+    }

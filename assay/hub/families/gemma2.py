@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
+from assay.spec.model import ModelSpec
 
 TYPES = ("gemma2",)
 NAMES = shared.over(
@@ -41,3 +42,23 @@ def gemma(c: Config, kinds: tuple[str, ...], scores: Tree, position: Tree, **mor
     tree = shared.decoder(c, blocks, pattern, tie=True, final_norm=norm, positions=more["positions"])
     tree["head"]["softcap"] = c.number("final_logit_softcapping", None)
     return {**tree, "embed": {"kind": "token", "scale": c.integer("hidden_size") ** 0.5}}
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    return gemma_keys(spec, "gemma2", "Gemma2ForCausalLM") | outward.rope(spec)
+
+
+def gemma_keys(spec: ModelSpec, model_type: str, architecture: str) -> Tree:
+    """What Gemma 2's and 3's configurations share: all but RoPE."""
+    outward.whole_heads(spec)
+    found = outward.decoder(spec, model_type, architecture)
+    return {
+        **found,
+        "hidden_activation": found["hidden_act"],
+        "attention_bias": outward.biased(spec),
+        "query_pre_attn_scalar": outward.query_scalar(spec),
+        "sliding_window": outward.window(spec),
+        "layer_types": outward.layer_types(spec),
+        "attn_logit_softcapping": outward.part(spec, "mixer", "gqa").scores.softcap,
+        "final_logit_softcapping": outward.of_kind(spec.head, "head", "lm").softcap,
+    }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.families.gemma2 import NAMES as NAMES
-from assay.hub.families.gemma2 import gemma
+from assay.hub.families.gemma2 import gemma, gemma_keys
+from assay.spec.model import ModelSpec
 
 TYPES = ("gemma3_text",)
 SKIP, SAME = shared.SKIP, shared.SAME
@@ -29,3 +30,13 @@ def spec(c: Config) -> Tree:
         positions=tables,
         qk_norm={"norm": shared.rmsnorm(c, weight="plus_one")},
     )
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    found = gemma_keys(spec, "gemma3_text", "Gemma3ForCausalLM")
+    kinds, ropes = found["layer_types"], {}
+    for kind, theta in ((shared.FULL, 1_000_000.0), (shared.SLIDING, 10_000.0)):
+        rules = {"rope_theta": theta, "rope_type": "default"}
+        there = kind in kinds
+        ropes[kind] = outward.rope_rules(spec, outward.position(spec, "rope", kinds.index(kind))) if there else rules
+    return {**found, "rope_parameters": ropes}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from assay.hub import outward
 from assay.hub.config import Config, Tree
 from assay.hub.rules import Fused, Transposed
+from assay.spec.model import ModelSpec
 
 TYPES = ("gpt2",)
 NAMES = {
@@ -49,3 +51,21 @@ def spec(c: Config) -> Tree:
 
 
 SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    outward.whole_heads(spec, by_width=True)
+    net = outward.part(spec, "ffn", "dense")
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": spec.vocab,
+        "n_embd": spec.d_model,
+        "n_layer": spec.layers,
+        "n_head": outward.part(spec, "mixer", "gqa").heads,
+        "n_inner": net.width,
+        "n_positions": spec.context,
+        "activation_function": "gelu_new" if net.act == "gelu_tanh" else outward.ACTS[net.act],
+        "layer_norm_epsilon": outward.epsilon(spec, "layernorm"),
+        "tie_word_embeddings": outward.of_kind(spec.head, "head", "lm").tie,
+    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from assay.hub import outward
 from assay.hub.config import Config, Tree
 from assay.hub.rules import FusedHeads
+from assay.spec.model import ModelSpec
 
 TYPES = ("gpt_neox",)
 NAMES = {
@@ -41,4 +43,22 @@ def spec(c: Config) -> Tree:
         "blocks": {"block": {"mixer": mixer, "ffn": ffn, "norm": {"kind": norm}, "parallel": parallel}},
         "final_norm": norm,
         "head": {"kind": "lm", "tie": c.flag("tie_word_embeddings", False)},
+    }
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    outward.whole_heads(spec, by_width=True)
+    net, turn = outward.part(spec, "ffn", "dense"), outward.rope(spec, partial=True)
+    # Where nothing is said, a quarter of a head is turned.
+    share = turn["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    return {
+        **outward.sizes(spec, "gpt_neox", "GPTNeoXForCausalLM"),
+        **turn,
+        "rotary_emb_base": turn["rope_theta"],
+        "rotary_pct": share,
+        "intermediate_size": net.width,
+        "hidden_act": outward.ACTS[net.act],
+        "layer_norm_eps": outward.epsilon(spec, "layernorm"),
+        "attention_bias": outward.biased(spec),
+        "use_parallel_residual": len(spec.expand()[0]) == 1,
     }

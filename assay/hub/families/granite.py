@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
+from assay.spec.model import ModelSpec
 
 TYPES = ("granite",)
 NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
@@ -21,3 +22,17 @@ def spec(c: Config) -> Tree:
     tree = shared.decoder(c, {"block": block}, positions={"main": c.rope()})
     tree["head"]["scale"] = 1.0 / c.number("logits_scaling", 1.0)
     return {**tree, "embed": {"kind": "token", "scale": c.number("embedding_multiplier", 1.0)}}
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    scale = outward.part(spec, "mixer", "gqa").scores.scale
+    return {
+        **outward.decoder(spec, "granite", "GraniteForCausalLM"),
+        **outward.rope(spec),
+        "attention_bias": outward.biased(spec),
+        "mlp_bias": outward.part(spec, "ffn", "gated").bias,
+        "attention_multiplier": outward.head_size(spec) ** -0.5 if scale is None else scale,
+        "residual_multiplier": next(branch.scale for _, _, branch in spec.branches(0)),
+        "logits_scaling": 1.0 / outward.of_kind(spec.head, "head", "lm").scale,
+        "embedding_multiplier": outward.of_kind(spec.embed, "embed", "token").scale,
+    }

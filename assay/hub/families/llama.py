@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
+from assay.spec.model import ModelSpec
 
 TYPES = ("llama",)
 NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
@@ -16,3 +17,9 @@ def spec(c: Config) -> Tree:
         "norm": {"kind": shared.rmsnorm(c)},
     }
     return shared.decoder(c, {"block": block}, positions={"main": c.rope()})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    outward.whole_heads(spec)
+    biases = {"attention_bias": outward.biased(spec), "mlp_bias": outward.part(spec, "ffn", "gated").bias}
+    return outward.decoder(spec, "llama", "LlamaForCausalLM") | outward.rope(spec) | biases

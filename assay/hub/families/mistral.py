@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
+from assay.spec.model import ModelSpec
 
 TYPES = ("mistral",)
 NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
@@ -13,3 +14,8 @@ def spec(c: Config) -> Tree:
     sees = shared.window(c) if c.has("sliding_window") else {}
     block = {"mixer": shared.attention(c, sees=sees), "ffn": shared.gated(c), "norm": {"kind": shared.rmsnorm(c)}}
     return shared.decoder(c, {"block": block}, positions={"main": c.rope()})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    found = outward.decoder(spec, "mistral", "MistralForCausalLM") | outward.rope(spec)
+    return {**found, "sliding_window": outward.window(spec)}

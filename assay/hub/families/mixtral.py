@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.rules import Experts
+from assay.spec.model import ModelSpec
 
 TYPES = ("mixtral",)
 NAMES = shared.over(
@@ -33,3 +34,15 @@ def spec(c: Config) -> Tree:
     sees = shared.window(c) if c.has("sliding_window") else {}
     block = {"mixer": shared.attention(c, sees=sees), "ffn": ffn, "norm": {"kind": shared.rmsnorm(c)}}
     return shared.decoder(c, {"block": block}, positions={"main": c.rope()})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    moe = outward.part(spec, "ffn", "moe")
+    return {
+        **outward.decoder(spec, "mixtral", "MixtralForCausalLM", ffn="moe"),
+        **outward.rope(spec),
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": outward.of_kind(moe.router, "blocks.0.ffn.router", "topk").k,
+        "router_aux_loss_coef": moe.router.balance,
+        "sliding_window": outward.window(spec),
+    }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
+from assay.spec.model import ModelSpec
 
 TYPES = ("olmo2",)
 NAMES = shared.over(
@@ -21,3 +22,8 @@ def spec(c: Config) -> Tree:
     mixer = shared.attention(c, qk_norm={"norm": norm, "over": "full"}, bias=bias)
     block = {"mixer": mixer, "ffn": shared.gated(c), "norm": {"place": "output", "kind": norm}}
     return shared.decoder(c, {"block": block}, positions={"main": c.rope()})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    found = outward.decoder(spec, "olmo2", "Olmo2ForCausalLM") | outward.rope(spec)
+    return {**found, "attention_bias": outward.biased(spec)}

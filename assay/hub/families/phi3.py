@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.rules import Fused
+from assay.spec.model import ModelSpec
 
 TYPES = ("phi3",)
 NAMES = shared.over(
@@ -21,3 +22,13 @@ def spec(c: Config) -> Tree:
     c.ignore("original_max_position_embeddings")
     block = {"mixer": shared.attention(c, sees=sees), "ffn": shared.gated(c), "norm": {"kind": shared.rmsnorm(c)}}
     return shared.decoder(c, {"block": block}, positions={"main": c.rope()})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    outward.whole_heads(spec, by_width=True)
+    scaling = outward.position(spec, "rope").scaling
+    if scaling is not None and scaling.kind != "longrope":
+        raise ValueError(f"positions: rope: scaling: {scaling.kind!r}; longrope, or none, is expected")
+    found = outward.decoder(spec, "phi3", "Phi3ForCausalLM") | outward.rope(spec, partial=True)
+    original = spec.context if scaling is None else scaling.original
+    return {**found, "sliding_window": outward.window(spec), "original_max_position_embeddings": original}

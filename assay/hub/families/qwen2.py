@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
+from assay.spec.model import ModelSpec
 
 TYPES = ("qwen2",)
 NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
@@ -15,3 +16,7 @@ def spec(c: Config) -> Tree:
         c, lambda sees: {"mixer": {**mixer, "sees": sees}, "ffn": shared.gated(c), "norm": norm}
     )
     return shared.decoder(c, blocks, pattern, positions={"main": c.rope()})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    return outward.decoder(spec, "qwen2", "Qwen2ForCausalLM") | outward.rope(spec) | outward.windowed(spec)

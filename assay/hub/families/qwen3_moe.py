@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from typing import Any
+
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.rules import Experts
+from assay.spec.model import ModelSpec
 
 TYPES = ("qwen3_moe",)
 NAMES = shared.over(
@@ -46,3 +49,31 @@ def spec(c: Config) -> Tree:
     c.ignore("intermediate_size")
     blocks, pattern = shared.by_kind(c, kinds, made)
     return shared.decoder(c, blocks, pattern, positions={"main": c.rope()})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    nets = [next(b.part for site, _, b in spec.branches(i) if site.name.endswith(".ffn")) for i in range(spec.layers)]
+    dense = [i for i, net in enumerate(nets) if net.kind_name() == "gated"]
+    first = next((i for i in range(spec.layers) if i not in dense), 0)
+    moe, width = outward.part(spec, "ffn", "moe", first), outward.window(spec)
+    router = outward.of_kind(moe.router, f"blocks.{first}.ffn.router", "topk")
+    plain: Any = nets[dense[0]] if dense else moe
+    return {
+        **outward.sizes(spec, "qwen3_moe", "Qwen3MoeForCausalLM"),
+        **outward.rope(spec),
+        "num_key_value_heads": outward.part(spec, "mixer", "gqa").groups,
+        "head_dim": outward.head_size(spec),
+        "hidden_act": outward.ACTS[moe.act],
+        "rms_norm_eps": outward.epsilon(spec),
+        "attention_bias": outward.biased(spec),
+        "intermediate_size": plain.width,
+        "moe_intermediate_size": moe.width,
+        "num_experts": moe.experts,
+        "num_experts_per_tok": router.k,
+        "norm_topk_prob": router.renormalise,
+        "router_aux_loss_coef": router.balance,
+        "mlp_only_layers": dense,
+        "use_sliding_window": width is not None,
+        "sliding_window": width,
+        "max_window_layers": 0,
+    }

@@ -1,0 +1,165 @@
+"""Which family of Hugging Face's, if any, computes exactly what a spec says: found by writing its configuration,
+reading that back, and comparing the two models field by field."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from assay.hub.config import Tree
+from assay.hub.family import families, read
+from assay.model.lm import weight_table
+from assay.parts.base import Position
+from assay.parts.mixers.gqa import Gqa
+from assay.spec.base import PositionSpec, Site
+from assay.spec.load import dump
+from assay.spec.model import ModelSpec, StageSpec, branch_names
+
+TRAINING = frozenset({"dropout", "balance", "z", "rate", "std"})
+"""Fields, wherever they stand, that say how a model is trained and not what it computes."""
+
+FIRST = "llama"  # what most software reads
+
+
+@dataclass(frozen=True)
+class Expressed:
+    """A family's configuration of a spec. names: our spec's parameters -> those of the spec that the family reads."""
+
+    family: ModuleType
+    config: Tree
+    spec: ModelSpec
+    names: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.family.__name__.rpartition(".")[2]
+
+
+def express(spec: ModelSpec) -> tuple[Expressed | None, dict[str, str]]:
+    """The first family that has this model, and for those before it (all, where none has it) why they have not."""
+    why: dict[str, str] = {}
+    for name in writers():
+        try:
+            return as_family(spec, name), why
+        except ValueError as error:
+            why[name] = str(error)
+    return None, why
+
+
+def writers() -> list[str]:
+    """The families that write configurations, Llama first."""
+    names = sorted(set(families().values()), key=lambda name: (name != FIRST, name))
+    return [name for name in names if hasattr(importlib.import_module(f"assay.hub.families.{name}"), "hugging_face")]
+
+
+def as_family(spec: ModelSpec, name: str) -> Expressed:
+    """ValueError names the fields that this family's model does not have."""
+    family = importlib.import_module(f"assay.hub.families.{name}")
+    config: Tree = family.hugging_face(spec)
+    found = read(config, name)
+    ours, theirs = flat(plain(spec)), flat(plain(found.spec))
+    differ = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    if differ:
+        told = [f"{key}: {ours.get(key, 'nothing')!r}; {theirs.get(key, 'nothing')!r} is expected" for key in differ]
+        raise ValueError("; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else ""))
+    assert not found.unread, f"{name}: {found.unread}: written, and not read"
+    return Expressed(family, config, found.spec, parameters(spec, found.spec))
+
+
+def parameters(spec: ModelSpec, other: ModelSpec) -> dict[str, str]:
+    """Parameters of one spec -> those of another that computes the same: positions may have other names."""
+    pairs = zip(schemes(spec, "on_embed"), schemes(other, "on_embed"), strict=True)
+    renamed = {f"positions.{a}.": f"positions.{b}." for a, b in pairs}
+    table: dict[str, str] = {}
+    for name in weight_table(spec):
+        old = next((prefix for prefix in renamed if name.startswith(prefix)), "")
+        table[name] = renamed.get(old, "") + name.removeprefix(old)
+    wanted, given = weight_table(other), weight_table(spec)
+    assert {table[n]: w.shape for n, w in given.items()} == {n: w.shape for n, w in wanted.items()}
+    return table
+
+
+def plain(spec: ModelSpec) -> Tree:
+    """What a model computes, as data: the same for all spellings of it. Names of blocks and positions, how weights are
+    drawn, and what acts in training alone are left out; what a field leaves to the others is written out."""
+    tree: Tree = {name: getattr(spec, name) for name in ("d_model", "vocab", "context")}
+    tree |= {name: settled(getattr(spec, name)) for name in ("embed", "final_norm", "head")}
+    tree["positions"] = [scheme(spec.positions[n], spec.root(f"positions.{n}")) for n in schemes(spec, "on_embed")]
+    tree["encoder"] = None if spec.encoder is None else plain(spec.encoder)
+    tree["blocks"] = [layer_tree(spec, layer) for layer in range(spec.layers)]
+    return tree
+
+
+def layer_tree(spec: ModelSpec, layer: int) -> Tree:
+    stages, own = spec.expand()[layer], spec.sources[layer] == layer
+    block = spec.blocks[spec.plan[spec.sources[layer]]]
+    found: Tree = {"like": None if own else spec.sources[layer], "linears": settled(dict(block.linears))}
+    for number, stage in enumerate(stages):
+        found |= stage_tree(spec, spec.site(layer), stage, (number, branch_names(stages, number)))
+    return found
+
+
+def stage_tree(spec: ModelSpec, site: Site, stage: StageSpec, named: tuple[int, tuple[str, ...]]) -> Tree:
+    """`residual0`, `norm0`, and each branch under the name that it has in the built model."""
+    number, names = named
+    found: Tree = {f"residual{number}": settled(stage.residual), f"norm{number}": settled(stage.pre)}
+    for name, branch in zip(names, stage.branches, strict=True):
+        tree = settled(branch.part)
+        if isinstance(branch.part, Gqa):
+            tree |= attention(spec, branch.part, site.child(name))
+        norms = {f"{name}_norm": settled(branch.pre), f"{name}_post": settled(branch.post)}
+        found |= {name: {**tree, "stage": number}, f"{name}_scale": branch.scale, **norms}
+    return found
+
+
+def attention(spec: ModelSpec, part: Gqa, site: Site) -> Tree:
+    """The fields of an attention layer that say by their absence what others decide."""
+    size = part.size(site)
+    scores = settled(part.scores) | {"scale": size**-0.5 if part.scores.scale is None else part.scores.scale}
+    acting = part.position in schemes(spec, "on_qk", "on_read", "bias")
+    position = None
+    if part.position is not None and acting:
+        position = scheme(spec.positions[part.position], spec.root(f"positions.{part.position}"), size)
+    return {"kv_heads": part.groups, "head_dim": size, "scores": scores, "position": position}
+
+
+def scheme(position: PositionSpec, site: Site, size: int | None = None) -> Tree:
+    tree: Tree = settled(position)
+    if tree.get("dim") is not None and tree["dim"] == size:
+        tree["dim"] = None
+    return tree | ({"max": position.limit(site)} if "max" in tree else {})
+
+
+def schemes(spec: ModelSpec, *hooks: str) -> list[str]:
+    """The names of the position schemes that do something at one of these hooks."""
+    with torch.device("meta"):
+        built = {name: type(s.build(spec.root(f"positions.{name}"))) for name, s in spec.positions.items()}
+    return [n for n, made in built.items() if any(getattr(made, h) is not getattr(Position, h) for h in hooks)]
+
+
+def settled(value: Any) -> Any:
+    """A spec as data, without what acts in training alone."""
+    if isinstance(value, Mapping):
+        return {k: settled(v) for k, v in value.items() if k not in TRAINING}
+    if isinstance(value, list):
+        return [settled(v) for v in value]
+    return settled(dump(value)) if hasattr(value, "model_dump_json") else value
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Leaves by dotted path; numbers compare by value."""
+    return dict(leaves(tree, path))
+
+
+def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        yield path, tree
+    else:
+        for key, value in items:
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
