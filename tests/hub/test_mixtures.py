@@ -33,9 +33,19 @@ def flat_rope(config: dict[str, Any]) -> None:
 
 def gpt_oss() -> Made:
     """Sinks, windows, YaRN without truncation, biases everywhere, a clamp low enough to act."""
-    rope = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    rope: dict[str, Any] = {
+        "rope_type": "yarn",
+        "rope_theta": 300.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
     rope |= {"beta_fast": 2.0, "beta_slow": 0.25, "truncate": False}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.9, "swiglu_alpha": 1.4}
+    experts: dict[str, Any] = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 0.9,
+        "swiglu_alpha": 1.4,
+    }
     config = hf.GptOssConfig(**SIZES, **HEADS, **REST, **experts, rope_parameters=rope, sliding_window=5)
 
     def older(config: dict[str, Any]) -> None:
