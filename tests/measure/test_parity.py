@@ -120,7 +120,7 @@ LAYOUT = "RoPE's layout: the file pairs halves, and they were read as neighbours
 DEFECTS = [
     field("llama", 0, "mixer_norm", "blocks.block.norm.kind.eps", 1e-6, "1e-06 here; 0.002", "norm"),
     field("llama", None, "final", "final_norm.eps", 0.1, "0.1 here; 0.002"),
-    Defect("llama", 0, "mixer.q", LAYOUT, edit=neighbours, file="mixer.q"),
+    Defect("llama", 0, "mixer.q", LAYOUT, edit=neighbours),
     Defect("llama", 1, "mixer", "blocks.1.mixer.out.weight is transposed", edit=transposed, file="mixer.out"),
     Defect("llama", 0, "mixer.q", None, {"positions.main.scaling": None}),
     Defect(
@@ -131,14 +131,14 @@ DEFECTS = [
         {"blocks.block.norm.kind.eps": 1e-6},
         neighbours,
     ),
-    field("granite", None, "in", "embed.scale", 1.0, "1 here; 6", "in"),
+    field("granite", None, "in", "embed.scale", 1.0, "1 here; 6"),
     field("granite", None, "logits", "head.scale", 1.0, "1 here; 0.5"),
     field("granite", 0, "mixer.scores", "blocks.block.mixer.scores.scale", None, "absent here; 0.1", "mixer.scores"),
     field("granite", 0, "ffn_norm", "blocks.block.scale", 1.0, "1 here; 0.4"),
     field("gemma2", 1, "mixer_norm", "blocks.full.norm.kind.weight", "one", "one here; plus_one"),
     field("gemma2", 1, "ffn", "blocks.full.ffn.act", "silu", "silu here; gelu_tanh"),
     field("gemma2", 0, "mixer.scores", "blocks.sliding.mixer.sees.window", 6, "6 here; 5", "mixer.scores"),
-    field("gemma2", None, "logits", "head.softcap", None, "absent here; 4", "logits"),
+    field("gemma2", None, "logits", "head.softcap", None, "absent here; 4"),
     Defect("mixtral", 0, "ffn", "blocks.0.ffn.gate and blocks.0.ffn.up are exchanged", edit=exchanged),
     field("mixtral", 0, "ffn", "blocks.block.ffn.router.renormalise", False, "false here; true"),
 ]
