@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from assay.model.init import draw
+from assay.ops.attend.plan import visible
 from assay.ops.here import Here
+from assay.ops.sees import Sees
 from assay.ops.state import State, Stateless
 from assay.ops.step import Memory, Step, rows_step
-from assay.parts.base import Embed, Head, Norm, Part, Position, Residual
+from assay.parts.base import Embed, Head, Norm, Part, Position, Residual, Selector
 from assay.spec import registry
 from assay.spec.base import SLOTS, Init, PartSpec, Site, StateField
 
@@ -124,6 +126,11 @@ class Case:
         if self.slot == "routers":
             choice, share = part(x, step, here)
             return torch.zeros(x.shape[0], self.site.d_out, dtype=share.dtype).scatter(1, choice, share)
+        if isinstance(part, Selector):
+            asked, entries = part.read(x, x, step, lambda q, k: (q, k))
+            view = here.state.append(step, **entries)
+            seen = visible(step, view.layout, Sees())
+            return part.choose(asked, view, seen).flatten(0, 1).to(x.dtype)
         return part(x, step, here)
 
 

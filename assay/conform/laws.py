@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from assay.conform.cases import MEMORY, TOKENS, Case, case, close, noise
 from assay.ops.state import Stateless
 from assay.ops.step import Step
-from assay.spec.base import StateField
+from assay.spec.base import Cost, StateField
 from assay.spec.load import canonical, digest, dump, parse_yaml, to_yaml
 
 
@@ -122,7 +122,8 @@ def law_executed(c: Case) -> None:
         c.run(noise((length, c.site.d_in), 1), c.step(1, length))
     memory = MEMORY if c.memory(1) is not None else 0
     linears = sum(w.flops for w in c.spec.weights(c.site).values()) * length
-    predicted = linears + c.spec.cost(c.site, length, 0, memory).executed
+    children = [child.cost(place, length, 0, memory) for child, place in c.spec.children(c.site).values()]
+    predicted = linears + sum((c.spec.cost(c.site, length, 0, memory), *children), Cost()).executed
     assert counter.get_total_flops() == predicted, f"{counter.get_total_flops()} counted, {predicted} declared"
 
 

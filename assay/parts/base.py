@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from assay.ops.attend import Bias
@@ -18,6 +18,9 @@ from assay.ops.here import Here
 from assay.ops.state import State
 from assay.ops.step import Step, View
 from assay.spec.base import PartSpec, Site, Weight, linear_at
+
+Turn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Queries [N, H, K] and keys [N, G, K] with the mixer's position scheme on their leading dimensions."""
 
 
 def empty(weight: Weight) -> nn.Parameter:
@@ -104,6 +107,21 @@ class Position(Part):
 
     def bias(self) -> Bias | None:
         return None
+
+
+class Selector(Part):
+    """Chooses which of the keys that a token may see its mixer attends to. The mixer stores what it wants to keep."""
+
+    def read(
+        self, x: Float[Tensor, "N D"], queries: Float[Tensor, "N C"], step: Step, turn: Turn
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """What `choose` asks with, from the mixer's input and from what its queries are made of; and the entries of
+        the declared state."""
+        raise NotImplementedError
+
+    def choose(self, asked: tuple[Tensor, ...], view: View, seen: Bool[Tensor, "R T S"]) -> Bool[Tensor, "R T S"]:
+        """Those of the visible entries that stay visible; at least one where there is one."""
+        raise NotImplementedError
 
 
 class Residual(Part):

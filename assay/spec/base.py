@@ -267,6 +267,24 @@ class RouterSpec(PartSpec):
     abstract_slot: ClassVar[bool] = True
 
 
+class SelectorSpec(PartSpec):
+    """Its site's d_in is the width of the mixer's input, d_out that of what the mixer makes its queries from."""
+
+    slot: ClassVar[str] = "selectors"
+    abstract_slot: ClassVar[bool] = True
+
+    def turns(self, dim: int) -> None:
+        """Raise ValueError where its keys have fewer than the `dim` leading dimensions that the mixer turns."""
+
+    def narrows(self, entries: int) -> bool:
+        """Whether a token that could see this many keys sees fewer."""
+        raise NotImplementedError
+
+    def pairs(self, new: int, seen: int) -> int:
+        """(query, key) pairs that are left when `new` tokens arrive after `seen` others; exact."""
+        raise NotImplementedError
+
+
 class LinearSpec(PartSpec):
     slot: ClassVar[str] = "linears"
     abstract_slot: ClassVar[bool] = True
@@ -296,7 +314,18 @@ class HeadSpec(PartSpec):
 
 SLOTS: Mapping[str, type[PartSpec]] = {
     c.slot: c
-    for c in (MixerSpec, FfnSpec, PositionSpec, NormSpec, ResidualSpec, RouterSpec, LinearSpec, EmbedSpec, HeadSpec)
+    for c in (
+        MixerSpec,
+        FfnSpec,
+        PositionSpec,
+        NormSpec,
+        ResidualSpec,
+        RouterSpec,
+        SelectorSpec,
+        LinearSpec,
+        EmbedSpec,
+        HeadSpec,
+    )
 }
 
 

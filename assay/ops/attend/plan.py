@@ -5,7 +5,7 @@ Legend: R x T rows and columns of the grid, S entries of the view.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -98,6 +98,16 @@ def materialised(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan:
     added = torch.zeros(one.shape).masked_fill_(~one, float("-inf"))
     alive = mask.any(-1)
     return Plan(backend, mask, q_pos, k_pos, added, _blocks(some, every), None if bool(alive.all()) else ~alive)
+
+
+def narrowed(plan: Plan, mask: Bool[Tensor, "R T S"]) -> Plan:
+    """The plan of one layer that sees only this part of what the plan's own mask shows: some of it wherever there is
+    something to see. ValueError for a backend that makes its mask from the places and not from the plan."""
+    if plan.backend in ("oracle", "tiled"):
+        raise ValueError(
+            f"attention backend {plan.backend!r} does not read a chosen mask; accepted: auto, matmul, sdpa"
+        )
+    return replace(plan, mask=mask, added=None, blocks=())
 
 
 def _blocks(some: Bool[Tensor, "T S"], every: Bool[Tensor, "T S"]) -> tuple[Block, ...]:

@@ -6,6 +6,7 @@ Legend: N tokens, R x S entries of the view, H heads, C latent width, E = nope +
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -20,7 +21,20 @@ from assay.ops.state import State
 from assay.ops.step import Step, View
 from assay.parts.base import Mixer, Position
 from assay.parts.norms.rmsnorm import RmsNorm
-from assay.spec.base import Cost, Fan, MixerSpec, NormSpec, PartSpec, PositionSpec, Site, StateField, linear_at
+from assay.parts.selectors import indexer
+from assay.parts.selectors.indexer import Indexer
+from assay.spec.base import (
+    Cost,
+    Fan,
+    MixerSpec,
+    NormSpec,
+    PartSpec,
+    PositionSpec,
+    SelectorSpec,
+    Site,
+    StateField,
+    linear_at,
+)
 
 CAUSAL = Sees()
 
@@ -39,6 +53,8 @@ class Mla(MixerSpec):
     Several new tokens: the keys and values of all heads are made from the latents (expanded). One new token a sequence:
     their maps are folded into the query and the mix, and what is attended to is the latent itself (absorbed, section
     2.1.2). Both are the same function.
+
+    select: which keys a token attends to, of those before it; null is all of them.
     """
 
     kind: Literal["mla"] = "mla"
@@ -52,6 +68,7 @@ class Mla(MixerSpec):
     scale: float | None = None
     norm: NormSpec = Field(default="rmsnorm", validate_default=True)
     bias: bool = False
+    select: SelectorSpec | None = None
 
     def refusals(self) -> Mapping[str, str]:
         return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
@@ -60,8 +77,15 @@ class Mla(MixerSpec):
         if self.norm.refuses:
             raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
 
+        for child, place in self.children(site).values():
+            child.check(place)
+
     def meets(self, scheme: PositionSpec, site: Site) -> None:
         scheme.fits(self.heads, self.rope_dim)
+        if self.select is not None:
+            self.select.turns(self.rope_dim)
+        if self.select is not None and scheme.reads:
+            raise ValueError("`select` needs a scheme with `turns: write`: this one turns keys when they are read")
 
     def linears(self, site: Site) -> dict[str, Fan]:
         queries = self.heads * (self.nope_dim + self.rope_dim)
@@ -77,12 +101,16 @@ class Mla(MixerSpec):
 
     def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
         widths = {"kv_norm": self.kv_rank} | ({} if self.q_rank is None else {"q_norm": self.q_rank})
-        return {name: (self.norm, site.child(name, width, width)) for name, width in widths.items()}
+        found: dict[str, tuple[PartSpec, Site]] = {n: (self.norm, site.child(n, w, w)) for n, w in widths.items()}
+        if self.select is not None:
+            found["select"] = (self.select, site.child("select", site.d_in, self.q_rank or site.d_in))
+        return found
 
     def state(self, site: Site) -> tuple[StateField, ...]:
         """The normed latent and the shared key (turned, where the scheme turns when it writes) side by side: the keys
         of the absorbed form as they are."""
-        return (StateField("latent", "token", (self.kv_rank + self.rope_dim,)),)
+        kept = (StateField("latent", "token", (self.kv_rank + self.rope_dim,)),)
+        return kept if self.select is None else kept + self.select.state(self.children(site)["select"][1])
 
     def absorbs(self, site: Site) -> bool:
         """Whether one new token is served by the latents: folding needs the matrix of `kv_up`."""
@@ -91,11 +119,14 @@ class Mla(MixerSpec):
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         """q k^T and p v for each pair, 2 FLOPs a multiply-add. Of several new tokens, in the expanded form: 2 * heads *
         (nope_dim + rope_dim + value_dim) a pair, and the map `kv_up` again for every entry that was seen before.
-        Of one, in the absorbed form: 2 * heads * (2 * kv_rank + rope_dim) a pair; folding costs what `kv_up` does."""
+        Of one, in the absorbed form: 2 * heads * (2 * kv_rank + rope_dim) a pair; folding costs what `kv_up` does.
+        Pairs are those that `select` leaves; executed is the whole square then, since what it hides is masked."""
         absorbed = new == 1 and self.absorbs(site)
         sizes = 2 * self.kv_rank + self.rope_dim if absorbed else self.nope_dim + self.rope_dim + self.value_dim
         again = 0 if absorbed else 2 * seen * self.kv_rank * self.heads * (self.nope_dim + self.value_dim)
         pairs, executed = CAUSAL.pairs(new, seen), ops.executed_pairs(new, seen, CAUSAL)
+        if self.select is not None and self.select.narrows(new + seen):
+            pairs, executed = self.select.pairs(new, seen), new * (new + seen)
         return Cost(2 * self.heads * sizes * pairs + again, 2 * self.heads * sizes * executed + again)
 
     def build(self, site: Site) -> MlaMixer:
@@ -107,6 +138,16 @@ class Mla(MixerSpec):
         yield cls(**sizes, q_rank=14)
         yield cls(**sizes, bias=True, scale=0.4)
         yield cls(**sizes, q_rank=9, bias=True, norm=RmsNorm(eps=1e-2))
+        yield cls(**sizes, q_rank=14, select=Indexer(heads=3, head_dim=5, keep=4))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The call that a form answers."""
+
+    step: Step
+    plan: ops.Plan | None
+    here: Here
 
 
 class MlaMixer(Mixer):
@@ -133,15 +174,37 @@ class MlaMixer(Mixer):
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         spec = self.spec
-        q = self.q(x, step) if spec.q_rank is None else self.q_up(self.q_norm(self.q_down(x, step)), step)
+        read = x if spec.q_rank is None else self.q_norm(self.q_down(x, step))
+        q = (self.q if spec.q_rank is None else self.q_up)(read, step)
         q = q.unflatten(-1, (-1, spec.nope_dim + spec.rope_dim))
         latent, k = self.kv_down(x, step).split([spec.kv_rank, spec.rope_dim], -1)
         turned, k = self.turned(q[..., spec.nope_dim :], k[:, None], step)
         q = torch.cat([q[..., : spec.nope_dim], turned], -1)
-        view = here.state.append(step, latent=torch.cat([self.kv_norm(latent), k[:, 0]], -1))
+        entry, plan = torch.cat([self.kv_norm(latent), k[:, 0]], -1), step.table(self)
+        if spec.select is None:
+            view = here.state.append(step, latent=entry)
+        else:
+            asked, more = self.select.read(x, read, step, lambda q, k: self.leading(q, k, step))
+            view = here.state.append(step, latent=entry, **more)
+            plan = self.narrowed(plan, asked, view, step)
         form = self.absorbed if self.folds and step.longest == 1 else self.expanded
-        mix = here.tap("mix", form(here.tap("q", q), self.on_read(view, step), step, here))
+        mix = here.tap("mix", form(here.tap("q", q), self.on_read(view, step), Asked(step, plan, here)))
         return self.out(mix.flatten(1), step)
+
+    def narrowed(self, plan: ops.Plan | None, asked: tuple[Tensor, ...], view: View, step: Step) -> ops.Plan | None:
+        """The plan with what the selector leaves; as it is where the view has no more entries than that."""
+        if not self.spec.select.narrows(view.layout.seq.shape[1]):
+            return plan
+        if plan is None or plan.mask is None:
+            plan = ops.materialised(step, view.layout, CAUSAL, "auto")
+        assert plan.mask is not None
+        return ops.narrowed(plan, self.select.choose(asked, view, plan.mask))
+
+    def leading(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The first `rope_dim` dimensions turned as those of the queries are."""
+        dim = self.spec.rope_dim
+        first, second = self.turned(q[..., :dim], k[..., :dim], step)
+        return torch.cat([first, q[..., dim:]], -1), torch.cat([second, k[..., dim:]], -1)
 
     def turned(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         return self.scheme[0].on_qk(q, k, step) if self.scheme else (q, k)
@@ -154,7 +217,7 @@ class MlaMixer(Mixer):
         _, read = self.scheme[0].on_read(k, View({"k": k[:, :, None]}, view.layout), step)
         return View({"latent": torch.cat([latent, read.dense("k")[:, :, 0]], -1)}, view.layout)
 
-    def expanded(self, q: Float[Tensor, "N H E"], view: View, step: Step, here: Here) -> Float[Tensor, "N H V"]:
+    def expanded(self, q: Float[Tensor, "N H E"], view: View, asked: Asked) -> Float[Tensor, "N H V"]:
         """Keys and values of every head, from the latents."""
         spec = self.spec
         latent, shared = view.dense("latent").split([spec.kv_rank, spec.rope_dim], -1)
@@ -165,9 +228,9 @@ class MlaMixer(Mixer):
             .split([spec.nope_dim, spec.value_dim], -1)
         )
         k = torch.cat([k, shared[:, :, None].expand(-1, -1, k.shape[2], -1)], -1)
-        return self.mixed(q, View({"k": k, "v": v}, view.layout), step, here)
+        return self.mixed(q, View({"k": k, "v": v}, view.layout), asked)
 
-    def absorbed(self, q: Float[Tensor, "N H E"], view: View, step: Step, here: Here) -> Float[Tensor, "N H V"]:
+    def absorbed(self, q: Float[Tensor, "N H E"], view: View, asked: Asked) -> Float[Tensor, "N H V"]:
         """(W_k c) q = c (W_k^T q) and sum p W_v c = W_v sum p c: one key head, whose values are a part of it."""
         spec, entries = self.spec, view.dense("latent")[:, :, None]
         up_k, up_v = self.kv_up.weight.unflatten(0, (-1, spec.nope_dim + spec.value_dim)).split(
@@ -175,14 +238,14 @@ class MlaMixer(Mixer):
         )
         q_nope, q_rope = q.split([spec.nope_dim, spec.rope_dim], -1)
         q = torch.cat([torch.einsum("nhk,hkc->nhc", q_nope, up_k), q_rope], -1)
-        mix = self.mixed(q, View({"k": entries, "v": entries[..., : spec.kv_rank]}, view.layout), step, here)
+        mix = self.mixed(q, View({"k": entries, "v": entries[..., : spec.kv_rank]}, view.layout), asked)
         return torch.einsum("nhc,hvc->nhv", mix, up_v)
 
-    def mixed(self, q: Tensor, view: View, step: Step, here: Here) -> Tensor:
+    def mixed(self, q: Tensor, view: View, asked: Asked) -> Tensor:
         spec = self.spec
         scale = (spec.nope_dim + spec.rope_dim) ** -0.5 if spec.scale is None else spec.scale
         scores = ops.Scores(scale, bias=self.scheme[0].bias() if self.scheme else None)
-        return ops.attend(q, view, step, CAUSAL, scores, step.table(self), here)
+        return ops.attend(q, view, asked.step, CAUSAL, scores, asked.plan, asked.here)
 
 
 def reference(spec: Mla, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
@@ -197,19 +260,22 @@ def reference(spec: Mla, weights: dict[str, Tensor], x: Tensor, positions: Tenso
     def norm(name: str, z: Tensor) -> Tensor:
         return z / ((z * z).mean() + spec.norm.eps) ** 0.5 * weights[f"{name}.weight"]  # type: ignore[attr-defined]
 
-    keys, shared = [], []
+    keys, shared, latents = [], [], []
     for row in x:
+        latents.append(row if spec.q_rank is None else norm("q_norm", linear("q_down", row)))
         down = linear("kv_down", row)
         keys.append(linear("kv_up", norm("kv_norm", down[: spec.kv_rank])).view(spec.heads, nope + values))
         shared.append(down[spec.kv_rank :])
+    inside = {key.removeprefix("select."): w for key, w in weights.items() if key.startswith("select.")}
     rows = []
-    for i, row in enumerate(x):
-        flat = linear("q", row) if spec.q_rank is None else linear("q_up", norm("q_norm", linear("q_down", row)))
-        q, heads = flat.view(spec.heads, nope + rope), []
+    for i, latent in enumerate(latents):
+        q = linear("q" if spec.q_rank is None else "q_up", latent).view(spec.heads, nope + rope)
+        seen, heads = list(range(i + 1)), []
+        if spec.select is not None:
+            seen = indexer.reference(spec.select, inside, x, latent, i)  # type: ignore[arg-type]
         for h in range(spec.heads):
-            seen = range(i + 1)
             z = [scale * (q[h, :nope] @ keys[j][h, :nope] + q[h, nope:] @ shared[j]) for j in seen]
             e = [value.exp() for value in z]
-            heads.append(torch.stack([e[j] / sum(e) * keys[j][h, nope:] for j in seen]).sum(0))
+            heads.append(torch.stack([w / sum(e) * keys[j][h, nope:] for w, j in zip(e, seen, strict=True)]).sum(0))
         rows.append(linear("out", torch.cat(heads)))
     return torch.stack(rows)
