@@ -62,13 +62,18 @@ def as_family(spec: ModelSpec, name: str) -> Expressed:
     family = importlib.import_module(f"assay.hub.families.{name}")
     config: Tree = family.hugging_face(spec)
     found = read(config, name)
-    ours, theirs = flat(plain(spec)), flat(plain(found.spec))
+    agree(spec, found.spec)
+    assert not found.unread, f"{name}: {found.unread}: written, and not read"
+    return Expressed(family, config, found.spec, parameters(spec, found.spec))
+
+
+def agree(spec: ModelSpec, other: ModelSpec) -> None:
+    """ValueError naming the first fields in which two specs do not compute the same."""
+    ours, theirs = flat(plain(spec)), flat(plain(other))
     differ = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
     if differ:
         told = [f"{key}: {ours.get(key, 'nothing')!r}; {theirs.get(key, 'nothing')!r} is expected" for key in differ]
         raise ValueError("; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else ""))
-    assert not found.unread, f"{name}: {found.unread}: written, and not read"
-    return Expressed(family, config, found.spec, parameters(spec, found.spec))
 
 
 def parameters(spec: ModelSpec, other: ModelSpec) -> dict[str, str]:
