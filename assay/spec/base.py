@@ -312,21 +312,8 @@ class HeadSpec(PartSpec):
     """Its output is logits over the vocabulary for every token, not something about a whole sequence."""
 
 
-SLOTS: Mapping[str, type[PartSpec]] = {
-    c.slot: c
-    for c in (
-        MixerSpec,
-        FfnSpec,
-        PositionSpec,
-        NormSpec,
-        ResidualSpec,
-        RouterSpec,
-        SelectorSpec,
-        LinearSpec,
-        EmbedSpec,
-        HeadSpec,
-    )
-}
+SLOTS: Mapping[str, type[PartSpec]] = {c.slot: c for c in PartSpec.__subclasses__()}
+"""The slots of this file by name, in its order."""
 
 
 def linear_at(site: Site, name: str) -> LinearSpec:
