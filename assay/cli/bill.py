@@ -1,10 +1,13 @@
-"""What a model costs: parameters, state bytes and FLOPs, exact, before a tensor exists.
+"""What a model costs: parameters, state bytes, FLOPs and training memory, exact, before a tensor exists.
 
-CONFIG is a shipped model, a spec YAML or a checkpoint folder. Several configs stand side by side, with what differs.
+CONFIG is a shipped model, a spec YAML, a checkpoint folder, or a Hugging Face config.json or folder, of which no weight
+is read. Several configs stand side by side, with what differs. --hardware adds the least time that a machine's rates
+allow, and whether the model fits in it; `here` measures this machine.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +16,33 @@ import typer
 from assay.cli.common import Json, Part, emit_json, fail, load_parts
 
 if TYPE_CHECKING:
-    from assay.cost.bill import Bill
+    from assay.cost.bill import Bill, Question, Sheet
+    from assay.cost.hardware import Hardware, Roofline
+    from assay.cost.levers import Largest
+    from assay.cost.memory import Training
+    from assay.spec.model import ModelSpec
+
+HERE = "here"
+
+
+@dataclass(frozen=True)
+class Account:
+    """All that is said of one config. unread: keys of its config.json that nothing reads."""
+
+    sheet: Sheet
+    bill: Bill
+    training: Training
+    largest: Largest
+    rooflines: dict[str, Roofline]
+    unread: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return self.bill.as_json() | {
+            "training": self.training.as_json(),
+            "largest": self.largest.as_json(),
+            "roofline": {name: r.as_json() for name, r in self.rooflines.items()},
+            "unread": list(self.unread),
+        }
 
 
 def run(
@@ -26,152 +55,103 @@ def run(
     kv_dtype: Annotated[str, typer.Option(help="Of the state: bf16, f16, f32, int8, int4.")] = "bf16",
     page: Annotated[int, typer.Option(help="Tokens a page: reserved bytes are whole pages.")] = 16,
     memory: Annotated[int, typer.Option(help="Encoder tokens that cross-attention reads.")] = 0,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.html", help="State bytes against context.")] = None,
+    hardware: Annotated[
+        list[str] | None,
+        typer.Option(help="A shipped name, a YAML file, or `here`, which is measured; may be given again."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="State bytes and decode cost against context.")
+    ] = None,
     part: Part = None,
     json: Json = False,
 ) -> None:
+    from assay.cli._bill import draw, show
     from assay.cli.common import parse_overrides
-    from assay.cost.bill import Question, bill
-    from assay.spec.load import load_model
+    from assay.cost.bill import Question
 
     load_parts(part)
     configs = [i for i in items if "=" not in i]
     changes = parse_overrides([i for i in items if "=" in i])
     if not configs:
-        fail("CONFIG: missing; a shipped model's name, a YAML file or a checkpoint folder is accepted")
+        fail("CONFIG: missing; a shipped model's name, a YAML file, a config.json or a folder is accepted")
     if any(path.startswith("recipe.") for path in changes):
         fail("a bill has no recipe; overrides here begin with model.")
-    specs = {name: load_model(name, changes) for name in configs}
-    bills = {n: bill(s, Question(context or s.context, batch, dtype, kv_dtype, page, memory)) for n, s in specs.items()}
+    ask = Question(1 if context is None else context, batch, dtype, kv_dtype, page, memory)
+    read = {name: opened(name, changes) for name in dict.fromkeys(configs)}
+    machines = {name: machine(name, dtype) for name in dict.fromkeys(hardware or ())}
+    accounts = {name: account(spec, unread, ask, context, machines) for name, (spec, unread) in read.items()}
     if plot is not None:
-        draw(specs, plot, Question(1, batch, dtype, kv_dtype, page, memory))
+        draw({name: a.sheet for name, a in accounts.items()}, plot, ask, machines)
     if json:
-        records = {name: b.as_json() for name, b in bills.items()}
+        records = {name: a.as_json() for name, a in accounts.items()}
         emit_json(next(iter(records.values())) if len(records) == 1 else {"configs": records})
         return
-    show(bills)
-    if len(specs) > 1:
-        differences({name: s.model_dump() for name, s in specs.items()})
+    show(accounts)
 
 
-def human(value: float, unit: str) -> str:
-    """1.07 GiB, 8.03 B, 19.3 GFLOP: three significant digits."""
-    if unit == "bytes":
-        for name in ("B", "KiB", "MiB", "GiB"):
-            if value < 1024:
-                return f"{value:.4g} {name}"
-            value /= 1024
-        return f"{value:.4g} TiB"
-    for name in ("", "K", "M", "G", "T", "P"):
-        if value < 1000:
-            return f"{value:.4g} {name}{unit}"
-        value /= 1000
-    return f"{value:.4g} E{unit}"
+def opened(source: str, changes: dict[str, Any]) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The spec of a config, and the keys of its config.json that nothing reads."""
+    from assay.spec.load import change, load_model, shelf
+
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() and not (path / "model.yaml").is_file() else path
+    if source in shelf("models") or path.suffix != ".json" or not path.is_file():
+        return load_model(source, changes), ()
+
+    from assay.hub.config import read_config
+    from assay.hub.family import read
+
+    found = read(read_config(path), str(path), tensor_names(path.parent) if Path(source).is_dir() else None)
+    return change(found.spec, changes, source) if changes else found.spec, found.unread
 
 
-def rows(b: Bill) -> list[tuple[str, str]]:
-    ask = b.question
-    per = f"{ask['context']:,} tokens x {ask['batch']}"
-    return [
-        ("parameters", f"{b.params['total']:,}"),
-        ("  active for a token", f"{b.params['active']:,}"),
-        ("  input table and untied head", f"{b.params['embedding']:,}"),
-        ("weight bytes", human(b.weight_bytes, "bytes")),
-        ("state a token", human(b.state_bytes_per_token, "bytes")),
-        (f"state at {per}", human(b.state_bytes, "bytes")),
-        (f"  reserved in pages of {ask['page']}", human(b.reserved_bytes, "bytes")),
-        ("training FLOPs a token", human(b.flops["train_per_token"], "FLOP")),
-        (f"prefill FLOPs, {per}", human(b.flops["prefill"], "FLOP")),
-        ("  executed in full squares", human(b.flops["prefill_executed"], "FLOP")),
-        ("decode FLOPs a token", human(b.flops["decode_per_token"], "FLOP")),
-    ]
+def tensor_names(folder: Path) -> frozenset[str] | None:
+    """Of the folder's safetensors, whose headers alone are read; null where it has none."""
+    from assay.hub.files import INDEX, SINGLE, open_folder
+
+    if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
+        return None
+    with open_folder(folder) as tensors:
+        return tensors.names
 
 
-def show(bills: dict[str, Bill]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def machine(name: str, dtype: str) -> Hardware:
+    """A shipped device, one of a YAML file, or this machine, measured in the dtype of the weights."""
+    from assay.cost.bill import DTYPES
+    from assay.cost.hardware import Hardware, load_hardware
 
-    console = Console(highlight=False)
-    table = Table("", *bills, header_style="bold", pad_edge=False)
-    for cells in zip(*(rows(b) for b in bills.values()), strict=True):
-        table.add_row(cells[0][0], *(value for _, value in cells))
-    console.print(table)
-    if any(b.question["kv_dtype"] in ("int8", "int4") for b in bills.values()):
-        console.print(
-            "int8 and int4 state: codes, with a scale and a zero of 2 bytes a vector; no cache here stores them yet."
-        )
-    if len(bills) == 1:
-        console.print(layers(next(iter(bills.values()))))
+    if name != HERE:
+        return load_hardware(name)
 
+    import torch
 
-def layers(b: Bill) -> Any:
-    """Runs of layers that cost the same are one line."""
-    from rich.table import Table
+    from assay.measure.machine import cpu_name, matmul_flop_s, memory_byte_s, memory_bytes
 
-    table = Table(
-        "layers", "parts", "parameters", "state a token", "state", "decode FLOPs", header_style="bold", pad_edge=False
+    rate = matmul_flop_s(getattr(torch, DTYPES[dtype]))
+    about = f"{cpu_name()}, {torch.get_num_threads()} threads, {dtype}"
+    return Hardware.model_validate(
+        {
+            "name": about,
+            "memory_bytes": memory_bytes(),
+            "memory_byte_s": memory_byte_s(),
+            "flop_s": {dtype: rate},
+        }
     )
-    runs: list[tuple[str, str, Any]] = []
-    for layer in b.layers:
-        same = runs and (runs[-1][2].parts, runs[-1][2].params, runs[-1][2].state_bytes, runs[-1][2].decode_flops) == (
-            layer.parts,
-            layer.params,
-            layer.state_bytes,
-            layer.decode_flops,
-        )
-        first = runs.pop()[0] if same else layer.name
-        runs.append((first, layer.name, layer))
-    for first, last, layer in runs:
-        name = first if first == last else f"{first} to {last.rpartition('.')[2]}"
-        table.add_row(
-            name,
-            ", ".join(dict.fromkeys(layer.parts.values())),
-            f"{layer.params:,}",
-            human(layer.state_bytes_per_token, "bytes"),
-            human(layer.state_bytes, "bytes"),
-            human(layer.decode_flops, "FLOP"),
-        )
-    return table
 
 
-def flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """Leaves of a tree by dotted path."""
-    if isinstance(tree, dict):
-        return {k: v for name, value in tree.items() for k, v in flatten(value, f"{path}.{name}".lstrip(".")).items()}
-    return {path: tree}
-
-
-def differences(trees: dict[str, dict[str, Any]]) -> None:
-    """The fields in which the configs are not the same."""
-    from rich.console import Console
-    from rich.table import Table
-
-    flat = {name: flatten(tree) for name, tree in trees.items()}
-    table = Table("field", *flat, header_style="bold", pad_edge=False, title="what differs", title_justify="left")
-    for path in dict.fromkeys(p for leaves in flat.values() for p in leaves):
-        values = [leaves.get(path, "") for leaves in flat.values()]
-        if any(v != values[0] for v in values):
-            table.add_row(path, *("" if v == "" else str(v) for v in values))
-    Console(highlight=False).print(table)
-
-
-def draw(specs: dict[str, Any], path: Path, ask: Any) -> None:
-    """A self-contained page: state bytes against context, both axes logarithmic."""
+def account(
+    spec: ModelSpec, unread: tuple[str, ...], ask: Question, context: int | None, machines: dict[str, Hardware]
+) -> Account:
+    """context: null is the model's own."""
     from dataclasses import replace
 
-    import plotly.graph_objects as go
+    from assay.cost.bill import Sheet
+    from assay.cost.hardware import roofline
+    from assay.cost.levers import largest
+    from assay.cost.memory import training
 
-    from assay.cost.bill import bill
-
-    contexts = [2**i for i in range(7, 21)]
-    figure = go.Figure()
-    for name, spec in specs.items():
-        values = [bill(spec, replace(ask, context=c)).state_bytes for c in contexts]
-        figure.add_scatter(x=contexts, y=values, name=name.replace("<", "&lt;"), mode="lines+markers")
-    figure.update_layout(
-        title="State bytes against context",
-        xaxis={"type": "log", "title": "context (tokens)"},
-        yaxis={"type": "log", "title": f"state bytes (batch {ask.batch}, {ask.kv_dtype})"},
-        template="plotly_white",
-    )
-    path.write_text(figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
+    sheet = Sheet(spec)
+    asked = replace(ask, context=spec.context if context is None else context)
+    told = sheet.bill(asked)
+    limits = {name: roofline(sheet, told, device) for name, device in machines.items()}
+    return Account(sheet, told, training(sheet, asked), largest(sheet, told), limits, unread)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from assay.spec.load import find, read_mapping, validate
 from assay.spec.model import ModelSpec
 
 MOST = 1 << 30
+Rate = Annotated[float, Field(gt=0)]
 
 
 class Hardware(Spec):
@@ -24,7 +25,7 @@ class Hardware(Spec):
     name: str = Field(min_length=1)
     memory_bytes: float = Field(gt=0)
     memory_byte_s: float = Field(gt=0)
-    flop_s: Mapping[Literal["bf16", "f16", "f32"], float] = Field(min_length=1)
+    flop_s: Mapping[Literal["bf16", "f16", "f32"], Rate] = Field(min_length=1)
 
     def rate(self, dtype: str) -> float:
         found = {str(key): value for key, value in self.flop_s.items()}

@@ -139,7 +139,7 @@ def windows(spec: ModelSpec, context: int) -> Iterator[tuple[str, ModelSpec]]:
     """Five layers with a window to one without, as Gemma 3 has them, where all layers are of one kind that sees
     everything."""
     tree = dump(spec)
-    if len(tree["blocks"]) > 1 or context <= WINDOW:
+    if len(tree["blocks"]) > 1 or spec.layers <= LOCAL or context <= WINDOW:
         return
     ((name, block),) = tree["blocks"].items()
     local, pairs = mapped(block, "window", lambda sees: WINDOW if sees["window"] is None else None)

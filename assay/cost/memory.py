@@ -69,7 +69,7 @@ def values_saved(part: PartSpec, site: Site) -> int:
 def score_values(one: Placed, tokens: int, memory: int) -> int:
     """Scores of a row that attention keeps where it does not make them again: one for each head and pair it multiplies.
     A product over a head's size is 2 FLOPs a value, and there are two."""
-    size = one.reads[0].shape[-1] if one.part.slot == "mixers" and one.reads else 0
+    size = one.reads[0].shape[-1] if one.part.slot == "mixers" and one.reads and tokens else 0
     return one.part.cost(one.site, tokens, 0, memory).executed // (4 * size) if size else 0
 
 
@@ -89,20 +89,40 @@ class Training:
 
 
 def training(sheet: Sheet, ask: Question) -> Training:
-    """float32 weights with AdamW; for bf16 and f16, copies of weights and gradients beside them. Norms keep float32."""
+    """float32 weights with AdamW; for bf16 and f16, copies of weights and gradients beside them. Norms keep float32.
+    An encoder reads `memory` tokens."""
     table, width = sheet.weights(), 4 if ask.dtype == "f32" else 2
-    if sheet.encoder is not None:
-        table |= {f"encoder.{name}": w for name, w in sheet.encoder.weights().items()}
-    tokens, d = ask.batch * ask.context, sheet.spec.d_model
-    blocks: dict[int | None, int] = {}
-    for one in sheet.parts:
-        kept = values_saved(one.part, one.site) * (4 if one.part.slot == "norms" else width)
-        kept += width * d if one.part.slot == "heads" and not one.part.linears(one.site) else 0
-        layer = layer_of(one.site.name)
-        blocks[layer] = blocks.get(layer, 0) + tokens * kept
-    logits = 4 * min(tokens * sheet.spec.vocab, LossOptions().piece) if sheet.spec.head is not None else 0
-    rest = blocks.pop(None, 0) + logits
+    blocks = kept_by_block(sheet, ask.batch * ask.context, width)
     scores = sum(score_values(p, ask.context, ask.memory) for p in sheet.parts)
-    need = need_of(table, "float32" if ask.dtype == "f32" else "bfloat16")
-    whole, again = rest + sum(blocks.values()), rest + max(blocks.values()) + len(blocks) * tokens * d * width
-    return Training(need.with_activations(whole), 4 * ask.batch * scores, min(whole, again))
+    inputs = [ask.batch * ask.context * sheet.spec.d_model * width] * len(blocks)
+    rest = 4 * min(ask.batch * ask.context * sheet.spec.vocab, LossOptions().piece) if sheet.spec.head else 0
+    if (encoder := sheet.encoder) is not None:
+        table |= {f"encoder.{name}": w for name, w in encoder.weights().items()}
+        more = kept_by_block(encoder, ask.batch * ask.memory, width)
+        scores += sum(score_values(p, ask.memory, 0) for p in encoder.parts)
+        inputs += [ask.batch * ask.memory * encoder.spec.d_model * width] * len(more)
+        blocks += more
+    rest += sum(outside_blocks(s, ask.batch * n, width) for s, n in ((sheet, ask.context), (encoder, ask.memory)) if s)
+    need = need_of(table, "float32" if ask.dtype == "f32" else "bfloat16").with_activations(rest + sum(blocks))
+    again = rest + max(blocks) + sum(inputs)
+    return Training(need, 4 * ask.batch * scores, min(need.activations, again))
+
+
+def part_bytes(one: Placed, width: int) -> int:
+    """A token's share; a tied head, which has no linear of its own, reads its features too."""
+    if one.part.slot == "norms":
+        return 4 * values_saved(one.part, one.site)
+    features = one.site.d_in if one.part.slot == "heads" and not one.part.linears(one.site) else 0
+    return width * (values_saved(one.part, one.site) + features)
+
+
+def kept_by_block(sheet: Sheet, tokens: int, width: int) -> list[int]:
+    found = [0] * sheet.spec.layers
+    for one in sheet.parts:
+        if (layer := layer_of(one.site.name)) is not None:
+            found[layer] += tokens * part_bytes(one, width)
+    return found
+
+
+def outside_blocks(sheet: Sheet, tokens: int, width: int) -> int:
+    return tokens * sum(part_bytes(p, width) for p in sheet.parts if layer_of(p.site.name) is None)

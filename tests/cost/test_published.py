@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from assay.cost.bill import Question, bill
+from assay.cost.bill import Question, Sheet, bill
+from assay.hub.family import read
 from assay.spec.model import ModelSpec
 from tests.cost.models import decoder, gemma3_27b, gpt2, llama3_8b, llama31_405b, mixtral_8x7b
+from tests.cost.published import ACTIVE, GEMMA3_27B, PARAMETERS
 
 GIB = 2**30
 
@@ -37,6 +39,7 @@ def test_parameters(make: Callable[[], ModelSpec], total: int, active: int, embe
         (llama3_8b(), 131_072),
         (decoder(8192, 80, (64, 8), 29568, 152_064), 327_680),  # Qwen2.5 72B
         (llama31_405b(), 516_096),
+        (decoder(8192, 95, (64, 8), 22016, 102_400), 2 * 194_560),  # DeepSeek 67B, the baseline of DeepSeek-V2
     ],
 )
 def test_state_bytes_of_a_token(spec: ModelSpec, expected: int) -> None:
@@ -52,6 +55,25 @@ def test_windows_in_five_of_six_layers(context: int, mixed: float, full: float) 
     ask = Question(context)
     a, b = (bill(gemma3_27b(p), ask).state_bytes / GIB for p in (["local"] * 5 + ["global"], ["global"]))
     assert (round(a, 2), round(b, 2)) == (mixed, full)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_configuration_has_the_parameters_of_its_checkpoint(name: str) -> None:
+    values, total = PARAMETERS[name]
+    found = read(values, name)
+    told = bill(found.spec, Question(16))
+    assert told.params["total"] == sum(told.params_by.values()) == total
+    assert told.params["active"] == ACTIVE.get(name, told.params["active"])
+    assert (told.params["active"] < total) == ("num_experts_per_tok" in values)
+    unused = {"num_key_value_heads", "rms_norm_eps", "rope_theta", "intermediate_size"}
+    assert set(found.unread) <= unused, "what its family does not have"
+
+
+@pytest.mark.parametrize(("context", "expected"), [(32_768, 2.91), (131_072, 10.41)])
+def test_gemma3_27b_from_its_configuration(context: int, expected: float) -> None:
+    """arXiv 2503.19786, figure 6: five local layers of six leave a sixth of the cache."""
+    sheet = Sheet(read(GEMMA3_27B).spec)
+    assert round(sheet.state_bytes(Question(context)) / GIB, 2) == expected
 
 
 @pytest.mark.parametrize(("kv", "width"), [("bf16", 256), ("f32", 512), ("int8", 128 + 4), ("int4", 64 + 4)])
