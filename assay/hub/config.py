@@ -60,6 +60,7 @@ class Config:
     ) -> None:
         self.values, self.where, self.tensors = dict(values), where, tensors
         self._read: set[str] = set()
+        self._inner: dict[str, Config] = {}
 
     def _take(self, name: str, default: Any, wanted: str, good: Callable[[Any], bool]) -> Any:
         self._read.add(name)
@@ -118,15 +119,15 @@ class Config:
 
     def inner(self, name: str) -> Config:
         """The configuration inside this one, such as `text_config`; its unread keys count as this one's."""
-        inside = Config(self.mapping(name), f"{self.where}: {name}", self.tensors)
-        inside._read = self._read
-        return inside
+        if name not in self._inner:
+            self._inner[name] = Config(self.mapping(name), f"{self.where}: {name}", self.tensors)
+        return self._inner[name]
 
     def unread(self) -> tuple[str, ...]:
         """The keys with a value that no reader asked for."""
-        return tuple(
-            sorted(k for k, v in self.values.items() if v is not None and k not in self._read and k not in IRRELEVANT)
-        )
+        own = [k for k, v in self.values.items() if v is not None and k not in self._read and k not in IRRELEVANT]
+        inside = [f"{name}.{k}" for name, config in self._inner.items() for k in config.unread()]
+        return tuple(sorted(own + inside))
 
     def each_layer(self, name: str, layers: int, pattern: Callable[[int], str]) -> tuple[str, ...]:
         """What kind each layer is: listed under `name`, else by the family's own pattern from its older keys."""

@@ -119,6 +119,34 @@ def saved(make: Callable[[], Made], folder: Path) -> tuple[nn.Module, Path, Path
     return model, folder, folder / "config.hub.json"
 
 
+def llama4_beside_images() -> Made:
+    sight = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sight |= {"image_size": 28, "patch_size": 14, "projector_input_dim": 16, "projector_output_dim": 16}
+    vision = hf.Llama4VisionConfig(**sight, vision_output_dim=16, pixel_shuffle_ratio=1.0)
+    text, older = llama4()
+    config = hf.Llama4Config(text_config=text.config, vision_config=vision)  # type: ignore[arg-type]
+    return hf.Llama4ForConditionalGeneration(config), lambda c: older(c["text_config"])
+
+
+def gemma4_beside_images() -> Made:
+    config = hf.Gemma4Config(text_config=gemma4()[0].config)  # type: ignore[arg-type]
+    return hf.Gemma4ForConditionalGeneration(config), lambda c: global_keys(c["text_config"])
+
+
+@pytest.mark.parametrize(("family", "left"), [(llama4_beside_images, "vision_model"), (gemma4_beside_images, None)])
+def test_the_language_model_of_one_that_sees(family: Callable[[], Made], left: str | None, tmp_path: Path) -> None:
+    """The tensors of what sees are left with the reason, and an unread key inside the configuration is told."""
+    theirs, folder, older = saved(family, tmp_path)
+    config = json.loads(older.read_text())
+    config["text_config"]["unheard_of"] = 3
+    older.write_text(json.dumps(config))
+    for path in (None, older):
+        mine = import_folder(folder, path)
+        assert mine.unread == (() if path is None else ("text_config.unheard_of",))
+        assert any(name.startswith(left) for name in mine.skipped) if left else not mine.skipped
+        assert_equal(mine.model, theirs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_hugging_face(family: Callable[[], Made], tmp_path: Path) -> None:
     """Logits and every layer's output; no key of the configuration unread, no tensor left over."""

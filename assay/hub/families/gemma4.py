@@ -14,8 +14,10 @@ from assay.hub.family import Names
 from assay.hub.rules import Packed, Place, Rule
 from assay.spec.model import ModelSpec
 
-TYPES = ("gemma4_text",)
+TYPES = ("gemma4_text", "gemma4")
 SAME = shared.SAME
+OTHERWISE = (("model.", "model.language_model."),)
+TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
 LAYER = "model.layers.*"
 
 
@@ -61,6 +63,7 @@ def skip(model: ModelSpec) -> dict[str, str]:
     """Layers that take their keys from another carry maps of their own in some files; nothing reads them."""
     takers = [i for i in range(model.layers) if any(getattr(b.part, "takes", None) for _, _, b in model.branches(i))]
     unused = {f"model.layers.{i}.self_attn.{x}.*": "its keys are another layer's" for i in takers for x in UNUSED}
+    unused |= {f"model.{tower}.**": "images and sound are not read: the language model alone" for tower in TOWERS}
     return {**shared.SKIP, **unused}
 
 
@@ -68,6 +71,11 @@ UNUSED = ("k_proj", "v_proj", "k_norm")
 
 
 def spec(c: Config) -> Tree:
+    """Of the language model, also where towers for images and sound stand beside it."""
+    if c.text("model_type") == "gemma4":
+        c.ignore("vision_config", "audio_config", "tie_word_embeddings")
+        c.ignore(*(k for k in c.values if k.endswith(("_token_id", "_token_index"))))
+        c = c.inner("text_config")
     layers = c.integer("num_hidden_layers")
     kinds = c.each_layer("layer_types", layers, lambda i: shared.SLIDING if (i + 1) % 6 else shared.FULL)
     kinds = (*kinds[:-1], shared.FULL)

@@ -11,11 +11,16 @@ from assay.hub.family import Names
 from assay.hub.rules import Packed, Pairs
 from assay.spec.model import ModelSpec
 
-TYPES = ("llama4_text",)
+TYPES = ("llama4_text", "llama4")
 CHUNKED = "chunked_attention"
 MLP = "model.layers.*.feed_forward"
 SAME = shared.SAME
-SKIP = shared.SKIP
+SKIP = {
+    **shared.SKIP,
+    "vision_model.**": "images are not read: the language model alone",
+    "multi_modal_projector.**": "images are not read: the language model alone",
+}
+OTHERWISE = (("", "language_model."),)
 
 
 def names(model: ModelSpec) -> Names:
@@ -43,6 +48,10 @@ NAMES: Names = {
 
 
 def spec(c: Config) -> Tree:
+    """Of the language model, also where a vision model stands beside it."""
+    if c.text("model_type") == "llama4":
+        c.ignore("vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "tie_word_embeddings")
+        c = c.inner("text_config")
     layers, every = c.integer("num_hidden_layers"), c.integer("no_rope_layer_interval", 4)
     turned = [bool(x) for x in c.listed("no_rope_layers", []) or [(i + 1) % every for i in range(layers)]]
     step = c.integer("interleave_moe_layer_step", 1)
