@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from assay.model.lm import LM
+from assay.model.lm import LM, weight_table
 from assay.ops.step import rows_step
 from assay.spec.load import validate
 from assay.spec.model import ModelSpec
@@ -69,34 +70,82 @@ def test_encoder_layers(first: bool, causal: bool) -> None:
     close(lm(rows_step(x)).logits, h)
 
 
-def test_encoder_decoder() -> None:
-    """Vaswani et al. 2017: post-norm, cross-attention between self-attention and the feed-forward network."""
-    theirs = nn.Transformer(16, 4, 2, 2, 40, 0.0, batch_first=True)
-    randomised(theirs).double().train()
+def encoder_decoder(theirs: nn.Transformer, encoder: dict[str, Any], **changes: Any) -> tuple[LM, set[str]]:
+    """Post-norm, cross-attention between self-attention and the feed-forward network, with the layers of `theirs`;
+    and the names of the parameters that these filled."""
     post = {"kind": "post", "norm": NORM}
     parts = [{"mixer": SELF}, {"mixer": {"kind": "cross", "heads": 4, "bias": True}}, {"ffn": FFN}]
     stages = [{"branches": [part], "residual": post} for part in parts]
-    encoder = {**BASE, "vocab": 9, "final_norm": NORM, "head": None}
+    encoder = {**BASE, "final_norm": NORM, "head": None, **encoder}
     encoder["blocks"] = {
         "e": {"mixer": {**SELF, "sees": {"causal": False}}, "ffn": FFN, "norm": {"place": "post", "kind": NORM}}
     }
-    lm = model(blocks={"d": {"stages": stages}}, final_norm=NORM, head=None, encoder=encoder)
+    lm = model(blocks={"d": {"stages": stages}}, final_norm=NORM, encoder=encoder, **changes)
     names = {"self_attn": "mixer", "linear1": "ffn.up", "linear2": "ffn.down", "multihead_attn": "mixer2"}
     norms = {f"norm{i + 1}": f"residual{i}.norm" for i in range(3)}
-    filled = {"embed.weight", "encoder.embed.weight"}
+    filled: set[str] = set()
     for i in range(2):
         filled |= copied(lm, f"encoder.blocks.{i}", theirs.encoder.layers[i], {**names, **norms})
         filled |= copied(lm, f"blocks.{i}", theirs.decoder.layers[i], {**names, **norms})
     for prefix, norm in (("encoder", theirs.encoder.norm), ("", theirs.decoder.norm)):
         filled |= copied(lm, prefix, nn.ModuleDict({"n": norm}), {"n": "final_norm"})
-    assert filled == {n for n, _ in lm.named_parameters()}
+    return lm, filled
+
+
+def transformer() -> nn.Transformer:
+    theirs = nn.Transformer(16, 4, 2, 2, 40, 0.0, batch_first=True)
+    return randomised(theirs).double().train()  # type: ignore[return-value]
+
+
+MASK = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+
+
+def test_encoder_decoder() -> None:
+    theirs = transformer()
+    lm, filled = encoder_decoder(theirs, {"vocab": 9}, head=None)
+    assert filled | {"embed.weight", "encoder.embed.weight"} == {n for n, _ in lm.named_parameters()}
     assert lm.encoder is not None
     for table in (lm.embed, lm.encoder.embed):
         randomised(table)
     source, x = ids(10, 1).view(2, 5) % 9, ids(14).view(2, 7)
-    mask = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
-    expected = theirs(lm.encoder.embed.weight[source], lm.embed.weight[x], tgt_mask=mask)
+    expected = theirs(lm.encoder.embed.weight[source], lm.embed.weight[x], tgt_mask=MASK)
     step = rows_step(x, encode=rows_step(source))
     close(lm(step).logits, expected)
     names_heard = lm(step.with_(encode=step.encode.with_(listen=frozenset(["*.in"])))).taps  # type: ignore[union-attr]
     assert names_heard.keys() == {"encoder.blocks.0.in", "encoder.blocks.1.in"}
+
+
+def sines(x: Tensor) -> Tensor:
+    """Vaswani et al. 2017, section 3.5, a number at a time."""
+    rows = [[math.sin(p / 1e4 ** (i / 16)) if i % 2 == 0 else math.cos(p / 1e4 ** ((i - 1) / 16)) for i in range(16)]
+            for p in range(x.shape[1])]  # fmt: skip
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_the_transformer_of_2017() -> None:
+    """Section 3.4: one table for source, target and logits, times sqrt(d_model) where it embeds; sines and cosines."""
+    theirs, positions = transformer(), {"p": "sinusoidal"}
+    embed = {"kind": "token", "scale": 4.0}
+    encoder = {"positions": positions, "embed": {**embed, "shared": True}}
+    head = {"kind": "lm", "tie": True}
+    lm, filled = encoder_decoder(theirs, encoder, positions=positions, embed=embed, head=head)
+    assert filled | {"embed.weight"} == {n for n, _ in lm.named_parameters()}
+    table = randomised(lm.embed).weight
+    source, x = ids(10, 1).view(2, 5), ids(14).view(2, 7)
+    embedded = [4.0 * table[t] + sines(t) for t in (source, x)]
+    expected = theirs(*embedded, tgt_mask=MASK) @ table.T  # type: ignore[operator]
+    made = lm(rows_step(x, encode=rows_step(source))).logits
+    close(made, expected)
+    probe = torch.randn(made.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = [torch.autograd.grad((y.flatten() * probe.flatten()).sum(), table)[0] for y in (made, expected)]
+    assert torch.allclose(*grads, rtol=1e-9)
+    tables = weight_table(lm.spec)
+    assert tables.keys() == {n for n, _ in lm.named_parameters()}
+
+
+def test_a_shared_table_is_the_models_own() -> None:
+    with pytest.raises(ValueError, match=r"encoder\.embed.*would be 9 x 16, the model's is 17 x 16"):
+        encoder_decoder(transformer(), {"vocab": 9, "embed": {"kind": "token", "shared": True}}, head=None)
+    alone = model(blocks={"b": {"mixer": SELF}}, embed={"kind": "token", "shared": True}, final_norm=None, head=None)
+    with pytest.raises(ValueError, match="embed: `shared` reads the table of the model around it"):
+        alone(rows_step(ids(4)[None]))
