@@ -46,7 +46,7 @@ class Mla(MixerSpec):
     dimensions of their own: of each query, and of one key that all heads share. The latent and that key are all that
     is remembered. A head's keys have `nope_dim` + `rope_dim` dimensions, its values `value_dim`.
 
-    q_rank: queries come from a latent too; null is a map without one. norm: on both latents. scale: null is
+    q_rank: queries come from a latent too; null is a map without one. norm: on both latents, or null. scale: null is
     (nope_dim + rope_dim)^-0.5. position: a scheme of the stack for the `rope_dim` dimensions. bias: of the maps into
     the latents and of the one out.
 
@@ -66,7 +66,7 @@ class Mla(MixerSpec):
     value_dim: int = Field(default=128, ge=1)
     position: str | None = None
     scale: float | None = None
-    norm: NormSpec = Field(default="rmsnorm", validate_default=True)
+    norm: NormSpec | None = Field(default="rmsnorm", validate_default=True)
     bias: bool = False
     select: SelectorSpec | None = None
 
@@ -74,7 +74,7 @@ class Mla(MixerSpec):
         return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
 
     def check(self, site: Site) -> None:
-        if self.norm.refuses:
+        if self.norm is not None and self.norm.refuses:
             raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
 
         for child, place in self.children(site).values():
@@ -101,7 +101,9 @@ class Mla(MixerSpec):
 
     def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
         widths = {"kv_norm": self.kv_rank} | ({} if self.q_rank is None else {"q_norm": self.q_rank})
-        found: dict[str, tuple[PartSpec, Site]] = {n: (self.norm, site.child(n, w, w)) for n, w in widths.items()}
+        found: dict[str, tuple[PartSpec, Site]] = {}
+        if self.norm is not None:
+            found = {name: (self.norm, site.child(name, width, width)) for name, width in widths.items()}
         if self.select is not None:
             found["select"] = (self.select, site.child("select", site.d_in, self.q_rank or site.d_in))
         return found
@@ -138,6 +140,7 @@ class Mla(MixerSpec):
         yield cls(**sizes, q_rank=14)
         yield cls(**sizes, bias=True, scale=0.4)
         yield cls(**sizes, q_rank=9, bias=True, norm=RmsNorm(eps=1e-2))
+        yield cls(**{**sizes, "value_dim": 7}, q_rank=8, norm=None)
         yield cls(**sizes, q_rank=14, select=Indexer(heads=3, head_dim=5, keep=4))
 
 
@@ -174,13 +177,13 @@ class MlaMixer(Mixer):
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         spec = self.spec
-        read = x if spec.q_rank is None else self.q_norm(self.q_down(x, step))
+        read = x if spec.q_rank is None else self.normed("q_norm", self.q_down(x, step))
         q = (self.q if spec.q_rank is None else self.q_up)(read, step)
         q = q.unflatten(-1, (-1, spec.nope_dim + spec.rope_dim))
         latent, k = self.kv_down(x, step).split([spec.kv_rank, spec.rope_dim], -1)
         turned, k = self.turned(q[..., spec.nope_dim :], k[:, None], step)
         q = torch.cat([q[..., : spec.nope_dim], turned], -1)
-        entry, plan = torch.cat([self.kv_norm(latent), k[:, 0]], -1), step.table(self)
+        entry, plan = torch.cat([self.normed("kv_norm", latent), k[:, 0]], -1), step.table(self)
         if spec.select is None:
             view = here.state.append(step, latent=entry)
         else:
@@ -190,6 +193,9 @@ class MlaMixer(Mixer):
         form = self.absorbed if self.folds and step.longest == 1 else self.expanded
         mix = here.tap("mix", form(here.tap("q", q), self.on_read(view, step), Asked(step, plan, here)))
         return self.out(mix.flatten(1), step)
+
+    def normed(self, name: str, latent: Tensor) -> Tensor:
+        return latent if self.spec.norm is None else getattr(self, name)(latent)
 
     def narrowed(self, plan: ops.Plan | None, asked: tuple[Tensor, ...], view: View, step: Step) -> ops.Plan | None:
         """The plan with what the selector leaves; as it is where the view has no more entries than that."""
@@ -258,6 +264,8 @@ def reference(spec: Mla, weights: dict[str, Tensor], x: Tensor, positions: Tenso
         return weights[f"{name}.weight"] @ z + weights.get(f"{name}.bias", torch.zeros((), dtype=x.dtype))
 
     def norm(name: str, z: Tensor) -> Tensor:
+        if spec.norm is None:
+            return z
         return z / ((z * z).mean() + spec.norm.eps) ** 0.5 * weights[f"{name}.weight"]  # type: ignore[attr-defined]
 
     keys, shared, latents = [], [], []
