@@ -44,6 +44,10 @@ def test_equals_deepseek_v3(renormalise: bool) -> None:
     """Sigmoids, the best two of each group, a bias that selects, shares that sum to one or do not, scaled."""
     groups = {"count": 3, "top": 2, "score": "top2"}
     c = router(score="sigmoid", groups=groups, select_bias=True, renormalise=renormalise, scale=2.5)
+    put(c, select_bias=torch.tensor([0.1, -0.05, 0.0, 0.08, -0.1, 0.03]))
+    other = router(score="sigmoid", groups={**groups, "score": "max"}, select_bias=True)
+    put(other, select_bias=c.weights()["select_bias"])
+    assert not torch.equal(routed(c, x(200))[0].sort().values, routed(other, x(200))[0].sort().values)
     how = {"n_group": 3, "norm_topk_prob": renormalise, "routed_scaling_factor": 2.5}
     theirs = DeepseekV3TopkRouter(hf.DeepseekV3Config(**SIZES, **how))
     with torch.no_grad():
