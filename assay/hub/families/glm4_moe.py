@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from typing import Any
+
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.rules import Experts
 from assay.spec.model import ModelSpec
@@ -60,3 +62,42 @@ def mixture(c: Config) -> Tree:
     beside = c.integer("n_shared_experts", 1, least=0)
     both = {"kind": "gated", "width": beside * width, "act": act} if beside else None
     return {"kind": "moe", "experts": experts, "width": width, "act": act, "router": router, "shared": both}
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    """`intermediate_size` is that of the dense layers; without one it is the experts'."""
+    kinds = [[b.part.kind_name() for _, _, b in spec.branches(i)] for i in range(spec.layers)]
+    first = next((i for i, found in enumerate(kinds) if "moe" in found), 0)
+    moe, mixer = outward.part(spec, "ffn", "moe", first), outward.part(spec, "mixer", "gqa")
+    plain = outward.part(spec, "ffn", "gated") if first else moe
+    return {
+        **outward.sizes(spec, "glm4_moe", "Glm4MoeForCausalLM"),
+        **outward.rope(spec, partial=True),
+        "num_key_value_heads": mixer.groups,
+        "head_dim": outward.head_size(spec),
+        "rms_norm_eps": outward.epsilon(spec),
+        "attention_bias": mixer.bias == "qkv",
+        "use_qk_norm": mixer.qk_norm is not None,
+        "intermediate_size": plain.width,
+        "first_k_dense_replace": first,
+        "num_nextn_predict_layers": 0,
+        **experts_outward(moe, first),
+    }
+
+
+def experts_outward(moe: Any, layer: int) -> Tree:
+    """The keys of `mixture`."""
+    router = outward.of_kind(moe.router, f"blocks.{layer}.ffn.router", "topk")
+    beside = 0 if moe.shared is None else outward.of_kind(moe.shared, "shared", "gated").width // moe.width
+    groups = router.groups
+    return {
+        "hidden_act": outward.ACTS[moe.act],
+        "moe_intermediate_size": moe.width,
+        "n_routed_experts": moe.experts,
+        "n_shared_experts": beside,
+        "num_experts_per_tok": router.k,
+        "norm_topk_prob": router.renormalise,
+        "routed_scaling_factor": router.scale,
+        "n_group": 1 if groups is None else groups.count,
+        "topk_group": 1 if groups is None else groups.top,
+    }

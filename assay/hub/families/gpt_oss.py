@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.rules import Packed
+from assay.spec.model import ModelSpec
 
 TYPES = ("gpt_oss",)
 NAMES = shared.over(
@@ -47,3 +48,22 @@ def spec(c: Config) -> Tree:
     made = {shared.FULL: lambda: block({}), shared.SLIDING: lambda: block(shared.window(c))}
     blocks, pattern = shared.by_kind(c, kinds, made)
     return shared.decoder(c, blocks, pattern, final_norm=norm, positions={"main": c.rope(theta=150_000.0)})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    moe, width = outward.part(spec, "ffn", "moe"), outward.window(spec)
+    router = outward.of_kind(moe.router, "blocks.0.ffn.router", "topk")
+    if moe.clamp is None:
+        raise ValueError("blocks.0.ffn.clamp: null; a limit and an alpha are expected")
+    return {
+        **outward.decoder(spec, "gpt_oss", "GptOssForCausalLM", ffn="moe"),
+        **outward.rope(spec),
+        "attention_bias": outward.biased(spec),
+        "layer_types": outward.layer_types(spec),
+        "sliding_window": width,
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": router.k,
+        "router_aux_loss_coef": router.balance,
+        "swiglu_limit": moe.clamp.limit,
+        "swiglu_alpha": moe.clamp.alpha,
+    }
