@@ -127,8 +127,8 @@ def config_of(values: Values, architecture: Architecture) -> Tree:
     found |= {"head_dim": head_dim, "vocab_size": values.size("token_embd.weight", 0)}
     values.must_be("vocab_size", found["vocab_size"])
     found["tie_word_embeddings"] = "output.weight" not in tensors
-    if architecture.model_type != "qwen2":
-        found["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    if "blk.0.attn_q.bias" in tensors and architecture.model_type != "qwen2":
+        found["attention_bias"] = True
     found |= scaling(values, head_dim) | special(values, head_dim) | experts(values)
     if "blk.0.ffn_up.bias" in tensors:
         found["mlp_bias"] = True
@@ -140,7 +140,7 @@ def experts(values: Values) -> Tree:
     count = values.whole("expert_count", 0)
     if not count:
         return {}
-    separate = sum(name.startswith("blk.0.ffn_down.") and name.endswith(".weight") for name in values.file.tensors)
+    separate = sum(name.startswith("blk.0.ffn_down.") and name.count(".") == 4 for name in values.file.tensors)
     at = values.file.tensors.get("blk.0.ffn_down_exps.weight")
     shown = at.shape[0] if at is not None else separate
     if count != shown:
