@@ -56,8 +56,9 @@ def export_hf(
     kept = next(model.parameters()).dtype if wanted is None else wanted
     config |= {"dtype": str(kept)[6:], "torch_dtype": str(kept)[6:], **token_ids(tokenizer)}
     with new_folder(out) as folder:
-        told = {name: t.detach().cpu().to(wanted or t.dtype).contiguous() for name, t in tensors.items()}
-        save_torch_state_dict(told, folder, metadata={"format": "pt"})
+        save_torch_state_dict(
+            {name: alone(t, wanted) for name, t in tensors.items()}, folder, metadata={"format": "pt"}
+        )
         tokenizer.save(folder)
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids(tokenizer)})
@@ -89,11 +90,9 @@ def theirs(model: LM, found: Expressed) -> dict[str, Tensor]:
 def own(model: LM) -> dict[str, Tensor]:
     """The parameters as the modelling code names them; layers that share theirs have a copy each."""
     check_own(model.spec)
-    named = dict(model.named_parameters(remove_duplicate=False))
-    first: dict[int, str] = {}
-    for name, p in named.items():
-        first.setdefault(id(p), name)
-    return {f"model.{n}": p.detach() if first[id(p)] == n else p.detach().clone() for n, p in named.items()}
+    once = {name for name, _ in model.named_parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {f"model.{name}": p.detach() if name in once else p.detach().clone() for name, p in named}
 
 
 def check_own(spec: ModelSpec) -> None:
@@ -124,7 +123,8 @@ def own_config(spec: ModelSpec) -> Tree:
         "hidden_size": spec.d_model,
         "num_hidden_layers": spec.layers,
         "max_position_embeddings": spec.context,
-        "tie_word_embeddings": False,  # a tied head reads the table itself: there is no second tensor to tie
+        # A tied head reads the table itself; by this transformers knows that layers share weights.
+        "tie_word_embeddings": spec.sources != tuple(range(spec.layers)),
         "use_cache": False,
         "assay_version": __version__,
         "spec_digest": digest(spec),
@@ -136,6 +136,12 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     """The ids of the special tokens: all named, so that no library puts its own."""
     found = {f"{name}_token_id": tokenizer.special(f"{name}_token") for name in TOKENS}
     return found | {"eos_token_id": tokenizer.eos_id}
+
+
+def alone(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """On the CPU, with memory that nothing else shares: what a rule cut out of another is copied."""
+    found = tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+    return found.clone() if found.untyped_storage().nbytes() != found.nbytes else found
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

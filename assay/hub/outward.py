@@ -18,14 +18,30 @@ ACTS = {"silu": "silu", "relu": "relu", "relu2": "relu2", "gelu": "gelu", "gelu_
 
 def part(spec: ModelSpec, name: str, kind: str, layer: int = 0) -> Any:
     """The mixer or ffn of a layer. ValueError for a layer without one, or with another kind."""
-    found = next((branch.part for site, _, branch in spec.branches(layer) if site.name.endswith(f".{name}")), None)
-    return of_kind(found, f"blocks.{layer}.{name}", kind)
+    return of_kind(at(spec, name, layer), f"blocks.{layer}.{name}", kind)
+
+
+def at(spec: ModelSpec, name: str, layer: int) -> Any:
+    return next((branch.part for site, _, branch in spec.branches(layer) if site.name.endswith(f".{name}")), None)
+
+
+def kind_at(spec: ModelSpec, name: str, layer: int) -> str | None:
+    """The kind of a layer's mixer or ffn; None for a layer without one."""
+    found = at(spec, name, layer)
+    return None if found is None else str(found.kind_name())
 
 
 def of_kind(found: Any, where: str, kind: str) -> Any:
     if found is None or found.kind_name() != kind:
         raise ValueError(f"{where}: {None if found is None else found.kind_name()!r}; {kind!r} is expected")
     return found
+
+
+def activation(net: Any) -> str:
+    """Hugging Face's name of what a feed-forward network uses."""
+    if net.act not in ACTS:
+        raise ValueError(f"blocks.0.ffn.act: {net.act!r}; {', '.join(ACTS)} are expected")
+    return ACTS[net.act]
 
 
 def position(spec: ModelSpec, kind: str, layer: int = 0) -> Any:
@@ -77,7 +93,7 @@ def decoder(spec: ModelSpec, model_type: str, architecture: str, ffn: str = "gat
         "num_key_value_heads": part(spec, "mixer", "gqa").groups,
         "head_dim": head_size(spec),
         "intermediate_size": net.width,
-        "hidden_act": ACTS[net.act],
+        "hidden_act": activation(net),
         "rms_norm_eps": epsilon(spec),
     }
 

@@ -38,6 +38,7 @@ class AssayForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = LM(validate(ModelSpec, config.assay, "config.json: assay"))
         if not next(self.model.parameters()).is_meta:
             initialise_all(self.model, self.model.spec, 0)
+        self._tied_weights_keys = shared(self)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -74,6 +75,15 @@ class AssayForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         found = {"input_ids": input_ids, "attention_mask": attention_mask}
         return found | {k: v for k, v in more.items() if k == "logits_to_keep"}
+
+
+def shared(module: torch.nn.Module) -> dict[str, str]:
+    """Names under which a parameter stands again, in layers that share theirs -> its first name."""
+    first: dict[int, str] = {}
+    named = list(module.named_parameters(remove_duplicate=False))
+    for name, p in named:
+        first.setdefault(id(p), name)
+    return {name: first[id(p)] for name, p in named if first[id(p)] != name}
 
 
 def packed(ids: Tensor, keep: Tensor, last: int) -> Step:

@@ -51,7 +51,7 @@ def hugging_face(spec: ModelSpec) -> Tree:
         "num_key_value_heads": outward.part(spec, "mixer", "gqa").groups,
         "head_dim": outward.head_size(spec),
         "intermediate_size": net.width,
-        "hidden_act": outward.ACTS[net.act],
+        "hidden_act": outward.activation(net),
         "layer_norm_eps": outward.epsilon(spec, "layernorm"),
         "attention_bias": outward.biased(spec),
         "logit_scale": outward.of_kind(spec.head, "head", "lm").scale,

@@ -65,7 +65,7 @@ def hugging_face(spec: ModelSpec) -> Tree:
         "n_head": outward.part(spec, "mixer", "gqa").heads,
         "n_inner": net.width,
         "n_positions": spec.context,
-        "activation_function": "gelu_new" if net.act == "gelu_tanh" else outward.ACTS[net.act],
+        "activation_function": "gelu_new" if net.act == "gelu_tanh" else outward.activation(net),
         "layer_norm_epsilon": outward.epsilon(spec, "layernorm"),
         "tie_word_embeddings": outward.of_kind(spec.head, "head", "lm").tie,
     }

@@ -57,7 +57,7 @@ def hugging_face(spec: ModelSpec) -> Tree:
         "rotary_emb_base": turn["rope_theta"],
         "rotary_pct": share,
         "intermediate_size": net.width,
-        "hidden_act": outward.ACTS[net.act],
+        "hidden_act": outward.activation(net),
         "layer_norm_eps": outward.epsilon(spec, "layernorm"),
         "attention_bias": outward.biased(spec),
         "use_parallel_residual": len(spec.expand()[0]) == 1,

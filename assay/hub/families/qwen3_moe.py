@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.rules import Experts
@@ -52,18 +50,18 @@ def spec(c: Config) -> Tree:
 
 
 def hugging_face(spec: ModelSpec) -> Tree:
-    nets = [next(b.part for site, _, b in spec.branches(i) if site.name.endswith(".ffn")) for i in range(spec.layers)]
-    dense = [i for i, net in enumerate(nets) if net.kind_name() == "gated"]
-    first = next((i for i in range(spec.layers) if i not in dense), 0)
+    kinds = [outward.kind_at(spec, "ffn", layer) for layer in range(spec.layers)]
+    dense = [i for i, kind in enumerate(kinds) if kind == "gated"]
+    first = kinds.index("moe") if "moe" in kinds else 0
     moe, width = outward.part(spec, "ffn", "moe", first), outward.window(spec)
     router = outward.of_kind(moe.router, f"blocks.{first}.ffn.router", "topk")
-    plain: Any = nets[dense[0]] if dense else moe
+    plain = outward.part(spec, "ffn", "gated", dense[0]) if dense else moe
     return {
         **outward.sizes(spec, "qwen3_moe", "Qwen3MoeForCausalLM"),
         **outward.rope(spec),
         "num_key_value_heads": outward.part(spec, "mixer", "gqa").groups,
         "head_dim": outward.head_size(spec),
-        "hidden_act": outward.ACTS[moe.act],
+        "hidden_act": outward.activation(moe),
         "rms_norm_eps": outward.epsilon(spec),
         "attention_bias": outward.biased(spec),
         "intermediate_size": plain.width,
