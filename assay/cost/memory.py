@@ -57,7 +57,7 @@ def values_saved(part: PartSpec, site: Site) -> int:
     for name, fan in fans.items():
         total += fan.d_in if fan.out else fan.d_out * (2 if name.startswith("gate") else 1)
     for name, weight in part.own(site).items():
-        if weight.role == "expert":
+        if weight.role == "expert" and len(weight.shape) == 3:  # a bias of the experts keeps nothing
             experts, rows, columns = weight.shape
             total += round(weight.active * experts * (columns + rows * (2 if name == "gate" else 1)))
     for name, (child, place) in part.children(site).items():
