@@ -2,6 +2,7 @@
 
     python docs/tables.py              write what is stale
     python docs/tables.py --check      write nothing; exit 1 and name the stale files
+    python docs/tables.py --take FILE  first take the lines of a run's results.jsonl, thinned to what a page needs
 
 A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; everything outside the marks is by hand.
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from assay.spec.result import Result, read_results
+from assay.spec.result import Result, dumps, read_results
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results" / "tour.jsonl"
@@ -114,7 +115,41 @@ def filled(text: str, name: str, table: str) -> str:
     return marks.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
 
 
+CURVES = ("curve", "by_position")
+DIGITS = 5
+
+
+def thinned(results: list[Result]) -> list[Result]:
+    """Every line, with the curves of each arm's first seed only, and numbers to five digits where no verdict was drawn
+    from them: a text that a repository can hold."""
+    first: dict[tuple[str, str | None], int] = {}
+    for r in results:
+        if r.seed is not None:
+            first[r.study, r.arm] = min(first.get((r.study, r.arm), r.seed), r.seed)
+    out = []
+    for r in results:
+        values: dict[str, Any] = dict(r.values)
+        if r.kind == "trial" and r.seed != first[r.study, r.arm]:
+            values = {name: value for name, value in values.items() if name not in CURVES}
+        out.append(r.model_copy(update={"values": rounded(values) if r.kind == "measure" else values}))
+    return out
+
+
+def rounded(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {name: rounded(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [rounded(value) for value in tree]
+    return float(f"{tree:.{DIGITS}g}") if isinstance(tree, float) else tree
+
+
+def take(path: Path) -> None:
+    RESULTS.write_text("".join(dumps(r) + "\n" for r in thinned(read_results(path))), encoding="utf-8")
+
+
 def main(argv: list[str]) -> int:
+    if "--take" in argv:
+        take(Path(argv[argv.index("--take") + 1]))
     results = read_results(RESULTS)
     stale = []
     for path, name, write in tables():
