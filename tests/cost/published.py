@@ -49,6 +49,12 @@ BLOOM: Config = {
     "seq_length": 2048,
 }
 
+DEEPSEEK: Config = {
+    **{"moe_intermediate_size": 2048, "n_shared_experts": 1, "n_routed_experts": 256, "num_experts_per_tok": 8},
+    **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
+    **{"n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+}
+
 PARAMETERS: dict[str, tuple[Config, int]] = {
     "Llama 2 7B": (config("llama", 4096, 32, (32, 32), 11_008, 32_000), 6_738_415_616),
     "Llama 2 13B": (config("llama", 5120, 40, (40, 40), 13_824, 32_000), 13_015_864_320),
@@ -79,6 +85,7 @@ PARAMETERS: dict[str, tuple[Config, int]] = {
     "GPT-2": ({**GPT2, "n_embd": 768, "n_layer": 12, "n_head": 12}, 124_439_808),
     "GPT-2 XL": ({**GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
     "BLOOM 176B": (BLOOM, 176_247_271_424),
+    "DeepSeek-V3": (config("deepseek_v3", 7168, 61, (128, 128), 18_432, 129_280, **DEEPSEEK), 671_026_419_200),
 }
 ACTIVE = {"Mixtral 8x7B": 12_879_925_248, "Qwen3 30B-A3B": 3_353_032_704}
 GEMMA3_27B = config(

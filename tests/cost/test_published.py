@@ -76,6 +76,12 @@ def test_gemma3_27b_from_its_configuration(context: int, expected: float) -> Non
     assert round(sheet.state_bytes(Question(context)) / GIB, 2) == expected
 
 
+def test_latent_attention_keeps_576_values_a_layer() -> None:
+    """DeepSeek-V3 (arXiv 2412.19437): a latent of 512 and 64 turned dimensions, in 61 layers, of 2 bytes."""
+    sheet = Sheet(read(PARAMETERS["DeepSeek-V3"][0]).spec)
+    assert sheet.state_bytes(Question(1000)) == 1000 * 70_272 == 1000 * 61 * 576 * 2
+
+
 @pytest.mark.parametrize(("kv", "width"), [("bf16", 256), ("f32", 512), ("int8", 128 + 4), ("int4", 64 + 4)])
 def test_quantised_state(kv: str, width: int) -> None:
     """A vector of 128 in 8 or 4 bits, and 2 bytes each of scale and zero."""
