@@ -61,7 +61,7 @@ def test_folded_and_expanded_are_one_function(scheme: dict[str, Any], select: An
     close(folded, stored(c, tokens, (5, 1, 1, 1, 1)), 1e-10)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[:2])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_is_torchs_attention_on_keys_made_for_every_head(scheme: dict[str, Any]) -> None:
     """k_h = [W_h c, R k], q_h = [q, R q], v_h = V_h c with R turned a pair at a time, and one k for all heads."""
     c, tokens = mla(scheme, scale=0.3), x(7)
