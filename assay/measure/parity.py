@@ -82,7 +82,7 @@ def compare(
     numbers: of the configuration, for the search of a cause. inside: the reference's values within a block, where it
     can be asked for them (`assay.hub.live`). told: called with the number of trials done.
     """
-    model, step = imported.model, rows_step(reference["input_ids"])
+    model, step = imported.model, step_of(reference)
     rows, absent = list(forward_rows(model, step, reference)), []
     for part in (padded_rows, greedy_rows):
         try:
@@ -97,9 +97,31 @@ def compare(
     return Report(report.rows, report.absent, diverges(search, report, numbers or {}, inside))
 
 
+def step_of(reference: Reference) -> Step:
+    """The uncached pass of a reference: an encoder-decoder's reads a source, and tokens of its own."""
+    source = rows_step(reference["input_ids"])
+    if "decoder_input_ids" not in reference:
+        return source
+    return rows_step(reference["decoder_input_ids"], encode=source)
+
+
 def expected(imported: Imported) -> list[str]:
-    hidden = [f"hidden.{i}" for i in range(imported.spec.layers + 1)]
-    return [*hidden, "final", "logits", *(f"{pad}.logits" for pad in PADS), "greedy_ids", "greedy_logits"]
+    spec = imported.spec
+    names = [*taps_of(spec), *(["logits"] if spec.head is not None else [])]
+    try:
+        check_continues(spec)
+    except ValueError:
+        return [*names, f"{PADS[1]}.logits"]
+    pads = PADS if spec.encoder is None else PADS[1:]
+    return [*names, *(f"{pad}.logits" for pad in pads), "greedy_ids", "greedy_logits"]
+
+
+def taps_of(spec: ModelSpec, named: str = "", prefix: str = "") -> dict[str, str]:
+    """The tap of every quantity inside the model, the encoder's (`enc.`) first."""
+    found = {} if spec.encoder is None else taps_of(spec.encoder, "enc.", f"{prefix}encoder.")
+    found |= {f"{named}hidden.{i}": f"{prefix}blocks.{i}.in" for i in range(spec.layers)}
+    found[f"{named}hidden.{spec.layers}"] = f"{prefix}blocks.{spec.layers - 1}.out"
+    return found | {f"{named}final": f"{prefix}final"}
 
 
 def row(quantity: str, ours: Tensor, theirs: Tensor) -> Row:
@@ -110,14 +132,15 @@ def row(quantity: str, ours: Tensor, theirs: Tensor) -> Row:
 @torch.no_grad()
 def forward_rows(model: LM, step: Step, reference: Reference) -> Iterator[Row]:
     """Hidden states, final features and logits of one uncached pass."""
-    layers = model.spec.layers
-    wanted = frozenset({"final", *(f"blocks.{i}.{end}" for i in range(layers) for end in ("in", "out"))})
-    out = model(step.with_(listen=wanted))
-    taps = {f"hidden.{i}": f"blocks.{i}.in" for i in range(layers)} | {f"hidden.{layers}": f"blocks.{layers - 1}.out"}
-    for quantity, tap in {**taps, "final": "final"}.items():
+    taps = taps_of(model.spec)
+    wanted = frozenset(taps.values())
+    encode = step.encode.with_(listen=wanted) if step.encode is not None else None
+    out = model(step.with_(listen=wanted, encode=encode))
+    for quantity, tap in taps.items():
         if quantity in reference:
             yield row(quantity, out.taps[tap], reference[quantity].flatten(0, 1))
-    yield row("logits", out.logits, reference["logits"].flatten(0, 1))
+    if model.spec.head is not None:
+        yield row("logits", out.logits, reference["logits"].flatten(0, -2))
 
 
 @torch.no_grad()
@@ -130,8 +153,14 @@ def padded_rows(model: LM, reference: Reference) -> Iterator[Row]:
         texts = [row_ids[mask].tolist() for row_ids, mask in zip(ids, keep, strict=True)]
         lengths = [len(text) for text in texts]
         step = right_padded(texts, [0] * len(texts), lengths, ids.device).with_(emit=None)
+        if model.spec.encoder is not None:
+            out = model(rows_step(reference[f"{pad}.decoder_input_ids"], encode=step))
+            yield row(f"{pad}.logits", out.logits, reference[f"{pad}.logits"].flatten(0, 1))
+            continue
         out = model(step)
-        yield row(f"{pad}.logits", out.logits[step.seq >= 0], reference[f"{pad}.logits"][keep])
+        each = model.spec.head is None or model.spec.head.names_tokens
+        ours, theirs = out.logits, reference[f"{pad}.logits"]
+        yield row(f"{pad}.logits", ours[step.seq >= 0] if each else ours, theirs[keep] if each else theirs)
 
 
 @torch.no_grad()
@@ -143,9 +172,11 @@ def greedy_rows(model: LM, reference: Reference) -> Iterator[Row]:
     if "greedy_ids" not in reference or "greedy_logits" not in reference:
         return
     check_continues(model.spec)
-    ids, said = reference["input_ids"], reference["greedy_ids"]
+    ids, said, sources = reference["input_ids"], reference["greedy_ids"], None
+    if model.spec.encoder is not None:  # the reply begins with the decoder's first token
+        ids, sources = reference["decoder_input_ids"][:, :1], ids
     check_context(model.spec, ids.shape[1], said.shape[1])
-    ours = continued(model, ids, said)
+    ours = continued(model, ids, said, sources)
     theirs = reference["greedy_logits"].to(ours.dtype)
     best = theirs.topk(2, -1).values
     sure = best[..., 0] - best[..., 1] > 2 * TOLERANCE * theirs.abs().max()
@@ -154,11 +185,14 @@ def greedy_rows(model: LM, reference: Reference) -> Iterator[Row]:
     yield Row("greedy_ids", share, share == 0.0)
 
 
-def continued(model: LM, ids: Int[Tensor, "R T"], said: Int[Tensor, "R n"]) -> Tensor:
-    """[R, n, V]: logits before each token of `said`, one cached step at a time."""
+def continued(
+    model: LM, ids: Int[Tensor, "R T"], said: Int[Tensor, "R n"], sources: Int[Tensor, "R S"] | None = None
+) -> Tensor:
+    """[R, n, V]: logits before each token of `said`, one cached step at a time; sources: what an encoder reads."""
     count, length = ids.shape
-    runner = Runner(model, Size(count, length + said.shape[1], min(CHUNK, length)))
-    slots = [runner.open(length + said.shape[1]) for _ in range(count)]
+    texts = [()] * count if sources is None else sources.tolist()
+    runner = Runner(model, Size(count, length + said.shape[1], min(CHUNK, length), len(texts[0])))
+    slots = [runner.open(length + said.shape[1], text) for text in texts]
     logits = [runner.feed(slots, ids.tolist())]
     for column in said[:, :-1].unbind(1):
         logits.append(runner.feed(slots, column[:, None].tolist()))
@@ -166,8 +200,16 @@ def continued(model: LM, ids: Int[Tensor, "R T"], said: Int[Tensor, "R n"]) -> T
 
 
 def diverges(search: Search, report: Report, numbers: Mapping[str, float], inside: Inside | None) -> Divergence:
-    """The first place whose own output differs when it is given the reference's input, and a cause."""
+    """The first place whose own output differs when it is given the reference's input, and a cause.
+
+    Of an encoder-decoder only the first quantity that differs is told: its places are not fed one by one.
+    """
     model, reference = search.model, search.reference
+    if model.spec.encoder is not None:
+        first = next(r for r in report.rows if not r.match)
+        plain = first.quantity == "logits" or first.quantity in taps_of(model.spec)
+        cause = None if plain else elsewhere(first.quantity, report)
+        return Divergence(None, first.quantity, first.max_rel_diff, cause)
     made = alone(model, search.step, reference).outputs
     for place in places(model.spec):
         known = place.wanted in reference and (place.given is None or place.given in reference)

@@ -6,11 +6,15 @@ hidden.0 .. hidden.L         [R, T, D]: the input of each layer, and the last la
 final [R, T, D]              after it
 greedy_ids, greedy_logits    [R, n], [R, n, V]: a cached continuation of input_ids by the likeliest token
 leftpad.*, rightpad.*        input_ids and attention_mask [R, T] (1 is a token), logits [R, T, V]
+
+Of an encoder-decoder input_ids are the source; decoder_input_ids [R, U] the tokens that logits, hidden.* and final are
+of, and their first column what a continuation begins with; enc.hidden.*, enc.final [R, T, D] are the encoder's. Of a
+classifier logits are [R, labels].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +42,10 @@ def read_reference(path: Path, spec: ModelSpec) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"{path}: not a safetensors file, or one that was cut short: {error}") from None
     pads = [f"{pad}.{name}" for pad in PADS for name in ("input_ids", "attention_mask") if f"{pad}.logits" in found]
-    for name in ("input_ids", "logits", *pads):
+    wanted = required(spec, [f"{pad}." for pad in PADS if f"{pad}.logits" in found])
+    for name in (*wanted, *pads):
         if name not in found:
-            raise ValueError(f"{path}: {name}: missing; a reference has {', '.join(('input_ids', 'logits', *pads))}")
+            raise ValueError(f"{path}: {name}: missing; a reference has {', '.join((*wanted, *pads))}")
     for name, value in found.items():
         if name.endswith(("input_ids", "greedy_ids")):
             check_ids(f"{path}: {name}", value, spec.vocab)
@@ -48,6 +53,12 @@ def read_reference(path: Path, spec: ModelSpec) -> dict[str, Tensor]:
         if name in found and tuple(found[name].shape) != shape:
             raise ValueError(f"{path}: {name}: shape {tuple(found[name].shape)}; {shape} is expected")
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+
+
+def required(spec: ModelSpec, pads: Sequence[str]) -> tuple[str, ...]:
+    """What a reference has at least: a model without a head is known by its features."""
+    own = tuple(f"{pad}decoder_input_ids" for pad in ("", *pads)) if spec.encoder is not None else ()
+    return ("input_ids", *own, "logits" if spec.head is not None else "final")
 
 
 def check_ids(where: str, ids: Tensor, vocab: int) -> None:
@@ -59,13 +70,22 @@ def check_ids(where: str, ids: Tensor, vocab: int) -> None:
 
 def shapes(found: Reference, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """What the tensors of a reference look like for its input ids and this spec."""
-    grid, d, v = tuple(found["input_ids"].shape), spec.d_model, spec.vocab
+    d, v, source = spec.d_model, spec.vocab, tuple(found["input_ids"].shape)
+    grid = source if spec.encoder is None else tuple(found["decoder_input_ids"].shape)
     made: dict[str, tuple[int, ...]] = {f"hidden.{i}": (*grid, d) for i in range(spec.layers + 1)}
-    made |= {"final": (*grid, d), "logits": (*grid, v)}
+    made |= {"final": (*grid, d)}
+    if spec.head is not None and spec.head.names_tokens:
+        made["logits"] = (*grid, v)
+    if spec.encoder is not None:
+        inside = {f"hidden.{i}" for i in range(spec.encoder.layers + 1)} | {"final"}
+        made |= {f"enc.{name}": (*source, spec.encoder.d_model) for name in inside}
     for pad in PADS:
         if f"{pad}.input_ids" in found:
             padded = tuple(found[f"{pad}.input_ids"].shape)
-            made |= {f"{pad}.attention_mask": padded, f"{pad}.logits": (*padded, v)}
+            own = tuple(found[f"{pad}.decoder_input_ids"].shape) if spec.encoder is not None else padded
+            made[f"{pad}.attention_mask"] = padded
+            if "logits" in made:
+                made[f"{pad}.logits"] = (*own, v)
     if "greedy_ids" in found:
         said = (grid[0], found["greedy_ids"].shape[1])
         made |= {"greedy_ids": said, "greedy_logits": (*said, v)}
