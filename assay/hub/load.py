@@ -90,7 +90,8 @@ def put(model: nn.Module, name: str, value: Tensor) -> None:
     if old.shape != value.shape:
         raise ValueError(f"{name}: shape {tuple(value.shape)}, the model has {tuple(old.shape)}")
     # A view would keep the whole tensor it was cut from.
-    setattr(module, leaf, nn.Parameter(value.contiguous().clone() if value._base is not None else value.contiguous()))
+    value = value.contiguous().clone() if value._base is not None else value.contiguous()
+    setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def planned(source: Source) -> tuple[list[Copy], dict[str, str]]:

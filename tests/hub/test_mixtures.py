@@ -156,6 +156,8 @@ def test_equals_hugging_face(family: Callable[[], Made], tmp_path: Path) -> None
     for config in (None, older):
         mine = import_folder(folder, config)
         assert not mine.unread and not mine.skipped
+        still = {n.rpartition(".")[2] for n, p in mine.model.named_parameters() if not p.requires_grad}
+        assert still == ({"select_bias"} if family is glm4_moe else set())
         assert_equal(mine.model, theirs)
 
 
