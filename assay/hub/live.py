@@ -189,7 +189,10 @@ def attention(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
 
 
 def open_live(folder: Path, family: ModuleType, spec: ModelSpec, config: Path | None = None) -> Live:
-    """ValueError where transformers is absent, does not know the model, or finds tensors missing."""
+    """ValueError where transformers is absent, does not know the model, or finds tensors missing; and for an encoder,
+    of which a reference file is the way."""
+    if spec.encoder is not None or any("causal" in part.refusals() for _, part in spec.parts()):
+        raise ValueError(f"{folder}: an encoder is compared with the outputs in a reference file (--reference)")
     model = load_live(folder, config or folder / CONFIG)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     there = frozenset(parameters)
