@@ -82,7 +82,14 @@ def test_grouped_queries_are_latents_of_twice_the_key_width() -> None:
     """Keys and values of G heads of K are a latent of 2 G K numbers, read by maps that copy them (2502.07864)."""
     gqa = part("mixers", "gqa", heads=4, kv_heads=2, head_dim=6)
     w = gqa.weights()
-    sizes = {"kv_rank": 2 * 2 * 6, "nope_dim": 6, "rope_dim": 2, "value_dim": 6, "norm": None, "scale": 6**-0.5}
+    sizes: dict[str, Any] = {
+        "kv_rank": 2 * 2 * 6,
+        "nope_dim": 6,
+        "rope_dim": 2,
+        "value_dim": 6,
+        "norm": None,
+        "scale": 6**-0.5,
+    }
     c = mla(**sizes)
     copies = torch.zeros(4, 12, 24, dtype=torch.float64)
     for head in range(4):
