@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -85,6 +86,7 @@ def same_tokens(words: Any, theirs: Any, texts: list[str]) -> bool:
 
 def compare(file: Path, checkpoint: Path, texts: list[str]) -> bool:
     """Tokens, chat template, logits and greedy continuation against transformers reading the same file."""
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' bars, which end in logs otherwise
     import torch
     import transformers
 
@@ -94,7 +96,6 @@ def compare(file: Path, checkpoint: Path, texts: list[str]) -> bool:
     from assay.ops.step import rows_step
     from assay.train.checkpoint import load_checkpoint
 
-    transformers.utils.logging.disable_progress_bar()
     theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model, words, _ = load_checkpoint(checkpoint)
     tokens = same_tokens(words, theirs, texts)
