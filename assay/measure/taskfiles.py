@@ -11,7 +11,6 @@ import difflib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,7 @@ import yaml
 
 SUFFIXES = (".yaml", ".yml")
 GLOB = frozenset("*?[")
-
-
-@dataclass(frozen=True)
-class Code:
-    """Stands in a configuration for a function that was not imported."""
-
-    name: str
+REFUSED = "this is code; --trust-task-code runs it"
 
 
 def load_tasks(names: Sequence[str], trust: bool = False) -> dict[str, Any]:
@@ -35,9 +28,10 @@ def load_tasks(names: Sequence[str], trust: bool = False) -> dict[str, Any]:
     names: of the harness's own tasks (with * and ?), or YAML files. trust: run the code that these files name.
     ValueError for an unknown name, a file that cannot be used, code without trust, data that cannot be had.
     """
-    configs = {name: read(Path(name)) for name in names if name.endswith(SUFFIXES)}
+    files = [name for name in names if name.endswith(SUFFIXES)]
     if not trust:
-        refuse_code(configs)
+        refuse_code({name: read(Path(name)) for name in files})
+    configs = {name: read(Path(name), trust) for name in files}
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager
 
@@ -45,7 +39,9 @@ def load_tasks(names: Sequence[str], trust: bool = False) -> dict[str, Any]:
     manager = TaskManager(include_defaults=not alone)  # reading all of the harness's own takes seconds
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
-    specs = [spec for name in names for spec in ([usable(name, trust)] if name in configs else known(name, manager))]
+    specs = [
+        spec for name in names for spec in ([usable(name, configs[name])] if name in configs else known(name, manager))
+    ]
     with plainly(), sandbox(trust):
         loaded = dict(manager.load(specs))
     unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
@@ -65,7 +61,8 @@ def known(name: str, manager: Any) -> list[str]:
 
 
 def read(path: Path, trust: bool = False, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file with what it includes; its own keys win. Functions are imported with trust, else `Code` stands there."""
+    """A file with what it includes; its own keys win. Functions are imported with trust, else refused: also those
+    that another key hides, since the harness would import them too."""
     path = path.resolve()
     if path in above:
         raise ValueError(f"{path}: includes itself")
@@ -88,7 +85,7 @@ def _loader(path: Path, trust: bool) -> type[yaml.SafeLoader]:
 
     def function(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
         if not trust:
-            return Code(f"!function {node.value} ({path.name}, line {node.start_mark.line + 1})")
+            raise ValueError(f"{path}, line {node.start_mark.line + 1}: !function {node.value}: {REFUSED}")
         from lm_eval.utils import import_function
 
         return import_function(loader, node, path)
@@ -100,14 +97,12 @@ def _loader(path: Path, trust: bool) -> type[yaml.SafeLoader]:
 def refuse_code(configs: Mapping[str, Mapping[str, Any]]) -> None:
     found = [f"{name}: {what}" for name, config in configs.items() for what in code_in(config)]
     if found:
-        raise ValueError(f"{'; '.join(found)}: this is code; --trust-task-code runs it")
+        raise ValueError(f"{'; '.join(found)}: {REFUSED}")
 
 
 def code_in(config: Any) -> Iterator[str]:
-    """Everything in a configuration that would run code which is not the harness's."""
-    if isinstance(config, Code):
-        yield config.name
-    elif isinstance(config, list):
+    """What in a configuration would run code that is not the harness's, though its values are plain."""
+    if isinstance(config, list):
         for item in config:
             yield from code_in(item)
     elif isinstance(config, Mapping):
@@ -117,12 +112,11 @@ def code_in(config: Any) -> Iterator[str]:
 
 
 def _named(config: Mapping[Any, Any]) -> Iterator[str]:
-    """Code that plain values name."""
     from lm_eval.api import metrics  # noqa: F401  the harness's metrics are registered by their import
     from lm_eval.api.registry import metric_registry
 
     for key in ("class", "unsafe_code", "trust_remote_code", "hf_evaluate"):
-        if config.get(key) and not isinstance(config[key], Code):
+        if config.get(key):
             yield f"{key}: {config[key]}"
     data = str(config.get("dataset_path", ""))
     if data == "pandas" or data.endswith(".py"):
@@ -134,10 +128,9 @@ def _named(config: Mapping[Any, Any]) -> Iterator[str]:
         yield f"metric: {metric}, which the harness does not have itself"
 
 
-def usable(name: str, trust: bool) -> str | dict[str, Any]:
+def usable(name: str, config: dict[str, Any]) -> str | dict[str, Any]:
     """What the harness is given for a file: its configuration, with data files beside it found. A group goes by its
     path, since the harness builds no group from a configuration."""
-    config = read(Path(name), trust)
     if "group" in config:
         return name
     given, folder = config.get("dataset_kwargs"), Path(name).resolve().parent

@@ -115,10 +115,10 @@ def test_examples_stand_before_a_document(write: Write, checkpoint: str, capsys:
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ("process_docs: !function touch.docs\n", "!function touch.docs (bad.yaml, line"),
+        ("process_docs: !function touch.docs\n", "!function touch.docs"),
         ("class: !function touch.Task\n", "!function touch.Task"),
         ("doc_to_text: !function touch.text\n", "!function touch.text"),
-        ("include: shared.yaml\n", "!function touch.text (shared.yaml, line 1)"),
+        ("include: shared.yaml\n", "shared.yaml, line 1: !function touch.text: "),
         ("dataset_path: pandas\n", "dataset_path: pandas"),
         ("dataset_path: ./touch.py\n", "dataset_path: ./touch.py"),
         ("metric_list: [{metric: ./touch}]\n", "metric: ./touch, which the harness does not have"),
@@ -126,6 +126,7 @@ def test_examples_stand_before_a_document(write: Write, checkpoint: str, capsys:
         ("metric_list: [{metric: !function touch.m}]\n", "!function touch.m"),
         ("unsafe_code: true\n", "unsafe_code: True"),
         ("use_prompt: prompts.yaml:a\n", "use_prompt: prompts.yaml:a"),
+        ("doc_to_target: !function touch.text\ndoc_to_target: gold\n", "!function touch.text"),
         ("group: g\ntask: [{task: inner, process_docs: !function touch.docs}]\n", "!function touch.docs"),
     ],
 )
@@ -135,7 +136,7 @@ def test_code_is_refused_by_name_before_it_runs(extra: str, named: str, write: W
     file = write("bad", {k: v for k, v in CHOICE.items() if not extra.startswith(k)}, extra)
     with pytest.raises(ValueError) as error:
         load_tasks([write("good", CHOICE), file])
-    assert f"{file}: " in str(error.value) and named in str(error.value)
+    assert named in str(error.value) and str(tmp_path) in str(error.value)
     assert "--trust-task-code" in str(error.value) and not (tmp_path / "ran").exists()
 
 
