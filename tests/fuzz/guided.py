@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz.guided NAME FOLDER [libFuzzer's options]`: a search guided by coverage, from the folder's files.
+"""`python -m tests.fuzz.guided NAME FOLDER [libFuzzer's options]`: a search guided by coverage, from good files.
 
 It needs atheris, which is no dependency.
 """
