@@ -21,7 +21,7 @@ from assay.parts.base import Embed, Head, Norm, Part, Position, Residual, Select
 from assay.spec import registry
 from assay.spec.base import SLOTS, Init, PartSpec, Site, StateField
 
-D, V, MEMORY = 32, 11, 5
+D, V, MEMORY, PREFIX = 32, 11, 5, 7
 TIGHT = 1e-10
 TOKENS = ("mixers", "ffns", "norms", "residuals", "positions")  # slots whose parts map tokens to tokens
 
@@ -83,7 +83,9 @@ class Case:
 
     def step(self, rows: int, length: int, past: int = 0, **more: Any) -> Step:
         step = rows_step(torch.zeros(rows, length, dtype=torch.long), past, horizon=64, **more)
-        return step.with_(memory=self.memory(rows)) if past == 0 else step
+        if past:
+            return step
+        return step.with_(memory=self.memory(rows), prefix=torch.full((rows * length,), PREFIX))
 
     def sublayer(self, x: Tensor) -> Tensor:
         """A fixed nonlinear function of each token, standing for the branches of a stage."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from assay.conform.cases import MEMORY, TOKENS, Case, case, close, noise
+from assay.conform.cases import MEMORY, PREFIX, TOKENS, Case, case, close, noise
 from assay.ops.state import Stateless
 from assay.ops.step import Step
 from assay.spec.base import Cost, StateField
@@ -47,7 +47,9 @@ def _reference(c: Case, weights: dict[str, Tensor], x: Tensor, step: Step) -> Te
     if c.slot == "residuals":
         extra = {"layers": c.site.layers} if "layers" in inspect.signature(c.reference).parameters else {}
         return c.reference(c.spec, weights, x, c.sublayer, **extra)
-    given = {"memory": step.memory.h} if step.memory is not None else {}
+    given: dict[str, Any] = {"memory": step.memory.h} if step.memory is not None else {}
+    if "prefix" in inspect.signature(c.reference).parameters:
+        given["prefix"] = PREFIX
     return c.reference(c.spec, weights, x, step.positions, **given)
 
 

@@ -16,6 +16,8 @@ class Sees(Spec):
     causal: keys at or before the query. window: that many keys including the query's own (causal).
     chunk: only keys of the same block of `chunk` tokens. band: (left, right) neighbours of a bidirectional layer.
     first: the first n keys stay visible behind a window.
+    prefix: causal, but the tokens of a sequence's prefix, whose length the step tells, all see one another (prefix LM;
+    Liu et al. 2018, arXiv 1801.10198; Raffel et al. 2019, arXiv 1910.10683, figure 4).
     """
 
     causal: bool = True
@@ -23,6 +25,7 @@ class Sees(Spec):
     chunk: int | None = Field(default=None, ge=1)
     band: tuple[int, int] | None = None
     first: int = Field(default=0, ge=0)
+    prefix: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -36,11 +39,16 @@ class Sees(Spec):
             raise ValueError("`first` keeps the first keys visible behind a `window`, which is missing")
         if self.first and self.chunk is not None:
             raise ValueError("`first` and `chunk` are not combined")
+        if self.prefix and not (self.causal and self.everything):
+            raise ValueError("`prefix` widens a causal rule; it is not combined with `window`, `chunk` or `band`")
         return self
 
-    def visible(self, q: Any, k: Any) -> Any:
-        """Boolean mask for broadcastable integer arrays or tensors of places: q [..., T, 1], k [..., 1, S]."""
+    def visible(self, q: Any, k: Any, prefix: Any = None) -> Any:
+        """Boolean mask for broadcastable integer arrays or tensors of places: q [..., T, 1], k [..., 1, S]. prefix, of
+        q's shape: how long the prefix of its sequence is; None: there is none."""
         seen = (k <= q) if self.causal else (k == k) & (q == q)
+        if self.prefix and prefix is not None:
+            seen = seen | (k < prefix)  # behind the prefix all of it is in the past
         if self.window is not None:
             near = k > q - self.window
             seen = seen & ((near | (k < self.first)) if self.first else near)
@@ -63,10 +71,12 @@ class Sees(Spec):
         limits = [n for n in (self.window, self.chunk) if n is not None]
         return min(limits) if limits else None
 
-    def spans(self, q: Any, total: int) -> tuple[Any, Any]:
+    def spans(self, q: Any, total: int, prefix: Any = 0) -> tuple[Any, Any]:
         """Lowest and highest visible place, inclusive, of each place in the array q when `total` tokens are stored;
-        what lies between is visible, and so are the `first` keys below."""
+        what lies between is visible, and so are the `first` keys below. prefix: a length for all, or one for each."""
         low, high = np.zeros_like(q), q if self.causal else np.full_like(q, total - 1)
+        if self.prefix:
+            high = np.maximum(high, np.minimum(prefix, total) - 1)
         if self.chunk is not None:
             low, high = q // self.chunk * self.chunk, np.minimum(high, q // self.chunk * self.chunk + self.chunk - 1)
         if self.band is not None:
@@ -75,9 +85,9 @@ class Sees(Spec):
             low = np.maximum(low, q - self.window + 1)
         return low, high
 
-    def pairs(self, new: int, seen: int) -> int:
+    def pairs(self, new: int, seen: int, prefix: int = 0) -> int:
         """Visible (query, key) pairs when `new` tokens arrive after `seen` others; exact."""
-        low, high = self.spans(np.arange(seen, seen + new, dtype=np.int64), seen + new)
+        low, high = self.spans(np.arange(seen, seen + new, dtype=np.int64), seen + new, prefix)
         return int((high - low + 1 + np.minimum(low, self.first)).sum())
 
     def __and__(self, other: Sees) -> Sees:
@@ -97,4 +107,5 @@ class Sees(Spec):
             chunk=self.chunk if self.chunk is not None else other.chunk,
             band=(min(b[0] for b in bands), min(b[1] for b in bands)) if bands else None,
             first=self.first,
+            prefix=causal and all(rule.prefix for rule in (self, other) if rule.causal),
         )

@@ -64,6 +64,7 @@ class Step:
     saves: Int[Tensor, "M"] | None = None
     emit: Int[Tensor, "E"] | None = None
     tree: Bool[Tensor, "N M"] | None = None
+    prefix: Int[Tensor, "N"] | None = None  # the length of its sequence's prefix (`Sees.prefix`); None: there is none
     memory: Memory | None = None
     encode: Step | None = None  # tokens for the encoder of an encoder-decoder; it makes `memory`
     adapters: Int[Tensor, "N"] | None = None
@@ -126,3 +127,24 @@ def rows_step(ids: Int[Tensor, "R T"], past: int = 0, horizon: int | None = None
         saves=starts[1:] - 1,
         **more,
     )
+
+
+def prefixed(step: Step, lengths: Int[Tensor, "B"]) -> Step:
+    """The step with a prefix of lengths[b] tokens in sequence b, which layers with `Sees.prefix` read both ways.
+
+    Such a prefix comes in one step: its tokens see those after them, which a later step brings too late. ValueError
+    where a sequence brings a part of its prefix, or where its prefix ends behind what is stored. It looks at values, so
+    it is for who makes steps with `starts` of sequences, and not for a forward.
+    """
+    new = step.starts.diff().to(lengths.device)
+    if lengths.shape != new.shape:
+        raise ValueError(f"prefix: {lengths.shape[0]} lengths; the step has {new.shape[0]} sequences")
+    past = step.past.to(lengths.device)
+    whole = (lengths <= past) | ((past == 0) & (lengths <= new))
+    if not bool(whole.all()):
+        b = int((~whole).nonzero()[0])
+        raise ValueError(
+            f"prefix: sequence {b} has a prefix of {int(lengths[b])} tokens and brings {int(new[b])} after "
+            f"{int(past[b])}; accepted: the whole prefix in the sequence's first step"
+        )
+    return step.with_(prefix=lengths.repeat_interleave(new))

@@ -21,6 +21,7 @@ RULES = (
     Sees(chunk=4),
     Sees(causal=False, band=(2, 1)),
     Sees(window=5, chunk=7),
+    Sees(prefix=True),
 )
 
 
@@ -88,7 +89,8 @@ def problem(
     **more: Any,
 ) -> Problem:
     """One sequence a row. more: sees, and the fields of Scores; `packed`: documents that share a row; `flat`: the view
-    as one row for all, not aligned; `width`: the size of a value; `blank`: so many entries are empty, and a query."""
+    as one row for all, not aligned; `width`: the size of a value; `blank`: so many entries are empty, and a query;
+    `prefix`: its length (half of the entries), and one more in the second of two packed documents."""
     draw = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
     step = rows_step(torch.zeros(rows, tokens, dtype=torch.long), past)
@@ -99,6 +101,8 @@ def problem(
         seq = 2 * seq + (index >= cut)
         index = torch.where(index >= cut, index - cut, index)
         step = step.with_(seq=seq.reshape(-1), index=index.reshape(-1), positions=index.reshape(-1))
+    second = step.seq % 2 if int(step.seq.max()) >= rows else torch.zeros_like(step.seq)
+    step = step.with_(prefix=more.pop("prefix", entries // 2) + second)
     blank = more.pop("blank", 0)
     if blank:
         seq = torch.where(torch.arange(entries) < blank, torch.full_like(seq, -1), seq)
@@ -128,6 +132,7 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
         "size": draw(st.integers(1, 4)),
         "width": draw(st.integers(1, 4)),
         "sees": draw(st.sampled_from(RULES)),
+        "prefix": draw(st.integers(0, 10)),
         "packed": packed,
         "flat": draw(st.booleans()),
         "blank": draw(st.sampled_from((0, 0, 2))),

@@ -24,17 +24,24 @@ def close(a: torch.Tensor, b: torch.Tensor, error: float) -> None:
     torch.testing.assert_close(a, b, atol=error, rtol=error)
 
 
+def visible(p: Problem, place: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The mask [T, S] of whole rows: both in the prefix, or what the rule says without one."""
+    assert p.step.prefix is not None
+    seen = p.sees.visible(place, key)
+    return seen | ((place < p.step.prefix[0]) & (key < p.step.prefix[0])) if p.sees.prefix else seen
+
+
 def naive(p: Problem) -> torch.Tensor:
     """softmax(q k^T * scale) v over whole rows, with heads repeated for the groups."""
     rows, heads = p.k.shape[0], p.q.shape[1]
     q = p.q.view(rows, -1, heads, p.q.shape[-1]).transpose(1, 2)
     k, v = (t.repeat_interleave(heads // t.shape[2], 2).transpose(1, 2) for t in (p.k, p.v))
     place, key = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2], torch.arange(k.shape[2])
-    z = (q @ k.transpose(-1, -2) * p.scores.scale).masked_fill(~p.sees.visible(place, key), -math.inf)
+    z = (q @ k.transpose(-1, -2) * p.scores.scale).masked_fill(~visible(p, place, key), -math.inf)
     return (z.softmax(-1) @ v).transpose(1, 2).reshape(*p.q.shape[:2], -1)
 
 
-@pytest.mark.parametrize("sees", RULES[:6], ids=str)
+@pytest.mark.parametrize("sees", (*RULES[:6], RULES[-1]), ids=str)
 @pytest.mark.parametrize("backend", ["oracle", "matmul", "tiled", "sdpa"])
 def test_backends_equal_the_formula(backend: str, sees: Sees) -> None:
     p = problem(tokens=9, past=2, sees=sees)
@@ -175,18 +182,21 @@ def test_the_log_sum_exp_is_the_oracle_s(p: Problem, backend: str) -> None:
 @pytest.mark.parametrize("sees", RULES, ids=str)
 @pytest.mark.parametrize("new,past", [(1, 0), (7, 0), (1, 9), (130, 0), (260, 0), (300, 21), (520, 0)])
 def test_executed_pairs_are_what_torch_counts(sees: Sees, new: int, past: int) -> None:
+    half = (new + past) // 2
     p = problem(rows=2, tokens=new, past=past, heads=4, groups=2, sees=sees)
     with FlopCounterMode(display=False) as counter:
         p.run("matmul")
-    assert counter.get_total_flops() == 2 * 4 * 4 * 3 * executed_pairs(new, past, sees)
+    assert counter.get_total_flops() == 2 * 4 * 4 * 3 * executed_pairs(new, past, sees, prefix=half)
     with FlopCounterMode(display=False) as counter:
         replace(p, scores=replace(p.scores, softcap=9.0)).run("matmul")
-    assert counter.get_total_flops() == 2 * 4 * 4 * 3 * executed_pairs(new, past, sees)
+    assert counter.get_total_flops() == 2 * 4 * 4 * 3 * executed_pairs(new, past, sees, prefix=half)
     uneven = replace(p, scores=replace(p.scores, bias=Slopes(torch.ones(4))))  # does not say that it goes by distance
     with FlopCounterMode(display=False) as counter:
         uneven.run("matmul")
         p.run("tiled")
-    assert counter.get_total_flops() == 2 * 4 * 4 * 3 * (new * (new + past) + executed_pairs(new, past, sees, "tiled"))
+    assert counter.get_total_flops() == 2 * 4 * 4 * 3 * (
+        new * (new + past) + executed_pairs(new, past, sees, "tiled", half)
+    )
 
 
 def test_what_cannot_be_served_is_refused_by_name() -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from assay.ops.attend.plan import Plan, aligned, materialised, seen
+from assay.ops.attend.plan import Plan, aligned, materialised, prefixes, seen
 from assay.ops.attend.rule import Scores
 from assay.ops.sees import Sees
 from assay.ops.step import Step, View
@@ -40,7 +40,9 @@ class Call:
     def visible(self, queries: slice, keys: slice) -> Bool[Tensor, "R T S"]:
         """A tile of the mask, made for it alone."""
         q_seq, q_index, _, k_seq, k_index, _ = aligned(self.step, self.view.layout)
-        return seen(q_seq[:, queries], q_index[:, queries], k_seq[:, keys], k_index[:, keys], self.sees)
+        prefix = prefixes(self.step, self.view.layout)
+        prefix = None if prefix is None else prefix[:, queries]
+        return seen(q_seq[:, queries], q_index[:, queries], k_seq[:, keys], k_index[:, keys], self.sees, prefix)
 
     def positions(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
         """[R, 1, T] and [R, 1, S]: what the position scheme is told, with a place for the heads."""

@@ -68,10 +68,14 @@ class Plan:
         return torch.equal(self.mask, torch.ones_like(self.mask).tril())
 
 
-def seen(q_seq: Tensor, q_index: Tensor, k_seq: Tensor, k_index: Tensor, sees: Sees) -> Bool[Tensor, "R T S"]:
-    """Which entries each token sees, for sequences and places [R, T] and [R, S]."""
+def seen(
+    q_seq: Tensor, q_index: Tensor, k_seq: Tensor, k_index: Tensor, sees: Sees, prefix: Tensor | None = None
+) -> Bool[Tensor, "R T S"]:
+    """Which entries each token sees, for sequences, places and prefixes [R, T] and [R, S]."""
     q_seq, q_index, k_seq, k_index = q_seq[:, :, None], q_index[:, :, None], k_seq[:, None], k_index[:, None]
-    return (q_seq == k_seq) & (q_seq >= 0) & sees.visible(q_index, k_index)
+    return (
+        (q_seq == k_seq) & (q_seq >= 0) & sees.visible(q_index, k_index, None if prefix is None else prefix[:, :, None])
+    )
 
 
 def aligned(step: Step, layout: Layout) -> tuple[Tensor, ...]:
@@ -81,10 +85,15 @@ def aligned(step: Step, layout: Layout) -> tuple[Tensor, ...]:
     return (*queries, *(t.reshape(rows, -1) for t in (layout.seq, layout.index, layout.positions)))
 
 
+def prefixes(step: Step, layout: Layout) -> Int[Tensor, "R T"] | None:
+    """The length of the prefix of each query's sequence, in the rows of `aligned`."""
+    return None if step.prefix is None else step.prefix.view(layout.seq.shape[0] if layout.aligned else 1, -1)
+
+
 def visible(step: Step, layout: Layout, sees: Sees) -> Bool[Tensor, "R T S"]:
     """Which entries each token sees. Aligned: rows of the grid against rows of the view; else all against all."""
     q_seq, q_index, _, k_seq, k_index, _ = aligned(step, layout)
-    return seen(q_seq, q_index, k_seq, k_index, sees)
+    return seen(q_seq, q_index, k_seq, k_index, sees, prefixes(step, layout))
 
 
 def materialised(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan:
@@ -127,7 +136,7 @@ def query_blocks(tokens: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, tokens)) for first in range(0, tokens, max(size, 1))]
 
 
-def executed_pairs(new: int, past: int, sees: Sees, backend: str = "matmul") -> int:
+def executed_pairs(new: int, past: int, sees: Sees, backend: str = "matmul", prefix: int = 0) -> int:
     """(query, key) pairs that `backend` multiplies when one sequence brings `new` tokens after `past` others, its view
     holding just these in order, and so does each of a batch of equal ones. 4 * heads * head_dim FLOPs a pair, forward.
 
@@ -135,12 +144,12 @@ def executed_pairs(new: int, past: int, sees: Sees, backend: str = "matmul") -> 
     new * (new + past).
     """
     if backend == "oracle":
-        return sees.pairs(new, past)
+        return sees.pairs(new, past, prefix)
     if backend == "sdpa":
         raise ValueError("executed_pairs: `sdpa` does not say what it skips; accepted: oracle, tiled, matmul")
     if backend not in BACKENDS:
         raise ValueError(f"executed_pairs: backend is {backend!r}; accepted: oracle, tiled, matmul")
-    total, low, high = 0, *sees.spans(np.arange(past, past + new, dtype=np.int64), past + new)
+    total, low, high = 0, *sees.spans(np.arange(past, past + new, dtype=np.int64), past + new, prefix)
     tiles = [(a, min(a + TILE, new)) for a in range(0, new, TILE)] if backend == "tiled" else query_blocks(new)
     for first, last in tiles:
         begin, end = int(low[first:last].min()), int(high[first:last].max()) + 1

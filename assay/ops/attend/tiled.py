@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from assay.ops.attend.call import Call
-from assay.ops.attend.plan import TILE, aligned
+from assay.ops.attend.plan import TILE, aligned, prefixes
 
 
 @dataclass
@@ -116,6 +116,12 @@ class Tiles:
         return tuple(t.cpu().numpy() for t in (q_seq, q_index, k_seq, k_index))
 
     @cached_property
+    def prefix(self) -> np.ndarray:
+        """Length of the prefix of the queries' sequences [R, T], on the host."""
+        found = prefixes(self.call.step, self.call.view.layout)
+        return np.zeros_like(self.places[1]) if found is None else found.cpu().numpy()
+
+    @cached_property
     def ends(self) -> tuple[np.ndarray, ...]:
         """Lowest and highest sequence, lowest and highest place of each key tile, [R, tiles]."""
         return tuple(end for x in self.places[2:] for end in ends(x, self.block_k))
@@ -125,7 +131,7 @@ class Tiles:
         it all. Decided by the ends of the tiles, so that most masks are never made."""
         sees, (q_seq, q_index, _, k_index) = self.call.sees, self.places
         total = int(k_index.max(initial=-1)) + 1
-        low, high = sees.spans(q_index[:, queries], total)
+        low, high = sees.spans(q_index[:, queries], total, self.prefix[:, queries])
         (low, low_last), (high_first, high) = (ends(x, self.block_q) for x in (low, high))
         (seq, seq_last), (k_seq, k_seq_last, k, k_last) = ends(q_seq[:, queries], self.block_q), self.ends
         some = (k <= high) & ((k_last >= low) | (k < sees.first)) & (k_seq <= seq_last) & (k_seq_last >= seq)

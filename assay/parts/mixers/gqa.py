@@ -95,9 +95,11 @@ class Gqa(MixerSpec):
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads
 
     def refusals(self) -> Mapping[str, str]:
-        found = (
-            {} if self.sees.causal else dict.fromkeys(("causal", "chunking"), "a bidirectional layer sees later tokens")
-        )
+        later = {
+            "a bidirectional layer sees later tokens": not self.sees.causal,
+            "the tokens of a prefix see later ones, so that a prefix comes whole": self.sees.prefix,
+        }
+        found = {law: reason for reason, told in later.items() if told for law in ("causal", "chunking")}
         if self.groups % 2:
             found["split"] = f"{self.groups} key heads are not cut in two"
         elif self.qk_norm is not None and self.qk_norm.over == "full":
@@ -166,7 +168,7 @@ class Gqa(MixerSpec):
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         """q k^T and p v: 2 products of 2 * heads * head_dim FLOPs for each pair. Executed: the blocks of queries with
-        the keys that somebody in them sees."""
+        the keys that somebody in them sees. Without a prefix: one of p tokens has p (p - 1) / 2 visible pairs more."""
         per_pair = 4 * self.heads * self.size(site)
         executed = ops.executed_pairs(new, seen, self.sees)
         return Cost(per_pair * self.sees.pairs(new, seen), per_pair * executed)
@@ -185,6 +187,7 @@ class Gqa(MixerSpec):
         )
         yield cls(heads=2, sees=Sees(window=4, first=2))
         yield cls(heads=2, sees=Sees(causal=False))
+        yield cls(heads=2, kv_heads=1, sees=Sees(prefix=True))
         yield cls(heads=4, kv_heads=2, scores=ScoreRule(temperature=Temperature(gain=0.7, every=3)))
         plain = RmsNorm(weight="none", eps=1e-2)
         yield cls(heads=2, bias="qkv", qk_norm=QkNorm(norm=plain), values=Values(tied=True, norm=RmsNorm()))
@@ -267,7 +270,7 @@ class GqaMixer(Mixer):
         return mix * (gate.view_as(mix) if self.spec.gate == "element" else gate[..., None])
 
 
-def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
+def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tensor, prefix: int = 0) -> Tensor:
     """[N, D] in float64 for one sequence without a position scheme: one token and one head at a time."""
     d = spec.head_dim if spec.head_dim is not None else x.shape[1] // spec.heads
     zero, one = torch.zeros((), dtype=x.dtype), torch.ones((), dtype=x.dtype)
@@ -287,7 +290,8 @@ def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
     def sees(i: int, j: int) -> bool:
         s = spec.sees
         near = s.window is None or i - j < s.window or j < s.first
-        return (j <= i or not s.causal) and near and (s.chunk is None or i // s.chunk == j // s.chunk)
+        early = j <= i or not s.causal or (s.prefix and i < prefix and j < prefix)
+        return early and near and (s.chunk is None or i // s.chunk == j // s.chunk)
 
     q, k = linear("q"), linear("k")
     v = torch.stack([norm("v_norm", row) for row in (k if spec.values.tied else linear("v"))])
