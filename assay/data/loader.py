@@ -24,7 +24,8 @@ class Batch:
 
     targets is -1 where the next token belongs to another document. seq numbers the sequences from 0 in the order of
     the axis; none crosses a row. index is a token's place in its sequence: it restarts with every document and every
-    row. starts[b] .. starts[b+1] is sequence b. target_bytes is how many UTF-8 bytes each target stands for.
+    row. starts[b] .. starts[b+1] is sequence b. target_bytes is how many UTF-8 bytes each target stands for. prefix is
+    how many tokens of a token's sequence are its prefix (`ops.step.Step.prefix`); None: there are none.
     """
 
     inputs: Int64[Tensor, "N"]
@@ -34,6 +35,7 @@ class Batch:
     starts: Int64[Tensor, "B+1"]
     target_bytes: Int64[Tensor, "N"]
     grid: tuple[int, int]
+    prefix: Int64[Tensor, "N"] | None = None
 
     @classmethod
     def of(cls, rows: Rows, token_bytes: NDArray[np.int64]) -> Batch:
@@ -52,7 +54,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         names = ("inputs", "targets", "seq", "index", "starts", "target_bytes")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        moved = replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return moved if self.prefix is None else replace(moved, prefix=self.prefix.to(device))
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Batches of `rows` rows and fewer in the last: the same tokens, sequences and targets."""
@@ -61,7 +64,9 @@ class Batch:
             start, stop = first * self.grid[1], (first + count) * self.grid[1]
             inside = self.starts[(self.starts >= start) & (self.starts <= stop)] - start
             cut = {n: getattr(self, n)[start:stop] for n in ("inputs", "targets", "seq", "index", "target_bytes")}
-            yield Batch(**cut | {"seq": cut["seq"] - cut["seq"][0]}, starts=inside, grid=(count, self.grid[1]))
+            prefix = None if self.prefix is None else self.prefix[start:stop]
+            seq = cut["seq"] - cut["seq"][0]
+            yield Batch(**cut | {"seq": seq}, starts=inside, grid=(count, self.grid[1]), prefix=prefix)
 
 
 class Source(Protocol):

@@ -18,6 +18,7 @@ from assay.parts.heads.lm import LossOptions
 from assay.spec.model import ModelSpec
 from assay.train.evaluate import step_of
 from assay.train.memory import SavedForBackward, available_bytes
+from assay.train.objective import posed
 from assay.train.optim.adamw import adamw, load_state, set_rate, state_tensors
 from assay.train.optim.groups import groups
 from assay.train.precision import Runner
@@ -61,7 +62,7 @@ class Learner:
         The loss is the sum over all targets of the batch by their count, however the batch is cut: a mean of the
         pieces' means would weigh a target in a piece of few targets more.
         """
-        batch = next(self.loader)
+        batch = posed(next(self.loader), self.recipe.loss, self.recipe.seed, number)
         total = max(1, batch.counted)
         pieces = self._pieces(batch)
         nll = torch.zeros((), device=self.device)

@@ -21,6 +21,7 @@ from assay.train.evaluate import Evaluation, evaluate
 from assay.train.folder import METRICS, Metrics, claim, in_use, read_metrics, same
 from assay.train.interrupt import Interrupt
 from assay.train.learner import Learner, Taken
+from assay.train.objective import posed
 from assay.train.outcome import Diverged, Status, TrainResult
 from assay.train.precision import resolve
 from assay.train.recipe import Recipe, load_recipe
@@ -126,6 +127,11 @@ def check(spec: ModelSpec, recipe: Recipe, data: Dataset) -> None:
     if length > spec.context:
         raise ValueError(
             f"recipe.batch.length: {length}; model.context is {spec.context}: accepted: up to {spec.context}"
+        )
+    if recipe.loss.hidden and not data.tokenizer.is_bytes:
+        raise ValueError(
+            f"recipe.loss.hidden: {recipe.loss.hidden}; tokens are hidden behind a byte, which only a tokenizer of "
+            "bytes has: accepted: recipe.tokenizer.kind=byte"
         )
     if recipe.evaluation.tokens and data.valid is None:
         raise ValueError(
@@ -285,7 +291,8 @@ class Run:
         assert self.data.valid is not None
         length = self.recipe.batch.length
         count = max(1, self.recipe.evaluation.tokens // length)
-        return evaluate(self.learner.model, [windows(self.data.valid, length, count)], self.recipe.precision)
+        batch = posed(windows(self.data.valid, length, count), self.recipe.loss, "validation")
+        return evaluate(self.learner.model, [batch], self.recipe.precision)
 
     def status(self) -> Status:
         tok_s = self._tok_s()

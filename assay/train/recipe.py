@@ -105,11 +105,27 @@ class PerParam(Spec):
 
 
 class LossSpec(Spec):
-    """smoothing: label smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7). z: weight of the z-loss
-    z * logsumexp^2 (Chowdhery et al. 2022, arXiv 2204.02311, section 5)."""
+    """What is to be predicted, in training and in validation, and how it is counted.
+
+    smoothing: label smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7). z: weight of the z-loss
+    z * logsumexp^2 (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+    prefix: every sequence opens with a prefix of a length drawn evenly from 1 to its own, and only what follows it is
+    predicted (prefix LM: Raffel et al. 2019, arXiv 1910.10683, section 3.2.2). Layers with `sees: {prefix: true}` read
+    it both ways. hidden: in place of the next token, this share of the tokens themselves, drawn one by one and hidden
+    behind the byte 0xFF, which no UTF-8 text has (masked LM: Devlin et al. 2018, arXiv 1810.04805, section 3.1; there
+    a fifth of the chosen tokens keeps another symbol).
+    """
 
     smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     z: float = Field(0.0, ge=0.0)
+    prefix: bool = False
+    hidden: float = Field(0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if self.prefix and self.hidden:
+            raise ValueError(f"prefix: true, hidden: {self.hidden}; accepted: one of the two")
+        return self
 
 
 class MixSpec(Spec):
