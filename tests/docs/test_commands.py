@@ -133,7 +133,8 @@ def test_the_readme_can_be_followed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("def main():\n/quit\n"))
     found = [shlex.split(line) for where, line in LINES if where.startswith("README") and line.startswith("assay ")]
-    walk = [words[1:] for words in found if words[1] in SMALL]
+    # The lines about the run that `train` made; those about a checkpoint of the reader's own need one.
+    walk = [words[1:] for words in found if words[1] in SMALL and "runs/imported" not in words]
     assert [words[0] for words in walk] == list(SMALL)
     for words in walk:
         words = [str(ROOT / w) if w.startswith("assay/") else w for w in words]
