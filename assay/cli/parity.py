@@ -8,11 +8,12 @@ differs, 2 for bad input.
 A reference file is safetensors with input_ids [R, T] and logits [R, T, V], and where they are known hidden.0 (the
 input of layer 0) to hidden.L (the last layer's output before the final norm) and final (after it), all [R, T, D];
 greedy_ids [R, n] and greedy_logits [R, n, V], the likeliest continuation; leftpad.* and rightpad.*: input_ids,
-attention_mask and logits of a padded batch.
+attention_mask and logits of a padded batch. Of an encoder-decoder input_ids are the source, decoder_input_ids [R, U]
+what the decoder reads, and enc.hidden.* and enc.final the encoder's.
 
 Steps inside a layer: mixer_norm, mixer.q and mixer.k (after the turn), mixer.scores (the attention's shares),
-mixer.mix, mixer, ffn_norm, ffn.router.logits, ffn.router.choice, ffn. They are seen where transformers runs; with a
-reference file the step is where the cause acts.
+mixer.mix, mixer, ffn_norm, ffn.router.logits, ffn.router.choice, ffn; enc. stands before those of an encoder. They are
+seen where transformers runs; with a reference file the step is where the cause acts.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def compared(
         live = open_live(folder, imported.family, imported.spec, config)
         ids = sample(imported.spec, tokens)
         found = live.reference(ids, lambda done, total: bar.update(running, completed=done, total=total))
-        inside = lambda layer: live.inside(layer, ids)  # noqa: E731
+        inside = lambda layer, side: live.inside(layer, ids, side)  # noqa: E731
     trials = bar.add_task("comparing", total=None)
     return compare(imported, found, numbers, inside, lambda done: bar.update(trials, description=f"trial {done}"))
 

@@ -5,25 +5,25 @@ float32, eager attention, files of the folder only, and no code from it.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from assay.hub.family import copies
-from assay.hub.load import CONFIG, spelled
+from assay.hub.load import CONFIG, matches, spelled
+from assay.hub.recording import Recorder, attention, flat, routed
 from assay.hub.rules import Pairs, Place, Rule
 from assay.spec.model import ModelSpec
 
 Told = Callable[[int, int], None]
+ENCODER = "encoder."  # what the names of an encoder-decoder's encoder begin with
 PADDED = 12  # columns of the padded batch
 GREEDY = 8  # tokens of the greedy continuation
 
@@ -39,22 +39,56 @@ class Live:
 
     @torch.no_grad()
     def reference(self, ids: Int[Tensor, "R T"], told: Told | None = None) -> dict[str, Tensor]:
-        """What `assay.measure.parity` reads: the input, hidden states, logits, padded batches and a greedy reply."""
-        layers = [self.modules[f"blocks.{i}"] for i in range(self.spec.layers) if f"blocks.{i}" in self.modules]
-        final = self.modules.get("final_norm")
-        found: dict[str, Tensor] = {"input_ids": ids}
-        with Recorder(self.model, [*layers, *([final] if final else [])]) as seen:
-            found["logits"] = self._logits(ids)
-        for i, name in enumerate(layers if len(layers) == self.spec.layers else ()):
-            found[f"hidden.{i}"], found[f"hidden.{i + 1}"] = seen.inputs[name], seen.outputs[name][0]
-        if final is not None:
-            found["final"] = seen.outputs[final][0]
-        for side in ("left", "right"):
-            found |= {f"{side}pad.{name}": value for name, value in self._padded(ids, side).items()}
-        return found | self._greedy(ids, told)
+        """What `assay.measure.parity` reads: the input, hidden states, logits, padded batches and a greedy reply.
 
-    def _logits(self, ids: Tensor, **more: Tensor) -> Tensor:
-        return self.model(input_ids=ids, use_cache=False, **more).logits
+        ids: of an encoder-decoder the source; the decoder gets its first token and the source's first half.
+        """
+        given = self._given(ids)
+        found = {name: value for name, value in given.items() if name.endswith("input_ids")}
+        stacks = {"": self._stack("", self.spec)}
+        stacks |= {"enc.": self._stack(ENCODER, self.spec.encoder)} if self.spec.encoder is not None else {}
+        names = [name for layers, final in stacks.values() for name in (*layers, *final)]
+        with Recorder(self.model, names) as seen:
+            logits = self._logits(given)
+        found |= {"logits": logits} if self.spec.head is not None else {}
+        for named, (layers, final) in stacks.items():
+            for i, name in enumerate(layers):
+                found[f"{named}hidden.{i}"], found[f"{named}hidden.{i + 1}"] = seen.inputs[name], seen.outputs[name][0]
+            found |= {f"{named}final": seen.outputs[name][0] for name in final}
+        for side in ("left", "right") if self.form == "decoder" else ("right",):
+            found |= {f"{side}pad.{name}": value for name, value in self._padded(found["input_ids"], side).items()}
+        return found if self.form == "encoder" else found | self._greedy(found, told)
+
+    @property
+    def form(self) -> Literal["decoder", "encoder", "both"]:
+        return form(self.spec)
+
+    def _stack(self, prefix: str, spec: ModelSpec) -> tuple[list[str], list[str]]:
+        """Their modules: the layers, if all are known, and the last one before the head."""
+        names = [self.modules.get(f"{prefix}blocks.{i}") for i in range(spec.layers)]
+        layers = [name for name in names if name is not None]
+        layers = layers if len(layers) == spec.layers else []
+        if spec.final_norm is None:
+            return layers, layers[-1:]
+        return layers, [name for name in [self.modules.get(f"{prefix}final_norm")] if name is not None]
+
+    def _given(self, ids: Tensor) -> dict[str, Tensor]:
+        """What the model is called with. An encoder may read its padding token as no token at all, so none is there."""
+        if self.form == "decoder":
+            return {"input_ids": ids}
+        padding = getattr(self.model.config, "pad_token_id", None)
+        if padding is not None:
+            ids = ids.where(ids != padding, (padding + 1) % self.spec.vocab)
+        if self.form == "encoder":
+            return {"input_ids": ids}
+        first = getattr(self.model.config, "decoder_start_token_id", None) or 0
+        start = torch.full_like(ids[:, :1], first)
+        return {"input_ids": ids, "decoder_input_ids": torch.cat([start, ids[:, : ids.shape[1] // 2]], 1)}
+
+    def _logits(self, given: Mapping[str, Tensor]) -> Tensor:
+        """[R, T, V]; of a classifier [R, labels], and of a model without a head its features [R, T, D]."""
+        out = self.model(**given, **({} if self.form == "encoder" else {"use_cache": False}))
+        return out.logits if self.spec.head is not None else out.last_hidden_state
 
     def _padded(self, ids: Tensor, side: str) -> dict[str, Tensor]:
         """Two rows of unequal length; padding is token 0."""
@@ -65,29 +99,38 @@ class Live:
         for row, mask in enumerate(keep):
             rows[row, mask] = ids[row % len(ids), : int(mask.sum())]
         mask = keep.long()
-        more = {"attention_mask": mask}
-        if "position_ids" in inspect.signature(self.model.forward).parameters:
-            more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        return {"input_ids": rows, "attention_mask": mask, "logits": self._logits(rows, **more)}
+        given = {"input_ids": rows, "attention_mask": mask}
+        if self.form == "both":
+            given["decoder_input_ids"] = self._given(ids[:, :width])["decoder_input_ids"]
+        elif self.form == "decoder" and "position_ids" in inspect.signature(self.model.forward).parameters:
+            given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        return {k: v for k, v in given.items() if k != "position_ids"} | {"logits": self._logits(given)}
 
-    def _greedy(self, ids: Tensor, told: Told | None) -> dict[str, Tensor]:
+    def _greedy(self, found: Mapping[str, Tensor], told: Told | None) -> dict[str, Tensor]:
         """The likeliest token, again and again, each from the whole text so far: no cache has a part in it."""
         logits: list[Tensor] = []
+        source, said = {"input_ids": found["input_ids"]}, found["input_ids"]
+        if self.form == "both":
+            said = found["decoder_input_ids"][:, :1]
         for done in range(GREEDY):
-            logits.append(self._logits(ids)[:, -1])
-            ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], 1)
+            given = {"input_ids": said} if self.form == "decoder" else {**source, "decoder_input_ids": said}
+            logits.append(self._logits(given)[:, -1])
+            said = torch.cat([said, logits[-1].argmax(-1, keepdim=True)], 1)
             if told is not None:
                 told(done + 1, GREEDY)
-        return {"greedy_ids": ids[:, -GREEDY:], "greedy_logits": torch.stack(logits, 1)}
+        return {"greedy_ids": said[:, -GREEDY:], "greedy_logits": torch.stack(logits, 1)}
 
     @torch.no_grad()
-    def inside(self, layer: int, ids: Int[Tensor, "R T"]) -> dict[str, Tensor]:
+    def inside(self, layer: int, ids: Int[Tensor, "R T"], side: str = "") -> dict[str, Tensor]:
         """What happens inside a block, under our names within it, flat: `mixer_norm`, `mixer.q`, `mixer.scores` (the
-        attention's shares), `mixer.mix`, `mixer`, `ffn.router.logits`, `ffn.router.choice`, `ffn`, ..."""
-        prefix = f"blocks.{layer}."
-        names = self._within(layer, prefix)
+        attention's shares), `mixer.mix`, `mixer`, `ffn.router.logits`, `ffn.router.choice`, `ffn`, ...
+
+        side: `ENCODER` for a block of an encoder-decoder's encoder.
+        """
+        prefix = f"{side}blocks.{layer}."
+        names = self._within(layer, side)
         with Recorder(self.model, names.values()) as seen, attention(self.model) as calls:
-            self._logits(ids)
+            self._logits(self._given(ids))
         found: dict[str, Tensor] = {}
         for ours, name in names.items():
             given = seen.outputs.get(name, ())
@@ -95,22 +138,25 @@ class Live:
                 found |= routed(ours.removesuffix("map"), given)
             elif given:
                 found[ours] = flat(given[0])
-            if (call := calls.get(self.modules.get(prefix + ours, ""))) is not None:
-                found |= {f"{ours}.{key}": value for key, value in call.items()}
+            within = [call for of, call in calls.items() if inside_of(of, self.modules.get(prefix + ours, "-"))]
+            if len(within) == 1:
+                found |= {f"{ours}.{key}": value for key, value in within[0].items()}
         return {name: self._ours(prefix + name, value) for name, value in found.items()}
 
-    def _within(self, layer: int, prefix: str) -> dict[str, str]:
+    def _within(self, layer: int, side: str) -> dict[str, str]:
         """Their modules inside a block: norms, routers, and each part, by its last linear where it has one (some
         families add the residual inside the part)."""
+        prefix = f"{side}blocks.{layer}."
         found = {
             ours.removeprefix(prefix): theirs
             for ours, theirs in self.modules.items()
-            if ours.startswith(prefix) and (ours.count(".") == 2 or ours.endswith(".router.map"))
+            if ours.startswith(prefix) and ("." not in ours.removeprefix(prefix) or ours.endswith(".router.map"))
         }
-        for site, _, branch in self.spec.branches(layer):
-            last = [f"{site.name}.{n}" for n, fan in branch.part.linears(site).items() if fan.out]
+        spec = self.spec.encoder if side == ENCODER and self.spec.encoder is not None else self.spec
+        for site, _, branch in spec.branches(layer):
+            last = [f"{side}{site.name}.{n}" for n, fan in branch.part.linears(site).items() if fan.out]
             if len(last) == 1 and last[0] in self.modules:
-                found[site.name.removeprefix(prefix)] = self.modules[last[0]]
+                found[f"{side}{site.name}".removeprefix(prefix)] = self.modules[last[0]]
         return found
 
     def _ours(self, name: str, value: Tensor) -> Tensor:
@@ -121,79 +167,10 @@ class Live:
         return rule.read([value.flatten(1).T], place)[0].T.view_as(value)
 
 
-def flat(x: Tensor) -> Tensor:
-    """[R, T, ...] -> [R * T, ...]; what is flat already stays."""
-    return x.flatten(0, 1) if x.dim() == 3 else x
-
-
-def routed(prefix: str, given: Sequence[Tensor]) -> dict[str, Tensor]:
-    """A router's logits and choices: transformers returns (logits, shares, experts), or the logits alone."""
-    found = {f"{prefix}logits": flat(given[0])} if given else {}
-    chosen = next((t for t in given if not t.is_floating_point()), None)
-    return found if chosen is None else found | {f"{prefix}choice": flat(chosen)}
-
-
-class Recorder:
-    """Records the first input and all outputs of modules by name while it is open."""
-
-    def __init__(self, model: nn.Module, names: Any) -> None:
-        self.model, self.names = model, frozenset(names)
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, tuple[Tensor, ...]] = {}
-
-    def __enter__(self) -> Recorder:
-        there = dict(self.model.named_modules())
-        self.handles = [
-            there[name].register_forward_hook(self._hook(name), with_kwargs=True)
-            for name in sorted(self.names & there.keys())
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = [*args, *kwargs.values()]
-            self.inputs[name] = next(x for x in given if isinstance(x, Tensor))
-            outputs = output if isinstance(output, tuple) else (output,)
-            self.outputs[name] = tuple(x for x in outputs if isinstance(x, Tensor))
-
-        return hook
-
-
-@contextlib.contextmanager
-def attention(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """Records q and k after the turn, the shares and the mixed values of every call of the family's own eager
-    attention, by module; nothing for a family that has no such function."""
-    home = sys.modules[type(model).__module__]
-    own = getattr(home, "eager_attention_forward", None)
-    names = {module: name for name, module in model.named_modules()}
-    calls: dict[str, dict[str, Tensor]] = {}
-
-    def call(module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **more: Any) -> Any:
-        mix, shares = own(module, query, key, *rest, **more)  # type: ignore[misc]
-        turned = {"q": query, "k": key, "scores": shares}
-        calls[names[module]] = {n: t.transpose(1, 2).flatten(0, 1) for n, t in turned.items()}
-        calls[names[module]]["mix"] = mix.flatten(0, 1)
-        return mix, shares
-
-    if own is not None:
-        home.eager_attention_forward = call  # type: ignore[attr-defined]
-    try:
-        yield calls
-    finally:
-        if own is not None:
-            home.eager_attention_forward = own  # type: ignore[attr-defined]
-
-
 def open_live(folder: Path, family: ModuleType, spec: ModelSpec, config: Path | None = None) -> Live:
-    """ValueError where transformers is absent, does not know the model, or finds tensors missing; and for an encoder,
-    of which a reference file is the way."""
-    if spec.encoder is not None or any("causal" in part.refusals() for _, part in spec.parts()):
-        raise ValueError(f"{folder}: an encoder is compared with the outputs in a reference file (--reference)")
-    model = load_live(folder, config or folder / CONFIG)
+    """ValueError where transformers is absent, does not know the model, or finds tensors missing."""
+    unread = {**getattr(family, "SKIP", {}), **(family.skip(spec) if hasattr(family, "skip") else {})}
+    model = load_live(folder, config or folder / CONFIG, AUTO[task(spec)], tuple(unread))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     there = frozenset(parameters)
     found, lost, rules = {}, set(), {}
@@ -207,10 +184,34 @@ def open_live(folder: Path, family: ModuleType, spec: ModelSpec, config: Path | 
                 found[name] = str(theirs[0])
             else:
                 lost.add(name)
-    return Live(model, spec, modules(found, lost), rules)
+    return Live(model, spec, {ours: called(model, name) for ours, name in modules(found, lost).items()}, rules)
 
 
-def load_live(folder: Path, config: Path) -> nn.Module:
+def form(spec: ModelSpec) -> Literal["decoder", "encoder", "both"]:
+    if spec.encoder is not None:
+        return "both"
+    return "encoder" if any("causal" in part.refusals() for _, part in spec.parts()) else "decoder"
+
+
+AUTO = {
+    "both": "AutoModelForSeq2SeqLM",
+    "decoder": "AutoModelForCausalLM",
+    "encoder": "AutoModelForMaskedLM",
+    "label": "AutoModelForSequenceClassification",
+    "features": "AutoModel",
+}
+
+
+def task(spec: ModelSpec) -> str:
+    """Which of `AUTO` has this model's head."""
+    if spec.head is None:
+        return "features"
+    return form(spec) if spec.head.names_tokens else "label"
+
+
+def load_live(folder: Path, config: Path, auto: str, unread: tuple[str, ...] = ()) -> nn.Module:
+    """auto: transformers' class. unread: patterns of tensors that may be missing, since nothing that is compared reads
+    them."""
     try:
         import transformers
     except ModuleNotFoundError:
@@ -224,7 +225,7 @@ def load_live(folder: Path, config: Path) -> nn.Module:
     logging.disable_progress_bar()
     try:
         read = transformers.AutoConfig.from_pretrained(str(config), **closed)
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        model, told = getattr(transformers, auto).from_pretrained(
             str(folder),
             config=read,
             dtype=torch.float32,
@@ -239,8 +240,9 @@ def load_live(folder: Path, config: Path) -> nn.Module:
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()
-    if told["missing_keys"]:
-        raise ValueError(f"{folder}: transformers finds no {', '.join(sorted(told['missing_keys'])[:5])}")
+    missing = [key for key in sorted(told["missing_keys"]) if not any(matches(pattern, key) for pattern in unread)]
+    if missing:
+        raise ValueError(f"{folder}: transformers finds no {', '.join(missing[:5])}")
     return model.eval()
 
 
@@ -261,6 +263,18 @@ def modules(found: Mapping[str, str], lost: set[str]) -> dict[str, str]:
         if ours in partly and len({name.rpartition(".")[0] for name in inside[ours]}) == 1:
             whole[ours] = theirs.rpartition(".")[0]
     return whole
+
+
+def called(model: nn.Module, name: str) -> str:
+    """The module itself, or what calls it: a list of modules is called by nobody."""
+    while isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def inside_of(name: str, other: str) -> bool:
+    """Whether a dotted name is another one, or within it."""
+    return name == other or name.startswith(f"{other}.")
 
 
 def parents(name: str) -> Iterator[str]:

@@ -134,7 +134,7 @@ class Search:
         finally:
             for name in trial.weights:
                 put(other, name, own[name].detach())
-        return math.inf if found is None else relative(found, self.reference[place.wanted].flatten(0, 1))
+        return math.inf if found is None else relative(found, self.reference[place.wanted].flatten(0, -2))
 
     def best(self, scan: Scan, place: Place, error: float, enough: float) -> tuple[float, float]:
         """What the scan's best value leaves, and the value: a grid, and where it helps at all a golden-section search
@@ -188,7 +188,7 @@ def step_of(path: str, place: Place) -> str:
         return "mixer.scores"
     if ".router." in path:
         return "ffn.router.choice"
-    return "norm" if ".norm." in path else "ffn" if path.endswith("act") else "out"
+    return "norm" if ".norm." in path or ".pre." in path else "ffn" if path.endswith("act") else "out"
 
 
 def trials(model: LM, place: Place, numbers: Mapping[str, float]) -> Iterator[Trial]:
@@ -292,6 +292,8 @@ def layouts(spec: ModelSpec, own: Weights) -> Iterator[Trial]:
     for name, (part, site) in owned(spec):
         position = getattr(part, "position", None)
         if not isinstance(position, str) or not hasattr(part, "size"):
+            continue
+        if not hasattr(spec.positions[position], "dim"):  # a scheme that turns nothing
             continue
         turned = [f"{name}.{x}" for x in ("q.weight", "q.bias", "k.weight", "k.bias", "q_norm.weight", "k_norm.weight")]
         there = [n for n in turned if n in own]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from assay.hub.load import put
 from assay.model.block import Block
 from assay.model.lm import LM
-from assay.ops.step import Step
+from assay.ops.step import Memory, Step
 from assay.spec.model import ModelSpec
 
 
@@ -37,6 +37,29 @@ def places(spec: ModelSpec) -> tuple[Place, ...]:
     if spec.head is not None:
         ends.append(Place("head", None, "final" if spec.final_norm is not None else f"hidden.{last}", "logits"))
     return tuple(ends)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A stack as a model of its own, with what it runs on and what it should give. named: what the reference's names
+    of it begin with."""
+
+    named: str
+    model: LM
+    step: Step
+    reference: Mapping[str, Tensor]
+
+
+def sides(model: LM, step: Step, reference: Mapping[str, Tensor]) -> Iterator[Side]:
+    """The encoder of an encoder-decoder, then the decoder, which reads the reference's memory where there is one."""
+    source = step.encode
+    if model.encoder is not None and source is not None:
+        named = {name.removeprefix("enc."): x for name, x in reference.items() if name.startswith("enc.")}
+        yield Side("enc.", rebuilt(model.encoder, model.encoder.spec, model), source, named)
+        if (made := reference.get("enc.final")) is not None:
+            memory = Memory(made.flatten(0, 1), source.seq, source.index, source.grid)
+            step = step.with_(encode=None, memory=memory)
+    yield Side("", model, step, reference)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -155,6 +178,21 @@ def variant(model: LM, spec: ModelSpec, place: Place) -> LM:
 
     ValueError where the spec has other parameters.
     """
+    other = rebuilt(model, spec, model)
+    borrows = any(getattr(b.part, "takes", None) for i in range(spec.layers) for _, _, b in spec.branches(i))
+    for i in range(spec.layers):
+        if i != place.layer and not (borrows and place.layer is not None and i < place.layer):
+            other.blocks[i] = Pass(other.blocks[i])  # type: ignore[index]
+    if place.name != "head":
+        other.head = None
+    return other.eval()
+
+
+def rebuilt(model: LM, spec: ModelSpec, around: LM) -> LM:
+    """A model of a spec with the parameters of `model`. around: whose embedding an encoder reads that has none.
+
+    ValueError where the spec has other parameters.
+    """
     with torch.device("meta"):
         other = LM(spec)
     own = dict(model.named_parameters())
@@ -162,10 +200,5 @@ def variant(model: LM, spec: ModelSpec, place: Place) -> LM:
         if name not in own:
             raise ValueError(f"{name}: a parameter that the model does not have")
         put(other, name, own[name].detach())
-    borrows = any(getattr(b.part, "takes", None) for i in range(spec.layers) for _, _, b in spec.branches(i))
-    for i in range(spec.layers):
-        if i != place.layer and not (borrows and place.layer is not None and i < place.layer):
-            other.blocks[i] = Pass(other.blocks[i])  # type: ignore[index]
-    if place.name != "head":
-        other.head = None
+    other.embed.share(around.embed)
     return other.eval()

@@ -6,7 +6,7 @@ A reference is a mapping of tensors (`assay.measure.reference`). What it does no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from assay.cache import Size
 from assay.engine.runner import Runner, check_context, check_continues, right_padded
+from assay.hub.live import ENCODER
 from assay.hub.load import Imported
 from assay.measure.causes import Found, Search
-from assay.measure.isolate import Place, alone, places, relative
+from assay.measure.isolate import Place, alone, places, relative, sides
 from assay.measure.reference import PADS, Reference
 from assay.model.lm import LM
 from assay.ops.step import Step, rows_step
@@ -27,7 +28,7 @@ TOLERANCE = 1e-4
 """max |ours - theirs| / max |theirs| in float32: above rounding, below what any wrong field does."""
 CHUNK = 32  # tokens of a prompt that one step of the greedy run takes, so that prefill in pieces is compared too
 
-Inside = Callable[[int], Mapping[str, Tensor]]
+Inside = Callable[[int, str], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where the first difference is made. layer: of a block. step: inside it, as far as it is known. cause: null where
-    no trial makes the difference vanish."""
+    """Where the first difference is made. layer: of a block. step: inside it, as far as it is known; `enc.` stands
+    before one of an encoder-decoder's encoder. cause: null where no trial makes the difference vanish."""
 
     layer: int | None
     step: str
@@ -79,8 +80,9 @@ def compare(
 ) -> Report:
     """Run the model on the reference's input and compare everything that both have.
 
-    numbers: of the configuration, for the search of a cause. inside: the reference's values within a block, where it
-    can be asked for them (`assay.hub.live`). told: called with the number of trials done.
+    numbers: of the configuration, for the search of a cause. inside: the reference's values within a block, by its
+    layer and the prefix of its stack, where it can be asked for them (`assay.hub.live`). told: called with the number
+    of trials done.
     """
     model, step = imported.model, step_of(reference)
     rows, absent = list(forward_rows(model, step, reference)), []
@@ -93,8 +95,15 @@ def compare(
     report = Report(tuple(rows), tuple(absent), None)
     if report.match:
         return report
-    search = Search(model, step, reference, told)
-    return Report(report.rows, report.absent, diverges(search, report, numbers or {}, inside))
+    for side in sides(model, step, reference):
+        search = Search(side.model, side.step, side.reference, told)
+        if (found := diverges(search, numbers or {}, inside, ENCODER if side.named else "")) is not None:
+            cause = f"in the encoder, {found.cause}" if side.named and found.cause else found.cause
+            found = replace(found, step=side.named + found.step, cause=cause)
+            return replace(report, first_divergence=found)
+    first = next(r for r in report.rows if not r.match)
+    cause = elsewhere(first.quantity, report)
+    return replace(report, first_divergence=Divergence(None, first.quantity, first.max_rel_diff, cause))
 
 
 def step_of(reference: Reference) -> Step:
@@ -199,27 +208,19 @@ def continued(
     return torch.stack(logits, 1)
 
 
-def diverges(search: Search, report: Report, numbers: Mapping[str, float], inside: Inside | None) -> Divergence:
-    """The first place whose own output differs when it is given the reference's input, and a cause.
-
-    Of an encoder-decoder only the first quantity that differs is told: its places are not fed one by one.
-    """
+def diverges(search: Search, numbers: Mapping[str, float], inside: Inside | None, stack: str) -> Divergence | None:
+    """The first place of a stack whose own output differs when it is given the reference's input, and a cause."""
     model, reference = search.model, search.reference
-    if model.spec.encoder is not None:
-        first = next(r for r in report.rows if not r.match)
-        plain = first.quantity == "logits" or first.quantity in taps_of(model.spec)
-        cause = None if plain else elsewhere(first.quantity, report)
-        return Divergence(None, first.quantity, first.max_rel_diff, cause)
+    ask = (lambda layer: inside(layer, stack)) if inside is not None else None
     made = alone(model, search.step, reference).outputs
     for place in places(model.spec):
         known = place.wanted in reference and (place.given is None or place.given in reference)
         if not known or place.name not in made:
             continue
-        error = relative(made[place.name], reference[place.wanted].flatten(0, 1))
+        error = relative(made[place.name], reference[place.wanted].flatten(0, -2))
         if error > TOLERANCE / 10:
-            return explained(search, place, error, numbers, inside)
-    first = next(r for r in report.rows if not r.match)
-    return Divergence(None, first.quantity, first.max_rel_diff, elsewhere(first.quantity, report))
+            return explained(search, place, error, numbers, ask)
+    return None
 
 
 def elsewhere(quantity: str, report: Report) -> str | None:
@@ -234,7 +235,11 @@ def elsewhere(quantity: str, report: Report) -> str | None:
 
 
 def explained(
-    search: Search, place: Place, error: float, numbers: Mapping[str, float], inside: Inside | None
+    search: Search,
+    place: Place,
+    error: float,
+    numbers: Mapping[str, float],
+    inside: Callable[[int], Mapping[str, Tensor]] | None,
 ) -> Divergence:
     model = search.model
     found: Found | None = search.find(place, error, TOLERANCE / 10, numbers)

@@ -75,7 +75,9 @@ def asked(case: Case, bad: Imported, live: bool) -> Divergence:
     """The first divergence, with transformers at hand or with the file's tensors alone."""
     x = case.reference["input_ids"]
     numbers = numbers_of(read_config(case.folder / "config.json")) if live else {}
-    report = compare(bad, case.reference, numbers, (lambda layer: case.live.inside(layer, x)) if live else None)
+    report = compare(
+        bad, case.reference, numbers, (lambda layer, side: case.live.inside(layer, x, side)) if live else None
+    )
     assert not report.match
     assert report.first_divergence is not None
     return report.first_divergence
