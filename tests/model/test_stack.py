@@ -48,7 +48,7 @@ def test_emit_picks_the_logits_of_its_tokens() -> None:
 
 def test_tap_names() -> None:
     names = {f"blocks.{i}.{n}" for i in range(2) for n in ("in", "out", "mixer.q", "mixer.k", "mixer.mix")}
-    names |= {f"blocks.{i}.ffn.router.{n}" for i in range(2) for n in ("logits", "choice")} | {"final"}
+    names |= {f"blocks.{i}.ffn.router.{n}" for i in range(2) for n in ("logits", "choice", "share")} | {"final"}
     lm = made({"ffn": {"kind": "moe", "experts": 3, "width": 8}}).eval()
     step = rows_step(ids(6)[None])
     every = lm(step.with_(listen=frozenset(["*"])))
