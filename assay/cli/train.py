@@ -3,6 +3,9 @@
 MODEL is a shipped name, a YAML file or a checkpoint folder (its spec, not its weights); so is the recipe. Changes are
 dotted paths: model.layers=4 recipe.tokens=8192. Ctrl-C saves first, and --resume goes on bit for bit, also after a
 kill. metrics.jsonl in the folder has a line for every step.
+
+What was imported is trained further by `assay train CKPT --from CKPT`: its weights and its tokenizer are taken, and
+the optimiser is new. The shipped recipes' learning rates are for new weights; recipe.optimizer.lr sets a smaller one.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from assay.cli.common import (
 
 if TYPE_CHECKING:
     from assay.train.outcome import Status, TrainResult
+    from assay.train.recipe import Recipe
 
 
 def run(
@@ -37,7 +41,11 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     start: Annotated[
         Path | None,
-        typer.Option("--from", metavar="RUN", help="Begin with another run's last save, on a new schedule."),
+        typer.Option(
+            "--from",
+            metavar="CKPT",
+            help="Begin with another run's last save, on a new schedule; or with an imported checkpoint's weights.",
+        ),
     ] = None,
     save_every: Annotated[float, typer.Option("--save-every", metavar="SECONDS", help="Time between saves.")] = 60.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
@@ -49,6 +57,8 @@ def run(
         fail("--out: missing; give the folder that the run is to be kept in")
     if resume and start is not None:
         fail("--resume goes on with the run in --out, --from begins a new one: give one of them")
+    if start is not None and not start.is_dir():
+        fail(f"--from {start}: no such folder")
     load_parts(part)
     found = parse_overrides(changes)
     place = pick_device(device)
@@ -63,18 +73,33 @@ def run(
 
     spec = load_model(model, {k: v for k, v in found.items() if k.startswith("model.")})
     how = load_recipe(recipe, {k: v for k, v in found.items() if k.startswith("recipe.")})
+    how = adopted(how, start, out) if start is not None else how
     dtype = getattr(torch, resolve(how, place).precision)
     options = Options(compile=compiled, save_s=save_every, flop_s=matmul_flop_s(dtype, place))
     with Watch() as watch:
         try:
             result = train(spec, how, out, start or resume, place, watch, options)
         except KeyboardInterrupt:
-            console().print(f"stopped; the same command with --resume goes on from {out}", soft_wrap=True)
+            told = "the same command with --resume" if start is None else f"--recipe {out} --resume in place of --from"
+            console().print(f"stopped; {told} goes on from {out}", soft_wrap=True)
             raise
     values = summary(result, options.flop_s)
     tell(values, out)
     if json:
         emit_json({**values, "checkpoint": str(out)})
+
+
+def adopted(recipe: Recipe, start: Path, out: Path) -> Recipe:
+    """The recipe for what `start` holds, and a line that says what is taken of it."""
+    from assay.train.folder import holds_run, own_words
+
+    if holds_run(start):
+        return recipe
+    made = own_words(recipe, start)
+    words = "the recipe's tokenizer, which is also its own" if made == recipe else "its own tokenizer"
+    note = f"begins with the weights of {start}, {words}, and a new optimiser"
+    console().print(note if made == recipe else f"{note}; to resume, --recipe {out}", soft_wrap=True)
+    return made
 
 
 class Watch:

@@ -32,7 +32,7 @@ def open_dataset(corpus: CorpusSpec, tokenizer: TokenizerSpec, cache: Path | Non
 
 def cached_tokenizer(spec: TokenizerSpec, corpus: Corpus, cache: Path) -> Tokenizer:
     """`build_tokenizer`, done once for a corpus."""
-    if spec.kind == "byte":
+    if spec.kind in ("byte", "made"):
         return build_tokenizer(spec, corpus)
     key = hashlib.sha256(f"{spec.model_dump_json()} {corpus.digest}".encode()).hexdigest()[:32]
     folder = cache / f"tokenizer-{key}"

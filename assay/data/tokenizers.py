@@ -33,10 +33,12 @@ class TokenizerSpec(Spec):
     byte  256 ids, id == byte, and no special token: byte 0 stands between documents, by convention
     char  an id for each character of the corpus, and `<|endoftext|>`; other characters are refused
     bpe   byte-level BPE trained on the training documents: `vocab` ids in all, `<|endoftext|>` is id 0
+    made  the one in the checkpoint (or folder of Hugging Face) `folder`
     """
 
-    kind: Literal["byte", "char", "bpe"] = "byte"
+    kind: Literal["byte", "char", "bpe", "made"] = "byte"
     vocab: int | None = None
+    folder: str | None = None
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -46,6 +48,10 @@ class TokenizerSpec(Spec):
             raise ValueError(f"vocab: {self.vocab}; a byte tokenizer has 256 ids")
         if self.kind == "char" and self.vocab is not None:
             raise ValueError(f"vocab: {self.vocab}; a char tokenizer has as many ids as its corpus needs: leave it out")
+        if (self.kind == "made") != (self.folder is not None):
+            raise ValueError(f"folder: {self.folder}; a tokenizer that is made already is in one, and no other kind is")
+        if self.kind == "made" and self.vocab is not None:
+            raise ValueError(f"vocab: {self.vocab}; a tokenizer that is made already has its own: leave it out")
         return self
 
 
@@ -214,6 +220,8 @@ def build_tokenizer(spec: TokenizerSpec, corpus: Corpus) -> Tokenizer:
     """The tokenizer of a spec. BPE learns from the training documents alone; char knows every character of both."""
     if spec.kind == "byte":
         return Tokenizer(_bytes())
+    if spec.folder is not None:
+        return Tokenizer.load(Path(spec.folder))
     config = {"eos_token": END_OF_TEXT, "split_special_tokens": True, "clean_up_tokenization_spaces": False}
     if spec.kind == "char":
         return Tokenizer(

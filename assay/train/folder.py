@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from assay.data.tokenizers import Tokenizer
+import torch
+
+from assay.data.tokenizers import Tokenizer, TokenizerSpec
+from assay.model.lm import LM
 from assay.spec.base import Spec
 from assay.spec.load import digest, dump
 from assay.spec.model import ModelSpec
-from assay.train.checkpoint import MODEL, RECIPE, WEIGHTS, describe, load_spec, sync
+from assay.train.checkpoint import MODEL, RECIPE, WEIGHTS, describe, load_spec, read_weights, sync
 from assay.train.recipe import Recipe, load_recipe
 
 METRICS, LOCK = "metrics.jsonl", ".lock"
@@ -69,6 +72,26 @@ def in_use(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"{folder}: in use by another run; wait for it, or choose another folder") from None
         yield
+
+
+def holds_run(folder: Path) -> bool:
+    return (folder / RECIPE).exists()
+
+
+def own_words(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its text in the ids of a checkpoint that holds no run: its embeddings know no others."""
+    if holds_run(folder) or (recipe.tokenizer.kind == "byte" and Tokenizer.load(folder).is_bytes):
+        return recipe
+    return recipe.model_copy(update={"tokenizer": TokenizerSpec(kind="made", folder=str(folder))})
+
+
+def adopt(folder: Path, model: LM) -> None:
+    """The weights of a checkpoint, in the dtype that the model has. ValueError for other names or shapes."""
+    held = LM(model.spec)
+    read_weights(folder, held)
+    with torch.no_grad():
+        for own, given in zip(model.parameters(), held.parameters(), strict=True):
+            own.copy_(given)
 
 
 def claim(folder: Path, spec: ModelSpec, recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> None:

@@ -18,7 +18,7 @@ from assay.model.lm import LM
 from assay.spec.model import ModelSpec
 from assay.train.checkpoint import Saved, load_spec, read_run, read_weights, save_run
 from assay.train.evaluate import Evaluation, evaluate
-from assay.train.folder import METRICS, Metrics, claim, in_use, read_metrics, same
+from assay.train.folder import METRICS, Metrics, adopt, claim, holds_run, in_use, read_metrics, same
 from assay.train.interrupt import Interrupt
 from assay.train.learner import Learner, Taken
 from assay.train.objective import posed
@@ -62,7 +62,8 @@ def train(
 
     resume: True goes on with the run in `out`, bit for bit (and begins it where nothing was saved yet); the folder of
     another run begins a new one at its last save: same model and data, another schedule or number of tokens (the decay
-    of a warmup-stable-decay run).
+    of a warmup-stable-decay run); that of a checkpoint that holds no run (an imported one) begins one with its weights
+    and a new optimiser, on a recipe that has its tokenizer (`folder.own_words`).
     Raises Diverged at the first loss that is not finite, KeyboardInterrupt after saving on Ctrl-C, and ValueError for
     a run that cannot be: the model and recipe do not fit each other, the memory, or what `out` holds.
     """
@@ -84,6 +85,8 @@ def train(
         if out is not None:
             run.keep(out, resume is True)
             stack.callback(run.close)
+            if isinstance(resume, Path):
+                run.save()  # or a run stopped soon would be taken up from new weights
         return run.finish(on_progress, stack.enter_context(Interrupt(active=out is not None)))
 
 
@@ -177,7 +180,11 @@ class Run:
                 self.losses.append((row["tokens"], row["loss_nats"]))
 
     def branch(self, folder: Path) -> None:
-        """Begin with the last save of another run: same model and data, other schedule or number of tokens."""
+        """Begin with the last save of another run: same model and data, other schedule or number of tokens; or with
+        the weights of a checkpoint that holds no run."""
+        if not holds_run(folder):
+            adopt(folder, self.learner.model)
+            return
         held = load_recipe(folder)
         free = {"schedule": self.recipe.schedule, "tokens": self.recipe.tokens, "evaluation": self.recipe.evaluation}
         same(folder, load_spec(folder), self.learner.spec, "model")
