@@ -1,8 +1,10 @@
-"""Fill the tables of README.md and docs/learnings/ from the Result lines in docs/results/tour.jsonl.
+"""Fill the tables of README.md and docs/learnings/ from the Result lines in docs/results/: of a page's own file, or else
+of tour.jsonl.
 
-    python docs/tables.py              write what is stale
-    python docs/tables.py --check      write nothing; exit 1 and name the stale files
-    python docs/tables.py --take FILE  first take the lines of a run's results.jsonl, thinned to what a page needs
+    python docs/tables.py                   write what is stale
+    python docs/tables.py --check           write nothing; exit 1 and name the stale files
+    python docs/tables.py --take FILE       first take the lines of a run's results.jsonl, thinned to what a page needs
+    python docs/tables.py --take FILE NAME  the same for NAME.jsonl in place of tour.jsonl
 
 A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; everything outside the marks is by hand.
 """
@@ -18,7 +20,7 @@ from typing import Any
 from assay.spec.result import Result, dumps, read_results
 
 DOCS = Path(__file__).resolve().parent
-RESULTS = DOCS / "results" / "tour.jsonl"
+TOUR = "tour"
 # The front page's rows: what a reader most wants settled, one line a stage or two.
 FRONT = (
     ("baseline", "no-residual"),
@@ -68,43 +70,56 @@ def front(results: list[Result]) -> str:
     return "\n".join([*HEAD, *rows, "", made(results)])
 
 
-def made(results: list[Result]) -> str:
+def command(results: list[Result]) -> str:
     """The command, the commit and the machine behind a table."""
     frame = next(r for r in results if r.kind == "study")
     machine = next((r.values for r in results if r.kind == "environment"), {})
-    claims = [str(r.values["outcome"]) for r in results if r.kind == "claim"]
-    counts = ", ".join(f"{claims.count(o)} {o}" for o in dict.fromkeys(sorted(claims)))
     runs = sum(r.kind == "trial" for r in results)
     where = f"{machine.get('cores')} cores of {machine.get('cpu')}, torch {machine.get('torch')}"
     return (
-        f"Validation loss, arm less base: below zero the arm is better. `{frame.values['command']}` at commit "
-        f"`{str(frame.commit)[:8]}` ({where}, {machine.get('precision')}): {runs} runs. "
+        f"`{frame.values['command']}` at commit `{str(frame.commit)[:8]}` ({where}, {machine.get('precision')}): "
+        f"{runs} runs."
+    )
+
+
+def made(results: list[Result]) -> str:
+    """How the front page's table was made, and what became of the claims."""
+    claims = [str(r.values["outcome"]) for r in results if r.kind == "claim"]
+    counts = ", ".join(f"{claims.count(o)} {o}" for o in dict.fromkeys(sorted(claims)))
+    return (
+        f"Validation loss, arm less base: below zero the arm is better. {command(results)} "
         f"Claims of the literature: {counts}. The lines behind it: [docs/results/tour.jsonl](docs/results/tour.jsonl)."
     )
 
 
-def study_tables(study: str) -> Callable[[list[Result]], str]:
-    """Verdicts and claims of one study."""
+def study_tables(study: str | None) -> Callable[[list[Result]], str]:
+    """Verdicts and claims of one study; null: of all, and how they were made."""
 
     def write(results: list[Result]) -> str:
         names = titles(results)
-        mine = [r for r in results if r.study == study]
+        mine = [r for r in results if study in (None, r.study)]
         verdicts = [row(r, names) for r in mine if r.kind == "verdict"]
         claims = [
             f"| {c['text']} ({c['source']}) | **{c['outcome']}** | {c.get('evidence') or ''} |".replace("\n", " ")
             for c in (r.values for r in mine if r.kind == "claim")
         ]
         told = ["", "| claim | outcome | evidence |", "|---|---|---|", *claims] if claims else []
-        return "\n".join([*HEAD, *verdicts, *told])
+        how = [] if study is not None else ["", command(results)]
+        return "\n".join([*HEAD, *verdicts, *told, *how])
 
     return write
 
 
-def tables() -> Iterator[tuple[Path, str, Callable[[list[Result]], str]]]:
-    """(file, name of the mark, what stands there)."""
-    yield DOCS.parent / "README.md", "results", front
+def tables() -> Iterator[tuple[Path, str, str, Callable[[list[Result]], str]]]:
+    """(file, name of the mark, whose results, what stands there)."""
+    yield DOCS.parent / "README.md", "results", TOUR, front
     for page in sorted((DOCS / "learnings").glob("*.md")):
-        yield page, "results", study_tables(page.stem)
+        own = stored(page.stem).is_file()
+        yield page, "results", page.stem if own else TOUR, study_tables(None if own else page.stem)
+
+
+def stored(name: str) -> Path:
+    return DOCS / "results" / f"{name}.jsonl"
 
 
 def filled(text: str, name: str, table: str) -> str:
@@ -143,18 +158,18 @@ def rounded(tree: Any) -> Any:
     return float(f"{tree:.{DIGITS}g}") if isinstance(tree, float) else tree
 
 
-def take(path: Path) -> None:
-    RESULTS.write_text("".join(dumps(r) + "\n" for r in thinned(read_results(path))), encoding="utf-8")
+def take(path: Path, name: str = TOUR) -> None:
+    stored(name).write_text("".join(dumps(r) + "\n" for r in thinned(read_results(path))), encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:
     if "--take" in argv:
-        take(Path(argv[argv.index("--take") + 1]))
-    results = read_results(RESULTS)
+        source, *name = argv[argv.index("--take") + 1 :]
+        take(Path(source), *name)
     stale = []
-    for path, name, write in tables():
+    for path, name, whose, write in tables():
         text = path.read_text(encoding="utf-8")
-        wanted = filled(text, name, write(results))
+        wanted = filled(text, name, write(read_results(stored(whose))))
         if wanted != text:
             stale.append(path)
             if "--check" not in argv:

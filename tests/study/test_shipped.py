@@ -105,6 +105,12 @@ TITLES: dict[tuple[str, str], Callable[[ModelSpec, Stages], bool]] = {
         ("kv-sharing", arm): lambda m, s, heads=heads: {x.kv_heads or x.heads for x in _mixers(s)} == {heads}  # type: ignore[misc]
         for arm, heads in {"mha": 4, "gqa": 2, "mqa": 1, "gqa-narrow": 2, "mqa-narrow": 1}.items()
     },
+    **{
+        (study, "causal"): lambda m, s: all(x.sees.causal and not x.sees.prefix for x in _mixers(s))
+        for study in ("continuation", "infilling")
+    },
+    ("continuation", "prefix"): lambda m, s: all(x.sees.causal and x.sees.prefix for x in _mixers(s)),
+    ("infilling", "bidirectional"): lambda m, s: not any(x.sees.causal for x in _mixers(s)),
     ("windows", "full"): lambda m, s: _windows(s) == [None] * 4,
     ("windows", "w64"): lambda m, s: _windows(s) == [64] * 4,
     ("windows", "w16"): lambda m, s: _windows(s) == [16] * 4,

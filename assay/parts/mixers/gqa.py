@@ -187,7 +187,7 @@ class Gqa(MixerSpec):
         )
         yield cls(heads=2, sees=Sees(window=4, first=2))
         yield cls(heads=2, sees=Sees(causal=False))
-        yield cls(heads=2, kv_heads=1, sees=Sees(prefix=True))
+        yield cls(heads=4, kv_heads=2, sees=Sees(prefix=True))
         yield cls(heads=4, kv_heads=2, scores=ScoreRule(temperature=Temperature(gain=0.7, every=3)))
         plain = RmsNorm(weight="none", eps=1e-2)
         yield cls(heads=2, bias="qkv", qk_norm=QkNorm(norm=plain), values=Values(tied=True, norm=RmsNorm()))
