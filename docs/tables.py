@@ -1,5 +1,5 @@
-"""Fill the tables of README.md and docs/learnings/ from the Result lines in docs/results/: of a page's own file, or else
-of tour.jsonl.
+"""Fill the tables of README.md and docs/learnings/ from the Result lines in docs/results/: a page's own file, or else
+those of tour.jsonl.
 
     python docs/tables.py                   write what is stale
     python docs/tables.py --check           write nothing; exit 1 and name the stale files
@@ -167,9 +167,9 @@ def main(argv: list[str]) -> int:
         source, *name = argv[argv.index("--take") + 1 :]
         take(Path(source), *name)
     stale = []
-    for path, name, whose, write in tables():
+    for path, mark, whose, write in tables():
         text = path.read_text(encoding="utf-8")
-        wanted = filled(text, name, write(read_results(stored(whose))))
+        wanted = filled(text, mark, write(read_results(stored(whose))))
         if wanted != text:
             stale.append(path)
             if "--check" not in argv:
