@@ -82,17 +82,17 @@ class Chat:
         tokenizer = self.session.tokenizer
         if self.template is not None:
             return encode([*self.messages, {"role": "user", "content": line}], self.template, tokenizer)
-        return (*self.ids, *tokenizer.encode("\n" + line if self.ids else line).tolist())
+        new = tokenizer.encode("\n" + line) if self.ids else tokenizer.begun(line)
+        return (*self.ids, *new.tolist())
 
     def answer(self, line: str) -> Generator[Token]:
         """The reply, token by token; it belongs to the conversation as far as it was read."""
         from assay.engine.request import Request
 
-        prompt, eos = self.prompt(line), self.session.tokenizer.eos_id
+        prompt, ends = self.prompt(line), self.session.tokenizer.ends
         room = options.room(len(prompt), self.max_new, self.session.capacity)
         seed = self.sampling.seed
         drawn = self.sampling.model_copy(update={"seed": None if seed is None else seed + self.turn})
-        ends = frozenset() if eos is None else frozenset({eos})
         request = Request(prompt=prompt, sampling=drawn, max_new=room, stop_tokens=ends)
         text, ids = "", list(prompt)
         try:

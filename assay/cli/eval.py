@@ -147,7 +147,7 @@ def scores(checkpoint: Path, tasks: str, how: Mapping[str, Any], where: tuple[st
     import torch
     from lm_eval.utils import make_table
 
-    from assay.measure.harness import Harness, end_tokens, evaluate
+    from assay.measure.harness import Harness, evaluate
     from assay.measure.taskfiles import load_tasks
 
     precision, device = where
@@ -164,7 +164,7 @@ def scores(checkpoint: Path, tasks: str, how: Mapping[str, Any], where: tuple[st
     with contextlib.redirect_stdout(sys.stderr), progress() as bar:
         running = bar.add_task("building requests", total=None)
         told = lambda what, done, total: bar.update(running, description=what, completed=done, total=total)  # noqa: E731
-        lm = Harness(model, tokenizer, context(how["length"], model), how["batch"], end_tokens(checkpoint), told)
+        lm = Harness(model, tokenizer, context(how["length"], model), how["batch"], told)
         found = evaluate(lm, loaded, how["limit"], how["fewshot"], how["trust"])
     print(make_table(found))
     if "groups" in found:

@@ -1,6 +1,6 @@
 """Continue a text: the continuation alone on stdout, as it is made.
 
-A seed makes it reproducible. The reply ends at the end-of-text token, unless --ignore-eos is given.
+A seed makes it reproducible. The reply ends at an end-of-text token, unless --ignore-eos is given.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def run(
     from assay.engine.runner import context_limit
 
     sampling, model, tokenizer = reply.open(ckpt)
-    ids = tuple(tokenizer.encode(sys.stdin.read() if prompt == "-" else prompt).tolist()) or start(tokenizer)
+    ids = tuple(tokenizer.begun(sys.stdin.read() if prompt == "-" else prompt).tolist()) or start(tokenizer)
     new = options.room(len(ids), reply.max_new, context_limit(model.spec))
-    ends = frozenset() if ignore_eos or tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    ends = frozenset() if ignore_eos else tokenizer.ends
     request = Request(prompt=ids, sampling=sampling, max_new=new, stop_tokens=ends, stop=tuple(stop or ()))
     report = write(model, tokenizer, request)
     if json:

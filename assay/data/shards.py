@@ -1,8 +1,8 @@
 """Token shards: a list of documents encoded once, memory-mapped ever after.
 
 Two files, `<key>.bin` and `<key>.json`. The first is the ids of all documents one after another, each document
-ended by the tokenizer's end-of-text id, as raw little-endian uint16 (uint32 where the vocabulary needs it). The
-second is an object:
+begun as the tokenizer begins a text and ended by its end-of-text id, as raw little-endian uint16 (uint32 where the
+vocabulary needs it). The second is an object:
 
     format       "assay-tokens"
     version      1
@@ -169,7 +169,7 @@ def _write(path: Path, documents: Documents, tokenizer: Tokenizer) -> None:
     try:
         with parts[0].open("wb") as file:
             for text in documents:
-                data = np.append(tokenizer.encode(text), eos).astype(dtype)
+                data = np.append(tokenizer.begun(text), eos).astype(dtype)
                 offsets.append(offsets[-1] + len(data))
                 total.update(data.tobytes())
                 file.write(data.tobytes())

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,6 +24,7 @@ from assay.data.bpe import byte_symbols
 from assay.data.corpora import Corpus
 from assay.spec.base import Spec
 
+GENERATION = "generation_config.json"
 END_OF_TEXT = "<|endoftext|>"
 BYTE_SEPARATOR = 0
 
@@ -57,14 +59,21 @@ class TokenizerSpec(Spec):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`hf` does the work; `config` is tokenizer_config.json (special tokens, chat template), kept as it was read."""
+    """`hf` does the work; `config` is tokenizer_config.json (special tokens, chat template), kept as it was read.
+
+    also_end: ids that end a reply beside eos_token; generation_config.json lists them.
+    """
 
     hf: hf.Tokenizer
     config: Mapping[str, Any] = field(default_factory=dict)
+    also_end: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         # Text that happens to spell a special token is text: only a caller who means it gets the id, by `special`.
         self.hf.encode_special_tokens = True
+        # tokenizer.json may ask for either, and no text is to be cut or filled up unasked.
+        self.hf.no_truncation()
+        self.hf.no_padding()
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Ids of a text, without special tokens. ValueError for a character outside a char tokenizer's corpus."""
@@ -73,6 +82,33 @@ class Tokenizer:
         if self._alphabet is not None:
             return self._encode_chars(text, self._alphabet)
         return np.asarray(self.hf.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def marked(self, text: str) -> NDArray[np.int64]:
+        """Ids of a text whose special tokens are meant, wherever it spells one; none is added."""
+        return np.asarray(self._marking.encode(text, add_special_tokens=False).ids, np.int64)
+
+    @cached_property
+    def _marking(self) -> Any:
+        # A whole text: piece by piece, SentencePiece would put a space before each.
+        made = hf.Tokenizer.from_str(self._json)
+        made.encode_special_tokens = False
+        return made
+
+    def begun(self, text: str) -> NDArray[np.int64]:
+        """Ids of a text that nothing precedes: after the special tokens that a text begins with, where there are."""
+        return np.append(np.asarray(self.first, np.int64), self.encode(text))
+
+    @cached_property
+    def first(self) -> tuple[int, ...]:
+        """The special tokens before every text: a BOS in most SentencePiece vocabularies.
+
+        tokenizer.json alone says so (its post-processor), as for transformers 5, whatever `add_bos_token` of
+        tokenizer_config.json says beside it.
+        """
+        if self.hf.post_processor is None:
+            return ()
+        made = self.hf.encode("a")
+        return tuple(i for i, _ in takewhile(lambda pair: pair[1], zip(made.ids, made.special_tokens_mask)))
 
     def _encode_chars(self, text: str, alphabet: NDArray[np.int64]) -> NDArray[np.int64]:
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -122,6 +158,11 @@ class Tokenizer:
     @cached_property
     def eos_id(self) -> int | None:
         return BYTE_SEPARATOR if self.is_bytes else self.special("eos_token")
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Every id that ends a reply: the end-of-text token, and what the model was taught beside it."""
+        return self.also_end | (frozenset() if self.eos_id is None else frozenset({self.eos_id}))
 
     @cached_property
     def _json(self) -> str:
@@ -176,8 +217,11 @@ class Tokenizer:
         return hashlib.sha256(self._json.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, each at once, the first one last."""
+        """Write tokenizer.json and tokenizer_config.json, each at once, the first one last; before them
+        generation_config.json where several tokens end a reply."""
         folder.mkdir(parents=True, exist_ok=True)
+        if self.also_end:
+            _replace(folder / GENERATION, json.dumps({"eos_token_id": sorted(self.ends)}) + "\n")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
         _replace(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         _replace(folder / "tokenizer.json", self.hf.to_str(pretty=True))
@@ -185,17 +229,37 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Read what `save` or a Hugging Face library wrote. ValueError where tokenizer.json is missing or unusable."""
-        path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder} has no tokenizer.json")
+        settings, ends = _settings(folder / "tokenizer_config.json"), end_tokens(folder)
         try:
-            settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{config}: {error}") from None
-        try:
-            return cls(hf.Tokenizer.from_file(str(path)), settings)
+            return cls(hf.Tokenizer.from_file(str(path)), settings, ends)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path}: {error}") from None
+
+
+def end_tokens(folder: Path) -> frozenset[int]:
+    """Ids that end a reply by a folder's generation_config.json, else by its config.json, as for transformers."""
+    for path in (folder / GENERATION, folder / "config.json"):
+        found = _settings(path).get("eos_token_id")
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+                raise ValueError(f"{path}: eos_token_id: {found!r:.80}; a token's id or a list of them is expected")
+            return frozenset(ids)
+    return frozenset()
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not {type(found).__name__}")
+    return found
 
 
 class Stream:

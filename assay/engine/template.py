@@ -5,8 +5,7 @@ Templates come with checkpoints, so they run in jinja2's sandbox.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -54,30 +53,18 @@ def encode(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> 
     ValueError when a message of the user spells one; a reply that does (as ordinary tokens) loses it.
     """
     added = tokenizer.hf.get_added_tokens_decoder()
-    ids = {token.content: i for i, token in added.items() if token.special}
+    names = {token.content for token in added.values() if token.special}
     for message in messages:
-        spelt = [name for name in ids if name in message["content"]]
+        spelt = sorted(name for name in names if name in message["content"])
         if spelt and message["role"] != "assistant":
             raise ValueError(f"the message holds {spelt[0]!r}, which is a special token of this model")
-    text = render(template, [_without(m, ids) for m in messages], tokenizer)
-    return encode_special(text, ids, tokenizer)
+    return tuple(tokenizer.marked(render(template, [_without(m, names) for m in messages], tokenizer)).tolist())
 
 
-def _without(message: Message, names: Mapping[str, int]) -> Message:
+def _without(message: Message, names: Collection[str]) -> Message:
+    """A message that spells none of the names, not even once others are taken out of it."""
     content = message["content"]
-    for name in names:
-        content = content.replace(name, "")
+    while spelt := [name for name in names if name in content]:
+        for name in spelt:
+            content = content.replace(name, "")
     return {**message, "content": content}
-
-
-def encode_special(text: str, ids: Mapping[str, int], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids of a text in which the names of `ids` stand for these ids."""
-    if not ids:
-        return tuple(tokenizer.encode(text).tolist())
-    made: list[int] = []
-    for piece in re.split("(" + "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True)) + ")", text):
-        if piece in ids:
-            made.append(ids[piece])
-        elif piece:
-            made.extend(tokenizer.encode(piece).tolist())
-    return tuple(made)

@@ -132,10 +132,10 @@ def own_config(spec: ModelSpec) -> Tree:
     }
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+def token_ids(tokenizer: Tokenizer) -> Tree:
     """The ids of the special tokens: all named, so that no library puts its own."""
     found = {f"{name}_token_id": tokenizer.special(f"{name}_token") for name in TOKENS}
-    return found | {"eos_token_id": tokenizer.eos_id}
+    return found | {"eos_token_id": sorted(tokenizer.ends) if tokenizer.also_end else tokenizer.eos_id}
 
 
 def alone(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -23,6 +23,7 @@ MAX_PIECE = 512
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """Our name of a special token -> the key `tokenizer.ggml.*_token_id`."""
+ENDS = ("eos", "eot", "eom")
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
@@ -67,7 +68,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
         config["chat_template"] = _template(template)
     elif older is not None and "chat_template" not in config:
         config["chat_template"] = older
-    return Tokenizer(made.hf, config)
+    return Tokenizer(made.hf, config, made.also_end)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         made.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, made.token_to_id(bos))]
         )
-    return Tokenizer(made, config)
+    return Tokenizer(made, config, vocab.ends())
 
 
 class Vocabulary:
@@ -161,6 +162,11 @@ class Vocabulary:
         if not isinstance(found, int) or not 0 <= found < len(self.tokens):
             raise self.wrong(f"{name}_token_id", f"a token from 0 to {len(self.tokens) - 1}")
         return self.tokens[found]
+
+    def ends(self) -> frozenset[int]:
+        """What ends a reply: a text, a turn, or a message."""
+        found = (self.special(name) for name in ENDS)
+        return frozenset(self.ids[token] for token in found if token is not None)
 
     def merges(self) -> list[tuple[str, str]]:
         """Pairs in the order in which they are merged, as the file lists them."""

@@ -7,9 +7,7 @@ too, after another one of its kind, and so do ours.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tokenizers as hf
@@ -32,7 +30,7 @@ MAX_GEN_TOKS = 256
 
 class Harness(TemplateLM):
     """A decoder and its tokenizer. context: tokens that it may read, its own context where null. batch: sequences at
-    once. ends: ids that end a reply beside the tokenizer's own. told(what, done, all) hears of the progress.
+    once. told(what, done, all) hears of the progress.
 
     ValueError for a model that cannot continue a text.
     """
@@ -43,15 +41,13 @@ class Harness(TemplateLM):
         tokenizer: Tokenizer,
         context: int | None = None,
         batch: int = 16,
-        ends: frozenset[int] = frozenset(),
         told: Told | None = None,
     ) -> None:
         super().__init__()
         check_continues(model.spec)
         self.model, self.words, self.batch, self.told = model.eval(), Text(tokenizer), batch, told
         self.max_length = context or model.spec.context
-        own = tokenizer.eos_id
-        self.ends = ends | (frozenset() if own is None else frozenset({own}))
+        self.ends = tokenizer.ends
         self.cut = 0  # requests that were longer than the context
 
     @property
@@ -184,16 +180,6 @@ class Text:
     def named(self, token: int | None) -> str | None:
         """How a text spells a token."""
         return None if token is None else self.hf.decode([token], skip_special_tokens=False)
-
-
-def end_tokens(folder: Path) -> frozenset[int]:
-    """Ids that end a reply by a Hugging Face folder's generation_config.json, else by its config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        found = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
-    return frozenset()
 
 
 def evaluate(

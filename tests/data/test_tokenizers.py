@@ -165,7 +165,7 @@ def test_bits_per_byte() -> None:
         ({"kind": "bpe", "vocab": 256}, "vocab: 256"),
         ({"kind": "byte", "vocab": 300}, "has 256 ids"),
         ({"kind": "char", "vocab": 65}, "leave it out"),
-        ({"kind": "words"}, "'byte', 'char' or 'bpe'"),
+        ({"kind": "words"}, "'byte', 'char', 'bpe' or 'made'"),
     ],
 )
 def test_bad_specs(fields: dict[str, object], message: str) -> None:

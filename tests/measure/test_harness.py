@@ -25,7 +25,7 @@ pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'assay[hf]'")
 
 from lm_eval.api.instance import Instance
 
-from assay.measure.harness import Harness, end_tokens
+from assay.measure.harness import Harness
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 WORDS = "the cat sat on a mat and the dog ran to the door, then it was night; who was there? nobody but the moon\n"
@@ -129,7 +129,7 @@ def test_a_reply_ends_at_every_end_of_the_generation_config(folder: Path, ours: 
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ids[4]]}))
     config.eos_token_id, before = [1, ids[4]], config.eos_token_id
     try:
-        ended = Harness(ours.model, ours.words.tokenizer, ends=end_tokens(folder)).generate_until(whole)
+        ended = Harness(ours.model, Tokenizer.load(folder)).generate_until(whole)
         assert ended[0] == ours.words.hf.decode(ids[: ids.index(ids[4])])
         assert theirs.generate_until(whole) == [ended[0] + ours.words.hf.decode([ids[4]])]  # it shows what ended it
     finally:
