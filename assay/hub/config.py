@@ -7,7 +7,6 @@ transformers 5 writes `rope_parameters` and explicit `layer_types`; the files on
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,14 @@ IRRELEVANT = frozenset(
     }
 )
 """What changes nothing that a forward pass in evaluation computes: bookkeeping, tokens by name, dropout, losses."""
+
+MAX_SIZE, MAX_NUMBER = (1 << 31) - 1, 3.5e38
+MOST = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), 10_000),
+    **dict.fromkeys(("num_decoder_layers", "encoder_layers", "decoder_layers"), 10_000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 65_536),
+}
+"""The largest values of keys whose number of things is listed one by one: checked before any list is made."""
 
 ACTS = {
     "silu": "silu",
@@ -81,12 +88,16 @@ class Config:
         return self.values.get(name) is not None
 
     def integer(self, name: str, default: Any = MISSING, least: int = 1) -> Any:
-        """An integer of at least `least`; null counts as missing, here and below."""
-        whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least  # noqa: E731
-        return self._take(name, default, f"an integer of {least} or more", whole)
+        """An integer from `least` to what `MOST` says of the name; null counts as missing, here and below."""
+        most = MOST.get(name, MAX_SIZE)
+        whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most  # noqa: E731
+        return self._take(name, default, f"an integer from {least} to {most}", whole)
 
     def number(self, name: str, default: Any = MISSING) -> Any:
         return self._take(name, default, "a number", is_number)
+
+    def positive(self, name: str, default: Any = MISSING) -> Any:
+        return self._take(name, default, "a number above 0", lambda v: is_number(v) and v > 0)
 
     def flag(self, name: str, default: Any = MISSING) -> Any:
         return self._take(name, default, "true or false", lambda v: isinstance(v, bool))
@@ -150,7 +161,7 @@ class Config:
         return found
 
     def rope_rules(self, kind: str | None = None) -> Mapping[str, Any]:
-        """`rope_parameters`, or the older keys in its form."""
+        """`rope_parameters`, or the older keys in its form: each of its own type, and none that is null."""
         rules = self.mapping("rope_parameters", None)
         theta, older = self.number("rope_theta", None), self.mapping("rope_scaling", None)
         part = self.number("partial_rotary_factor", self.number("rotary_pct", None))
@@ -158,12 +169,15 @@ class Config:
             if kind not in rules:
                 accepted = ", ".join(rules)
                 raise ValueError(f"{self.where}: rope_parameters: no entry {kind!r}; there are {accepted}")
-            rules = rules[kind]
-        given = dict(rules if rules is not None else (older or {}))
-        if theta is not None:
-            given.setdefault("rope_theta", theta)
-        if part is not None:
-            given.setdefault("partial_rotary_factor", part)
+            rules = Config(rules, f"{self.where}: rope_parameters").mapping(str(kind))
+        given = {key: value for key, value in (rules or older or {}).items() if value is not None}
+        for key, value in (("rope_theta", theta), ("partial_rotary_factor", part)):
+            if value is not None:
+                given.setdefault(key, value)
+        check = Config(given, f"{self.where}: rope_parameters")
+        for kind_of, keys in RULES.items():
+            for key in keys:
+                getattr(check, kind_of)(key, None)
         return given
 
     def head_size(self) -> int:
@@ -189,6 +203,16 @@ class Config:
             found["factor"] = self.integer("max_position_embeddings") / found["original"]
         return found
 
+
+RULES = {
+    "positive": ("rope_theta", "factor", "partial_rotary_factor", "low_freq_factor", "high_freq_factor"),
+    "number": ("mscale", "mscale_all_dim", "attention_factor", "beta_fast", "beta_slow"),
+    "integer": ("original_max_position_embeddings",),
+    "text": ("rope_type", "type"),
+    "listed": ("short_factor", "long_factor"),
+    "flag": ("truncate",),
+}
+"""Of which type each of RoPE's rules is."""
 
 SCALINGS: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
@@ -221,7 +245,8 @@ SCALINGS: dict[str, dict[str, str]] = {
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that float32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ SKIP, SAME = shared.SKIP, shared.SAME
 def spec(c: Config) -> Tree:
     layers = c.integer("num_hidden_layers")
     kinds = c.each_layer("layer_types", layers, lambda i: shared.FULL if i % 2 else shared.SLIDING)
-    scores = {"scale": c.number("query_pre_attn_scalar") ** -0.5, "softcap": c.number("attn_logit_softcapping", None)}
+    scores = {"scale": c.positive("query_pre_attn_scalar") ** -0.5, "softcap": c.number("attn_logit_softcapping", None)}
     return gemma(c, kinds, scores, dict.fromkeys(set(kinds), "main"), positions={"main": c.rope()})
 
 

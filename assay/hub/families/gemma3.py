@@ -16,7 +16,7 @@ def spec(c: Config) -> Tree:
     every = c.integer("sliding_window_pattern", c.integer("_sliding_window_pattern", 6))
     layers = c.integer("num_hidden_layers")
     kinds = c.each_layer("layer_types", layers, lambda i: shared.SLIDING if (i + 1) % every else shared.FULL)
-    scores = {"scale": c.number("query_pre_attn_scalar", c.head_size()) ** -0.5}
+    scores = {"scale": c.positive("query_pre_attn_scalar", c.head_size()) ** -0.5}
     scores["softcap"] = c.number("attn_logit_softcapping", None)
     local = c.number("rope_local_base_freq", 10_000.0)
     tables = {"global": c.rope(shared.FULL, theta=1_000_000.0)}

@@ -161,7 +161,8 @@ def sizes(c: Config, layer: int, full: bool) -> Tree:
     listed = c.mapping("per_layer_config", None)
     older = c.integer("global_head_dim", 512), c.integer("num_global_key_value_heads", None)
     if listed is not None:
-        inside = Config(listed.get(str(layer), {}), f"{c.where}: per_layer_config: {layer}")
+        own = Config(listed, f"{c.where}: per_layer_config").mapping(str(layer), {})
+        inside = Config(own, f"{c.where}: per_layer_config: {layer}")
         head, groups = inside.integer("head_dim", None), inside.integer("num_key_value_heads", None)
         if inside.unread():
             raise ValueError(f"{inside.where}: {inside.unread()[0]}: accepted: head_dim, num_key_value_heads")

@@ -20,7 +20,7 @@ def spec(c: Config) -> Tree:
         "scale": c.number("residual_multiplier", 1.0),
     }
     tree = shared.decoder(c, {"block": block}, positions={"main": c.rope()})
-    tree["head"]["scale"] = 1.0 / c.number("logits_scaling", 1.0)
+    tree["head"]["scale"] = 1.0 / c.positive("logits_scaling", 1.0)
     return {**tree, "embed": {"kind": "token", "scale": c.number("embedding_multiplier", 1.0)}}
 
 

@@ -1,0 +1,146 @@
+"""Configurations of every family with values changed to anything JSON holds are read or refused, soon and in little
+memory."""
+
+from __future__ import annotations
+
+import json
+import time
+import tracemalloc
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from assay.hub.config import MOST, is_number
+from assay.hub.family import families, read
+
+PEAK, SECONDS = 100_000_000, 30.0
+"""Bytes and seconds that a configuration may take: ten thousand layers are checked one by one."""
+NUMBERS = (0, 1, -1, 3, 255, 10_001, (1 << 31) - 1, 1 << 31, 1 << 64, 10**30, 10**400, 0.5, -1.0, 1e-300, 1e300)
+OTHERS = (
+    float("inf"),
+    float("nan"),
+    True,
+    False,
+    None,
+    "",
+    "x",
+    "sliding_attention",
+    [],
+    [1],
+    ["x"],
+    [[]],
+    {},
+    {"a": 1},
+)
+RULES = tuple(
+    {"rope_type": kind, "rope_theta": theta, "factor": factor}
+    for kind in ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional", [], 7)
+    for theta, factor in ((1e4, 0), ("x", 2.0), (10**400, 2.0), (1e4, None))
+)
+TABLES = ({"full_attention": {}, "sliding_attention": 0}, {"full_attention": RULES[5], "sliding_attention": RULES[0]})
+VALUES = (*NUMBERS, *OTHERS, *RULES, *TABLES)
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+Place = tuple[str, ...]
+
+
+@cache
+def written(kind: str) -> str:
+    """The family's default configuration as transformers writes it, without towers that see and hear."""
+    values = transformers.AutoConfig.for_model(kind).to_dict()
+    found = {k: v for k, v in values.items() if k not in ("vision_config", "audio_config")}
+    inner = found.get("text_config", found)
+    inner |= {key: 6 for key in LAYERS if inner.get(key) is not None}
+    inner |= {key: inner[key][:6] for key in LISTS if isinstance(inner.get(key), list)}
+    if kind == "glm4_moe":
+        inner["head_dim"] = 128  # as in every file; the default leaves half of an odd number of pairs
+    return json.dumps(found)
+
+
+def places(tree: Any, above: Place = ()) -> Iterator[Place]:
+    """Every key of a tree, with those above it."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield (*above, key)
+        yield from places(value, (*above, key))
+
+
+def put(tree: dict[str, Any], place: Place, value: Any) -> None:
+    """Nothing, where what was above the key is a mapping no more."""
+    for key in place[:-1]:
+        inner = tree.get(key)
+        if not isinstance(inner, dict):
+            return
+        tree = inner
+    tree[place[-1]] = value
+
+
+def holds(values: dict[str, Any]) -> bool:
+    """Whether a configuration is read; anything it raises but a ValueError is passed on."""
+    began = time.perf_counter()
+    tracemalloc.start()
+    try:
+        read(values)
+        return True
+    except ValueError:
+        return False
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < PEAK and time.perf_counter() - began < SECONDS
+
+
+def look(kind: str, examples: int) -> None:
+    all_places = list(places(json.loads(written(kind))))
+    change = st.tuples(st.sampled_from(all_places), st.sampled_from(VALUES))
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.lists(change, min_size=1, max_size=3))
+    def each(changes: list[tuple[Place, Any]]) -> None:
+        values = json.loads(written(kind))
+        for place, value in changes:
+            put(values, place, json.loads(json.dumps(value)))
+        values["model_type"] = kind
+        holds(values)
+
+    each()
+
+
+@pytest.mark.parametrize("kind", families())
+def test_changed_configurations_are_read_or_refused(kind: str) -> None:
+    look(kind, 15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", families())
+def test_many_changed_configurations_are_read_or_refused(kind: str) -> None:
+    look(kind, 1500)
+
+
+@pytest.mark.parametrize("kind", families())
+def test_counts_are_capped_before_anything_is_listed(kind: str) -> None:
+    values = json.loads(written(kind))
+    assert holds(values)
+    refused = set()
+    for place in (place for place in places(values) if place[-1] in MOST):
+        changed = json.loads(written(kind))
+        for key in LISTS:
+            put(changed, (*place[:-1], key), None)
+        put(changed, place, (1 << 31) - 1)
+        try:
+            holds(changed)
+            read(changed)
+        except ValueError as error:
+            assert f"{place[-1]}: 2147483647; an integer from 1 to {MOST[place[-1]]} is expected" in str(error)
+            refused.add(place[-1])
+    assert refused & set(LAYERS)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, [], float("nan"), float("inf"), 10**400, -(10**400), 1e39])
+def test_what_float32_does_not_hold_is_no_number(value: Any) -> None:
+    assert not is_number(value)
+    assert is_number(0) and is_number(-1e38) and is_number(1e-300)
