@@ -25,21 +25,29 @@ def spec(name: str | Path, /, **changes: Any) -> ModelSpec:
 
 
 def bill(model: ModelSpec | str | Path, /, **question: Any) -> Bill:
-    """Exact parameters, state bytes and FLOPs of a spec, or of what `spec` accepts; nothing is allocated.
+    """Exact parameters, state bytes and FLOPs of a spec, of what `spec` accepts, or of a Hugging Face config.json or
+    folder; nothing is allocated.
 
     The question's fields are those of `assay.cost.bill.Question`: context (the model's own if absent), batch, dtype...
     """
     from assay.cost.bill import Question
     from assay.cost.bill import bill as total
+    from assay.hub.specs import spec_of
 
-    known = spec(model) if isinstance(model, str | Path) else model
+    known = spec_of(model)[0] if isinstance(model, str | Path) else model
     return total(known, Question(**{"context": known.context, **question}))
 
 
 def load(path: str | Path, /, device: str = "cpu") -> tuple[LM, Tokenizer]:
-    """A checkpoint's model (an `nn.Module`, in evaluation mode) and its tokenizer."""
+    """The model (an `nn.Module`, in evaluation mode) and the tokenizer of a checkpoint or a Hugging Face folder."""
+    from assay.hub.specs import is_hugging_face
     from assay.train.checkpoint import load_checkpoint
 
+    if is_hugging_face(Path(path)):
+        from assay.hub.load import import_folder
+        from assay.hub.tokenizer import folder_tokenizer
+
+        return import_folder(Path(path)).model.to(device), folder_tokenizer(Path(path))
     model, tokenizer, _ = load_checkpoint(path, device)
     return model, tokenizer
 

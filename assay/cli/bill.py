@@ -68,6 +68,7 @@ def run(
     from assay.cli._bill import draw, show
     from assay.cli.common import parse_overrides
     from assay.cost.bill import Question
+    from assay.hub.specs import spec_of
 
     load_parts(part)
     configs = [i for i in items if "=" not in i]
@@ -77,7 +78,7 @@ def run(
     if any(path.startswith("recipe.") for path in changes):
         fail("a bill has no recipe; overrides here begin with model.")
     ask = Question(1 if context is None else context, batch, dtype, kv_dtype, page, memory)
-    read = {name: opened(name, changes) for name in dict.fromkeys(configs)}
+    read = {name: spec_of(name, changes) for name in dict.fromkeys(configs)}
     machines = {name: machine(name, dtype) for name in dict.fromkeys(hardware or ())}
     accounts = {name: account(spec, unread, ask, context, machines) for name, (spec, unread) in read.items()}
     if plot is not None:
@@ -87,32 +88,6 @@ def run(
         emit_json(next(iter(records.values())) if len(records) == 1 else {"configs": records})
         return
     show(accounts)
-
-
-def opened(source: str, changes: dict[str, Any]) -> tuple[ModelSpec, tuple[str, ...]]:
-    """The spec of a config, and the keys of its config.json that nothing reads."""
-    from assay.spec.load import change, load_model, shelf
-
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() and not (path / "model.yaml").is_file() else path
-    if source in shelf("models") or path.suffix != ".json" or not path.is_file():
-        return load_model(source, changes), ()
-
-    from assay.hub.config import read_config
-    from assay.hub.family import read
-
-    found = read(read_config(path), str(path), tensor_names(path.parent) if Path(source).is_dir() else None)
-    return change(found.spec, changes, source) if changes else found.spec, found.unread
-
-
-def tensor_names(folder: Path) -> frozenset[str] | None:
-    """Of the folder's safetensors, whose headers alone are read; null where it has none."""
-    from assay.hub.files import INDEX, SINGLE, open_folder
-
-    if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
-        return None
-    with open_folder(folder) as tensors:
-        return tensors.names
 
 
 def machine(name: str, dtype: str) -> Hardware:

@@ -12,6 +12,10 @@ import torch
 import yaml
 
 import assay
+from assay.data.corpora import CorpusSpec, open_corpus
+from assay.data.tokenizers import TokenizerSpec, build_tokenizer
+from assay.ops.step import rows_step
+from tests.hub import tiny
 from tests.project.source import ROOT
 
 
@@ -45,10 +49,7 @@ def test_a_bill_counts_what_is_built() -> None:
 
 
 def test_load_gives_the_model_that_was_saved(tmp_path: Path) -> None:
-    from assay.data.corpora import CorpusSpec, open_corpus
-    from assay.data.tokenizers import TokenizerSpec, build_tokenizer
     from assay.model.lm import build
-    from assay.ops.step import rows_step
     from assay.train.checkpoint import save_checkpoint
 
     model = build(assay.spec("gpt-11m", layers=1), seed=3).eval()
@@ -58,6 +59,19 @@ def test_load_gives_the_model_that_was_saved(tmp_path: Path) -> None:
     step = rows_step(torch.tensor(tokenizer.encode("assay"))[None])
     logits = model(step).logits
     assert logits.isfinite().all() and torch.equal(loaded(step).logits, logits)
+
+
+def test_a_folder_of_hugging_face_is_billed_and_loaded(tmp_path: Path) -> None:
+    made = tiny.save("llama", tmp_path)
+    count = sum(p.numel() for p in made.parameters())
+    assert assay.bill(tmp_path).params["total"] == assay.bill(tmp_path / "config.json").params["total"] == count
+    words = build_tokenizer(TokenizerSpec(kind="char"), open_corpus(CorpusSpec(kind="generated")))
+    words.save(tmp_path)
+    loaded, tokenizer = assay.load(tmp_path)
+    ids = torch.tensor(tokenizer.encode("a"))[None]
+    assert tokenizer.digest == words.digest
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(rows_step(ids)).logits, made(ids).logits[0], rtol=0, atol=1e-4)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -6,7 +6,7 @@ Legend: R x T rows and columns of the grid, S entries of the view.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -136,6 +136,7 @@ def query_blocks(tokens: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, tokens)) for first in range(0, tokens, max(size, 1))]
 
 
+@lru_cache(maxsize=1024)  # the layers of a model ask the same question, and a long context takes a while
 def executed_pairs(new: int, past: int, sees: Sees, backend: str = "matmul", prefix: int = 0) -> int:
     """(query, key) pairs that `backend` multiplies when one sequence brings `new` tokens after `past` others, its view
     holding just these in order, and so does each of a batch of equal ones. 4 * heads * head_dim FLOPs a pair, forward.
