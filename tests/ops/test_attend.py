@@ -78,6 +78,7 @@ def test_blocks_of_queries_equal_the_square(sees: Sees, tokens: int, past: int) 
     p = problem(rows=2, tokens=tokens, past=past, heads=2, groups=1, sees=sees)
     assert len(p.plan("matmul").blocks) == len(query_blocks(tokens)) > 1
     close(p.run("matmul"), naive(p), 1e-11)
+    close(p.run("tiled"), naive(p), 1e-11)
 
 
 def test_packed_rows_in_blocks_equal_separate_documents() -> None:
