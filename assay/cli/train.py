@@ -41,11 +41,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     start: Annotated[
         Path | None,
-        typer.Option(
-            "--from",
-            metavar="CKPT",
-            help="Begin with another run's last save, on a new schedule; or with an imported checkpoint's weights.",
-        ),
+        typer.Option("--from", metavar="CKPT", help="Begin with another run's last save, or an import's weights."),
     ] = None,
     save_every: Annotated[float, typer.Option("--save-every", metavar="SECONDS", help="Time between saves.")] = 60.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
@@ -57,8 +53,6 @@ def run(
         fail("--out: missing; give the folder that the run is to be kept in")
     if resume and start is not None:
         fail("--resume goes on with the run in --out, --from begins a new one: give one of them")
-    if start is not None and not start.is_dir():
-        fail(f"--from {start}: no such folder")
     load_parts(part)
     found = parse_overrides(changes)
     place = pick_device(device)
@@ -80,8 +74,8 @@ def run(
         try:
             result = train(spec, how, out, start or resume, place, watch, options)
         except KeyboardInterrupt:
-            told = "the same command with --resume" if start is None else f"--recipe {out} --resume in place of --from"
-            console().print(f"stopped; {told} goes on from {out}", soft_wrap=True)
+            how_to = "the same command with --resume" if start is None else f"--recipe {out} --resume, without --from,"
+            console().print(f"stopped; {how_to} goes on from {out}", soft_wrap=True)
             raise
     values = summary(result, options.flop_s)
     tell(values, out)
@@ -93,6 +87,8 @@ def adopted(recipe: Recipe, start: Path, out: Path) -> Recipe:
     """The recipe for what `start` holds, and a line that says what is taken of it."""
     from assay.train.folder import holds_run, own_words
 
+    if not start.is_dir():
+        fail(f"--from {start}: no such folder")
     if holds_run(start):
         return recipe
     made = own_words(recipe, start)
