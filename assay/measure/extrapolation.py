@@ -11,7 +11,7 @@ from assay.data.loader import Batch
 from assay.measure.subject import Subject, prefix
 from assay.spec.load import change
 
-SECONDS = 1.0
+SECONDS = 1.5
 BASE = "base"
 Row = dict[str, Any]
 

@@ -16,7 +16,7 @@ from assay.engine.runner import generate
 from assay.measure.subject import Subject
 from assay.ops.step import rows_step
 
-SECONDS = 2.0
+SECONDS = 4.0
 KIND = "failure"
 
 

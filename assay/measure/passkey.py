@@ -13,7 +13,7 @@ from assay.data.tasks.passkey import Example, Passkey, accuracy
 from assay.measure.subject import Subject
 from assay.ops.step import rows_step
 
-SECONDS = 0.5
+SECONDS = 1.5
 KEYS = 1 << 40  # examples are numbered from here
 ROWS = 32
 
