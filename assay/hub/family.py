@@ -99,20 +99,26 @@ def copies(family: ModuleType, spec: ModelSpec) -> Iterator[Copy]:
     entries = [
         _Entry(_pattern(ours), ours, rule if isinstance(rule, Rule) else Rule(rule)) for ours, rule in names.items()
     ]
-    left = dict.fromkeys(table)
-    while left:
-        name = next(iter(left))
+    filled: set[str] = set()
+    for name in table:
+        if name in filled:
+            continue
         entry = next((e for e in entries if e.pattern.fullmatch(name)), None)
         if entry is None:
             raise ValueError(f"{family.__name__.rpartition('.')[2]}: no tensor is named for the parameter {name}")
-        part, site = owners[max((o for o in owners if name.startswith(f"{o}.")), key=len)]
+        part, site = next(owners[place] for place in above(name) if place in owners)
         group, stars = entry.group(name)
-        if missing := [other for other in group if other not in left]:
+        if missing := [other for other in group if other not in table or other in filled]:
             raise ValueError(f"{entry.rule.theirs} holds {', '.join(group)}, and there is no parameter {missing[0]}")
         place = Place(group, tuple(table[n].shape for n in group), part, site)
         yield Copy(entry.rule, place, numbered(_filled(entry.rule.theirs, stars), entry.rule.count(place)))
-        for other in group:
-            del left[other]
+        filled.update(group)
+
+
+def above(name: str) -> Iterator[str]:
+    """What a dotted name stands in: the nearest first."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def numbered(name: str, count: int | None) -> tuple[str, ...]:

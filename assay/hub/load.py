@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from assay.hub.files import Tensors, as_float, open_folder
 from assay.model.lm import LM
 from assay.spec.model import ModelSpec
 
-CONFIG = "config.json"
+CONFIG, MANY = "config.json", 100_000
 Told = Callable[[int, int], None]
 
 
@@ -102,17 +103,20 @@ def planned(source: Source) -> tuple[list[Copy], dict[str, str]]:
         theirs = tuple(spelled(name, source.family, there) for name in copy.theirs)
         missing += [name for name, found in zip(copy.theirs, theirs, strict=True) if found is None]
         plan.append(Copy(copy.rule, copy.place, tuple(found or name for name, found in zip(copy.theirs, theirs))))
+        if len(missing) > MANY:
+            break  # a configuration that promises more than any file has is not listed to its end
     if missing:
-        raise ValueError(f"{source.tensors.where}: {len(missing)} tensors are missing: {listed(missing)}")
-    wanted = [name for copy in plan for name in copy.theirs]
-    if twice := {name for name in wanted if wanted.count(name) > 1}:
+        count = f"{len(missing)}{' or more' if len(missing) > MANY else ''}"
+        raise ValueError(f"{source.tensors.where}: {count} tensors are missing: {listed(missing)}")
+    wanted = Counter(name for copy in plan for name in copy.theirs)
+    if twice := [name for name, times in wanted.items() if times > 1]:
         raise ValueError(f"{source.tensors.where}: {listed(sorted(twice))} would be used twice")
     for copy in plan:
         for name, shape in zip(copy.theirs, copy.rule.shapes(copy.place), strict=True):
             if source.tensors.shape(name) != tuple(shape):
                 told = f"shape {source.tensors.shape(name)}; the configuration says {tuple(shape)}"
                 raise ValueError(f"{source.tensors.where}: {name}: {told} ({', '.join(copy.place.names)})")
-    return plan, left_over(source, there - set(wanted))
+    return plan, left_over(source, there - wanted.keys())
 
 
 def left_over(source: Source, names: frozenset[str]) -> dict[str, str]:
