@@ -21,7 +21,7 @@ from assay.hub.family import families, read
 from assay.hub.load import Source, planned
 
 PEAK, SECONDS = 100_000_000, 30.0
-"""Bytes and seconds that a configuration may take: ten thousand layers are checked one by one."""
+"""Bytes and seconds of the processor that a configuration may take: ten thousand layers are checked one by one."""
 NUMBERS = (0, 1, -1, 3, 255, 10_001, (1 << 31) - 1, 1 << 31, 1 << 64, 10**30, 10**400, 0.5, -1.0, 1e-300, 1e300)
 WORDS: tuple[Any, ...] = (True, False, None, "", "x", "sliding_attention")
 OTHERS: tuple[Any, ...] = (float("inf"), float("nan"), [], [1], ["x"], [[]], {}, {"a": 1})
@@ -70,7 +70,7 @@ def put(tree: dict[str, Any], place: Place, value: Any) -> None:
 
 def holds(values: dict[str, Any]) -> bool:
     """Whether a configuration is read; anything it raises but a ValueError is passed on."""
-    began = time.perf_counter()
+    began = time.process_time()
     tracemalloc.start()
     try:
         read(values)
@@ -80,7 +80,7 @@ def holds(values: dict[str, Any]) -> bool:
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < PEAK and time.perf_counter() - began < SECONDS
+        assert peak < PEAK and time.process_time() - began < SECONDS
 
 
 def look(kind: str, examples: int) -> None:
@@ -141,10 +141,10 @@ class Nothing:
 def test_tensors_that_are_missing_are_listed_in_time(kind: str, experts: int | None) -> None:
     """A thousand layers as quickly as their number promises; millions of experts not to their end."""
     values = {**json.loads(written(kind)), "num_hidden_layers": 1000, "layer_types": None, "num_experts": experts}
-    found, began = read(values), time.perf_counter()
+    found, began = read(values), time.process_time()
     with pytest.raises(ValueError, match="or more tensors are missing" if experts else "9003 tensors are missing"):
         planned(Source(found.spec, found.family, (), cast(Any, Nothing())))
-    assert time.perf_counter() - began < SECONDS / 2
+    assert time.process_time() - began < SECONDS / 2
 
 
 @pytest.mark.parametrize("value", [True, "1", None, [], float("nan"), float("inf"), 10**400, -(10**400), 1e39])
