@@ -32,9 +32,9 @@ def tokenised(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> Tokens:
         whole = [tokenizer.encode(text).tolist() for text in texts]
         found = Tokens(tuple(ids[:limit] for ids in whole), tuple(i for i, ids in enumerate(whole) if len(ids) > limit))
     else:
-        tokenizer.hf.no_padding()
         tokenizer.hf.enable_truncation(limit)
         made = tokenizer.hf.encode_batch(list(texts))
+        tokenizer.hf.no_truncation()
         found = Tokens(tuple(e.ids for e in made), tuple(i for i, e in enumerate(made) if e.overflowing))
     for number, ids in enumerate(found.ids):
         if not ids:

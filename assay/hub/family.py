@@ -11,6 +11,7 @@ and, where they are needed,
 
     names(spec) -> mapping   in place of NAMES, where it depends on the model
     SKIP                     their names that no parameter needs -> why
+    skip(spec) -> mapping    in place of SKIP, where it depends on the model
     SAME                     their names that repeat another tensor -> that tensor; they must be equal to it
     OTHERWISE                (prefix, prefix) pairs: names that files also carry in another form
     hugging_face(spec) -> tree   the configuration of a spec, where this family can express it (ValueError: why not)

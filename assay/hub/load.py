@@ -121,14 +121,13 @@ def planned(source: Source) -> tuple[list[Copy], dict[str, str]]:
 
 def left_over(source: Source, names: frozenset[str]) -> dict[str, str]:
     """Why each tensor that fills nothing may be left; ValueError for one that may not."""
-    skip = {**getattr(source.family, "SKIP", {})}
-    if hasattr(source.family, "skip"):
-        skip |= source.family.skip(source.spec)
+    family = source.family
+    skip = family.skip(source.spec) if hasattr(family, "skip") else getattr(family, "SKIP", {})
     same = getattr(source.family, "SAME", {})
     found, strange = {}, []
     for name in sorted(names):
         reason = next((why for pattern, why in skip.items() if matches(pattern, name)), None)
-        twin = next((spelled(of, source.family, source.tensors.names) for n, of in same.items() if n == name), None)
+        twin = spelled(same[name], source.family, source.tensors.names) if name in same else None
         if reason is not None:
             found[name] = reason
         elif twin is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
+from assay.hub.rules import Experts
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -25,6 +26,12 @@ GATED: Names = {
     "blocks.*.ffn.gate.*": "model.layers.*.mlp.gate_proj.*",
     "blocks.*.ffn.up.*": "model.layers.*.mlp.up_proj.*",
     "blocks.*.ffn.down.*": "model.layers.*.mlp.down_proj.*",
+}
+EXPERTS: Names = {
+    "blocks.*.ffn.router.map.weight": "model.layers.*.mlp.gate.weight",
+    "blocks.*.ffn.gate": Experts("model.layers.*.mlp.experts.#.gate_proj.weight"),
+    "blocks.*.ffn.up": Experts("model.layers.*.mlp.experts.#.up_proj.weight"),
+    "blocks.*.ffn.down": Experts("model.layers.*.mlp.experts.#.down_proj.weight"),
 }
 HEAD: Names = {"final_norm.*": "model.norm.*", "head.out.*": "lm_head.*"}
 LLAMA: Names = {**EMBED, **ATTENTION, **GATED, **HEAD}
@@ -58,6 +65,11 @@ def attention(c: Config, **more: Any) -> Tree:
     }
 
 
+def biases(c: Config, default: bool = False) -> str:
+    """`bias` of attention: on all four maps or on none, as `attention_bias` says."""
+    return "all" if c.flag("attention_bias", default) else "none"
+
+
 def gated(c: Config, act: str = "hidden_act", **more: Any) -> Tree:
     return {"kind": "gated", "width": c.integer("intermediate_size"), "act": c.activation(act), **more}
 
@@ -65,6 +77,17 @@ def gated(c: Config, act: str = "hidden_act", **more: Any) -> Tree:
 def window(c: Config, name: str = "sliding_window") -> Tree:
     """`sees` of a layer with a sliding window: as many keys as transformers lets a query see, itself included."""
     return {"window": c.integer(name)}
+
+
+def window_if_any(c: Config) -> Tree:
+    """`sees` of every layer where a window may be left out or null."""
+    return window(c) if c.has("sliding_window") else {}
+
+
+def one_global_in(c: Config, every: int) -> tuple[str, ...]:
+    """The kinds of layers where each `every`-th one attends fully: `layer_types`, else `sliding_window_pattern`."""
+    every = c.integer("sliding_window_pattern", c.integer("_sliding_window_pattern", every))
+    return c.each_layer("layer_types", c.integer("num_hidden_layers"), lambda i: SLIDING if (i + 1) % every else FULL)
 
 
 def decoder(c: Config, blocks: Tree, pattern: tuple[str, ...] = (), tie: bool = False, **more: Any) -> Tree:

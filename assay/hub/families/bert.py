@@ -38,8 +38,12 @@ POOLER = "BERT's pooled output, which nothing but a classifier reads"
 
 
 def names(spec: ModelSpec) -> Names:
-    head = CLASSIFY if spec.head is not None and spec.head.kind_name() == "classify" else MASKED
+    head = CLASSIFY if classifies(spec) else MASKED
     return {**{ours: f"bert.{theirs}" for ours, theirs in BODY.items()}, **head}
+
+
+def classifies(spec: ModelSpec) -> bool:
+    return spec.head is not None and spec.head.kind_name() == "classify"
 
 
 def skip(spec: ModelSpec) -> dict[str, str]:
@@ -48,7 +52,7 @@ def skip(spec: ModelSpec) -> dict[str, str]:
         "embeddings.position_ids": "0, 1, 2, ...",
         "cls.seq_relationship.*": "next-sentence prediction, a task of the pre-training",
     }
-    if spec.head is None or spec.head.kind_name() != "classify":
+    if not classifies(spec):
         found |= dict.fromkeys(("bert.pooler.dense.*", "pooler.dense.*"), POOLER)
     return found
 

@@ -23,12 +23,8 @@ SKIP, SAME = shared.SKIP, shared.SAME
 
 def spec(c: Config) -> Tree:
     norm = {"kind": "layernorm", "eps": c.number("layer_norm_eps", 1e-5), "bias": False}
-    every, layers = (
-        c.integer("sliding_window_pattern", c.integer("_sliding_window_pattern", 4)),
-        c.integer("num_hidden_layers"),
-    )
-    kinds = c.each_layer("layer_types", layers, lambda i: shared.SLIDING if (i + 1) % every else shared.FULL)
-    bias = "all" if c.flag("attention_bias", False) else "none"
+    kinds = shared.one_global_in(c, 4)
+    bias = shared.biases(c)
 
     def block(**more: object) -> Tree:
         mixer = shared.attention(c, bias=bias, **more)

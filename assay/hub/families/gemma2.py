@@ -31,7 +31,7 @@ def gemma(c: Config, kinds: tuple[str, ...], scores: Tree, position: Tree, **mor
 
     def block(kind: str, sees: Tree) -> Tree:
         mixer = shared.attention(c, sees=sees, scores=scores, position=position[kind], qk_norm=more.get("qk_norm"))
-        mixer["bias"] = "all" if c.flag("attention_bias", False) else "none"
+        mixer["bias"] = shared.biases(c)
         act = "hidden_activation" if c.has("hidden_activation") else "hidden_act"
         c.ignore("hidden_act", "hidden_activation")
         return {"mixer": mixer, "ffn": shared.gated(c, act), "norm": {"place": "sandwich", "kind": norm}}

@@ -13,9 +13,7 @@ SKIP, SAME = shared.SKIP, shared.SAME
 
 
 def spec(c: Config) -> Tree:
-    every = c.integer("sliding_window_pattern", c.integer("_sliding_window_pattern", 6))
-    layers = c.integer("num_hidden_layers")
-    kinds = c.each_layer("layer_types", layers, lambda i: shared.SLIDING if (i + 1) % every else shared.FULL)
+    kinds = shared.one_global_in(c, 6)
     scores = {"scale": c.positive("query_pre_attn_scalar", c.head_size()) ** -0.5}
     scores["softcap"] = c.number("attn_logit_softcapping", None)
     local = c.number("rope_local_base_freq", 10_000.0)

@@ -142,7 +142,7 @@ def attention(c: Config, layer: int, kinds: tuple[str, ...], takes: bool) -> Tre
     mixer = shared.attention(
         c, **sizes(c, layer, full), position=kind.removesuffix("_attention"), scores={"scale": 1.0}
     )
-    mixer["bias"] = "all" if c.flag("attention_bias", False) else "none"
+    mixer["bias"] = shared.biases(c)
     mixer["sees"] = {} if full else {"window": c.integer("sliding_window", 512)}
     mixer["qk_norm"] = {"norm": norm}
     own = kinds[: len(kinds) - c.integer("num_kv_shared_layers", 0, least=0)]

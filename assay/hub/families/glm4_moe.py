@@ -6,20 +6,16 @@ from typing import Any
 
 from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
-from assay.hub.rules import Experts
 from assay.spec.model import ModelSpec
 
 TYPES = ("glm4_moe",)
 NAMES = shared.over(
     {
-        "blocks.*.ffn.router.map.weight": "model.layers.*.mlp.gate.weight",
+        **shared.EXPERTS,
         "blocks.*.ffn.router.select_bias": "model.layers.*.mlp.gate.e_score_correction_bias",
         "blocks.*.ffn.shared.gate.*": "model.layers.*.mlp.shared_experts.gate_proj.*",
         "blocks.*.ffn.shared.up.*": "model.layers.*.mlp.shared_experts.up_proj.*",
         "blocks.*.ffn.shared.down.*": "model.layers.*.mlp.shared_experts.down_proj.*",
-        "blocks.*.ffn.gate": Experts("model.layers.*.mlp.experts.#.gate_proj.weight"),
-        "blocks.*.ffn.up": Experts("model.layers.*.mlp.experts.#.up_proj.weight"),
-        "blocks.*.ffn.down": Experts("model.layers.*.mlp.experts.#.down_proj.weight"),
     }
 )
 SAME = shared.SAME

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from assay.hub import outward
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.rules import FusedHeads
 from assay.spec.model import ModelSpec
@@ -30,7 +30,7 @@ SAME = {"embed_out.weight": "gpt_neox.embed_in.weight"}
 def spec(c: Config) -> Tree:
     norm = {"kind": "layernorm", "eps": c.number("layer_norm_eps", 1e-5)}
     mixer = {"kind": "gqa", "heads": c.integer("num_attention_heads"), "position": "main"}
-    mixer["bias"] = "all" if c.flag("attention_bias", True) else "none"
+    mixer["bias"] = shared.biases(c, True)
     ffn = {"kind": "dense", "width": c.integer("intermediate_size"), "act": c.activation("hidden_act"), "bias": True}
     parallel = "own" if c.flag("use_parallel_residual", True) else "no"
     c.ignore("rotary_emb_base") if c.has("rope_parameters") else None

@@ -36,7 +36,7 @@ def spec(c: Config) -> Tree:
         "router": router,
     }
     bias, norm = (
-        "all" if c.flag("attention_bias", True) else "none",
+        shared.biases(c, True),
         shared.rmsnorm(c, eps=c.number("rms_norm_eps", 1e-5)),
     )
     c.ignore("experts_per_token", "num_experts", "initial_context_length", "sliding_window")

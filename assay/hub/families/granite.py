@@ -12,7 +12,7 @@ NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
 
 def spec(c: Config) -> Tree:
     mixer = shared.attention(c, scores={"scale": c.number("attention_multiplier", 1.0)})
-    mixer["bias"] = "all" if c.flag("attention_bias", False) else "none"
+    mixer["bias"] = shared.biases(c)
     block = {
         "mixer": mixer,
         "ffn": shared.gated(c, bias=c.flag("mlp_bias", False)),

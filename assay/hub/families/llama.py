@@ -12,7 +12,7 @@ NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
 
 def spec(c: Config) -> Tree:
     block = {
-        "mixer": shared.attention(c, bias="all" if c.flag("attention_bias", False) else "none"),
+        "mixer": shared.attention(c, bias=shared.biases(c)),
         "ffn": shared.gated(c, bias=c.flag("mlp_bias", False)),
         "norm": {"kind": shared.rmsnorm(c)},
     }

@@ -76,7 +76,7 @@ def spec(c: Config) -> Tree:
 
 
 def attend(c: Config, turns: bool, sees: Tree) -> Tree:
-    bias = "all" if c.flag("attention_bias", False) else "none"
+    bias = shared.biases(c)
     mixer = shared.attention(c, sees=sees, bias=bias, position="main" if turns else None)
     plain = {"kind": "rmsnorm", "weight": "none", "eps": c.number("rms_norm_eps", 1e-5)}
     if c.flag("use_qk_norm", True) and turns:

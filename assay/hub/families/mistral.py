@@ -11,7 +11,7 @@ NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
 
 
 def spec(c: Config) -> Tree:
-    sees = shared.window(c) if c.has("sliding_window") else {}
+    sees = shared.window_if_any(c)
     block = {"mixer": shared.attention(c, sees=sees), "ffn": shared.gated(c), "norm": {"kind": shared.rmsnorm(c)}}
     return shared.decoder(c, {"block": block}, positions={"main": c.rope()})
 

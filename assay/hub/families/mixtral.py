@@ -31,7 +31,7 @@ def spec(c: Config) -> Tree:
             "balance": c.number("router_aux_loss_coef", 0.0),
         },
     }
-    sees = shared.window(c) if c.has("sliding_window") else {}
+    sees = shared.window_if_any(c)
     block = {"mixer": shared.attention(c, sees=sees), "ffn": ffn, "norm": {"kind": shared.rmsnorm(c)}}
     return shared.decoder(c, {"block": block}, positions={"main": c.rope()})
 

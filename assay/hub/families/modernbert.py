@@ -75,7 +75,7 @@ def block(c: Config, kind: str, norm: Tree) -> list[Tree]:
         "heads": c.integer("num_attention_heads"),
         "position": short(kind),
         "sees": {"causal": False} if kind == shared.FULL else {"causal": False, "band": [side, side]},
-        "bias": "all" if c.flag("attention_bias", False) else "none",
+        "bias": shared.biases(c),
     }
     ffn = {"kind": "gated", "width": c.integer("intermediate_size"), "bias": c.flag("mlp_bias", False)}
     ffn["act"] = c.activation("hidden_activation", "gelu")

@@ -18,8 +18,7 @@ SKIP, SAME = shared.SKIP, shared.SAME
 
 def spec(c: Config) -> Tree:
     norm = shared.rmsnorm(c)
-    bias = "all" if c.flag("attention_bias", False) else "none"
-    mixer = shared.attention(c, qk_norm={"norm": norm, "over": "full"}, bias=bias)
+    mixer = shared.attention(c, qk_norm={"norm": norm, "over": "full"}, bias=shared.biases(c))
     block = {"mixer": mixer, "ffn": shared.gated(c), "norm": {"place": "output", "kind": norm}}
     return shared.decoder(c, {"block": block}, positions={"main": c.rope()})
 

@@ -18,7 +18,7 @@ SKIP, SAME = shared.SKIP, shared.SAME
 
 
 def spec(c: Config) -> Tree:
-    sees = shared.window(c) if c.has("sliding_window") else {}
+    sees = shared.window_if_any(c)
     c.ignore("original_max_position_embeddings")
     block = {"mixer": shared.attention(c, sees=sees), "ffn": shared.gated(c), "norm": {"kind": shared.rmsnorm(c)}}
     return shared.decoder(c, {"block": block}, positions={"main": c.rope()})

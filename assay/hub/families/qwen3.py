@@ -12,7 +12,7 @@ NAMES, SKIP, SAME = shared.LLAMA, shared.SKIP, shared.SAME
 
 def spec(c: Config) -> Tree:
     norm = shared.rmsnorm(c)
-    mixer = shared.attention(c, qk_norm={"norm": norm}, bias="all" if c.flag("attention_bias", False) else "none")
+    mixer = shared.attention(c, qk_norm={"norm": norm}, bias=shared.biases(c))
     blocks, pattern = shared.windowed(
         c, lambda sees: {"mixer": {**mixer, "sees": sees}, "ffn": shared.gated(c), "norm": {"kind": norm}}
     )

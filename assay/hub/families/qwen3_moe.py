@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
-from assay.hub.rules import Experts
 from assay.spec.model import ModelSpec
 
 TYPES = ("qwen3_moe",)
-NAMES = shared.over(
-    {
-        "blocks.*.ffn.router.map.weight": "model.layers.*.mlp.gate.weight",
-        "blocks.*.ffn.gate": Experts("model.layers.*.mlp.experts.#.gate_proj.weight"),
-        "blocks.*.ffn.up": Experts("model.layers.*.mlp.experts.#.up_proj.weight"),
-        "blocks.*.ffn.down": Experts("model.layers.*.mlp.experts.#.down_proj.weight"),
-    }
-)
+NAMES = shared.over(shared.EXPERTS)
 SKIP, SAME = shared.SKIP, shared.SAME
 
 
@@ -30,7 +22,7 @@ def spec(c: Config) -> Tree:
         "act": c.activation("hidden_act"),
         "router": router,
     }
-    mixer = shared.attention(c, qk_norm={"norm": norm}, bias="all" if c.flag("attention_bias", False) else "none")
+    mixer = shared.attention(c, qk_norm={"norm": norm}, bias=shared.biases(c))
     if c.flag("use_sliding_window", False) and c.has("sliding_window"):
         mixer["sees"] = shared.window(c)
     c.ignore("sliding_window", "max_window_layers")

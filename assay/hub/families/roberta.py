@@ -32,7 +32,7 @@ OTHERWISE = (("roberta.", ""),)
 
 
 def names(spec: ModelSpec) -> Names:
-    head = CLASSIFY if spec.head is not None and spec.head.kind_name() == "classify" else MASKED
+    head = CLASSIFY if bert.classifies(spec) else MASKED
     own = {"positions.main.weight": Tail("roberta.embeddings.position_embeddings.weight", FIRST)}
     return {**{ours: f"roberta.{theirs}" for ours, theirs in bert.BODY.items()}, **own, **head}
 
