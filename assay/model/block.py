@@ -30,6 +30,8 @@ class Block(nn.Module):
                 self.add_module(name, branch.part.build(site.child(name)))
                 if branch.pre is not None:
                     self.add_module(f"{name}_norm", branch.pre.build(site.child(f"{name}_norm")))
+                if branch.conv is not None:
+                    self.add_module(f"{name}_conv", branch.conv.build(site.child(f"{name}_conv")))
                 if branch.post is not None:
                     self.add_module(f"{name}_post", branch.post.build(site.child(f"{name}_post")))
 
@@ -64,6 +66,7 @@ class Block(nn.Module):
         total: Tensor | None = None
         for name, branch in zip(self.names[number], stage.branches, strict=True):
             y = getattr(self, f"{name}_norm")(x, step) if branch.pre is not None else x
+            y = getattr(self, f"{name}_conv")(y, step, here[f"{name}_conv"]) if branch.conv is not None else y
             y = getattr(self, name)(y, step, here[name])
             y = getattr(self, f"{name}_post")(y, step) if branch.post is not None else y
             y = y if branch.scale == 1.0 else y * branch.scale

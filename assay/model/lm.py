@@ -161,11 +161,13 @@ def scaled(weight: Weight, gain: float) -> Weight:
 
 
 def state_table(spec: ModelSpec, prefix: str = "") -> dict[str, tuple[StateField, ...]]:
-    """The declared state of every mixer and ffn by its dotted name (the decoder's: an encoder remembers nothing)."""
+    """The declared state of every mixer, of a convolution before it, and of every ffn by its dotted name (the
+    decoder's: an encoder remembers nothing)."""
     table: dict[str, tuple[StateField, ...]] = {}
     for layer in range(spec.layers):
-        for site, _, branch in spec.branches(layer):
-            table[prefix + site.name] = branch.part.state(site)
+        for site, part in spec.layer_parts(layer):
+            if part.slot in ("mixers", "ffns"):
+                table[prefix + site.name] = part.state(site)
     return table
 
 

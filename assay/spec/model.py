@@ -39,11 +39,15 @@ class BlockNorm(Spec):
 
 
 class BranchSpec(Spec):
-    """`scale * post(part(pre(x)))`. Exactly one of `mixer` and `ffn`."""
+    """`scale * post(part(conv(pre(x))))`. Exactly one of `mixer` and `ffn`.
+
+    conv: a mixer without weights to spare that comes before the part: a short convolution (`kind: conv`).
+    """
 
     mixer: MixerSpec | None = None
     ffn: FfnSpec | None = None
     pre: NormSpec | None = None
+    conv: MixerSpec | None = None
     post: NormSpec | None = None
     scale: float = 1.0
     name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$")
@@ -75,10 +79,12 @@ class BlockSpec(Spec):
 
     parallel: `own` gives both branches their own pre-norm (GPT-NeoX), `shared` one norm for both (Cohere, PaLM).
     scale: multiplier on every branch (residual multiplier). like: `blocks.N` shares that layer's weights.
+    conv: a short convolution before the mixer (`kind: conv`).
     """
 
     mixer: MixerSpec | None = None
     ffn: FfnSpec | None = None
+    conv: MixerSpec | None = None
     norm: BlockNorm = Field(default={}, validate_default=True)
     residual: ResidualSpec = Field(default="add", validate_default=True)
     parallel: Literal["no", "own", "shared"] = "no"
@@ -104,6 +110,8 @@ class BlockSpec(Spec):
             )
         if self.parallel != "no" and (self.mixer is None or self.ffn is None):
             raise ValueError("`parallel` needs both `mixer` and `ffn`")
+        if self.conv is not None and self.mixer is None:
+            raise ValueError("`conv` stands before a `mixer`, which is missing")
         if self.parallel == "shared" and self.norm.place not in ("pre", "none"):
             raise ValueError(
                 f"`parallel: shared` shares one pre-norm; norm.place is {self.norm.place!r}, accepted: pre"
@@ -130,6 +138,7 @@ class BlockSpec(Spec):
                 {
                     key: part,
                     "pre": kind if place in ("pre", "sandwich") and not shared else None,
+                    "conv": self.conv if key == "mixer" else None,
                     "post": kind if place in ("output", "sandwich") else None,
                     "scale": self.scale,
                     "name": key,
@@ -286,6 +295,8 @@ class ModelSpec(Spec):
             for name, branch in zip(branch_names(stages, number), stage.branches, strict=True):
                 if branch.pre is not None:
                     yield site.child(f"{name}_norm"), branch.pre
+                if branch.conv is not None:
+                    yield site.child(f"{name}_conv"), branch.conv
                 yield site.child(name), branch.part
                 if branch.post is not None:
                     yield site.child(f"{name}_post"), branch.post

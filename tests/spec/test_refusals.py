@@ -64,8 +64,8 @@ FIELDS = [
     (END, "positions: [1, 2]\n", ["positions:", "dictionary", "[1, 2]"]),
     (END, "positions: {a.b: {kind: rope}}\n", ["positions.a.b", "pattern"]),
     # Parts.
-    ("kind: gqa", "kind: gqq", ["blocks.b.mixer.kind:", "'gqq'", "did you mean 'gqa'?", "accepted: cross, gqa"]),
-    ("kind: gqa, ", "", ["blocks.b.mixer.kind: missing", "accepted for mixers: cross, gqa"]),
+    ("kind: gqa", "kind: gqq", ["blocks.b.mixer.kind:", "'gqq'", "did you mean 'gqa'?", "accepted: ", "cross", "gqa"]),
+    ("kind: gqa, ", "", ["blocks.b.mixer.kind: missing", "accepted for mixers: ", "cross", "gqa"]),
     ("{kind: gqa, heads: 4, position: p}", "7", ["blocks.b.mixer:", "a mapping with a `kind`", "7"]),
     ("heads: 4", "heads: 4, kv_heads: 3", ["blocks.0.mixer:", "`heads` (4)", "`kv_heads` (3)"]),
     ("heads: 4", "heads: 5", ["blocks.0.mixer:", "d_model (32)", "`heads` (5)", "`head_dim`"]),

@@ -1,0 +1,84 @@
+"""The flat axis seen by recurrences: lanes of tokens in order of time, each with what it starts from.
+
+Legend: N tokens, L lanes of T places, B sequences, M saved tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from assay.ops.state import Rows
+from assay.ops.step import Step
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How a step's tokens stand in lanes. Made once a step by `lanes`.
+
+    Without a memory (training), lanes are the rows of the grid, and a lane may hold several documents after one
+    another: `segment` numbers them, and nothing may cross from one to the next. With a memory a lane is a sequence of
+    the step, continues what is stored, and may end before the last place: what `lay` puts there is 0.
+    """
+
+    count: int
+    length: int
+    source: Int[Tensor, "L*T"] | None = None  # the token at each place, N: none. None: the places are the tokens
+    place: Int[Tensor, "N"] | None = None  # the place of each token, L * T: nowhere (padding)
+    segment: Int[Tensor, "L T"] | None = None  # None: a lane is one sequence, which continues what is stored
+    filled: Int[Tensor, "L"] | None = None  # how many places of a lane hold tokens; None: all
+
+    def lay(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [L, T, ...]."""
+        if self.source is not None:
+            x = torch.cat([x, torch.zeros_like(x[:1])]).index_select(0, self.source)
+        return x.reshape(self.count, self.length, *x.shape[1:])
+
+    def flat(self, y: Tensor) -> Tensor:
+        """[L, T, ...] -> [N, ...]; 0 for padding."""
+        y = y.flatten(0, 1)
+        return y if self.place is None else torch.cat([y, torch.zeros_like(y[:1])]).index_select(0, self.place)
+
+    def start(self, rows: Rows) -> Tensor:
+        """[L, ...]: the state each lane starts from."""
+        return rows.read() if self.segment is None else rows.pool[:1].expand(self.count, *rows.pool.shape[1:])
+
+    def fresh(self) -> Bool[Tensor, "L T"] | None:
+        """The places where a document begins behind another one in its lane; None: nowhere."""
+        return None if self.segment is None else F.pad(self.segment.diff(dim=1) > 0, (1, 0))
+
+    def ends(self, states: Tensor, step: Step) -> Tensor:
+        """[L, ...] after each lane -> [M, ...] for `State.store`, whose saved tokens are each the last of a sequence."""
+        if step.saves is None:
+            return states
+        return states.index_select(0, step.seq.index_select(0, step.saves).clamp(min=0))
+
+    def tails(self, padded: Tensor, size: int) -> Tensor:
+        """[L, size + T, ...], what was before and this step's -> [L, size, ...]: the last of what is filled."""
+        if self.filled is None:
+            return padded[:, padded.shape[1] - size :]
+        at = self.filled[:, None] + torch.arange(size, device=padded.device)
+        return padded[torch.arange(self.count, device=padded.device)[:, None], at]
+
+
+def lanes(step: Step, keeps: bool) -> Lanes:
+    """The lanes of a step; `keeps` is the state's: whether anything outlives the step."""
+    if not keeps:
+        rows, length = step.grid or (1, step.tokens)
+        seq = step.seq.view(rows, length)
+        return Lanes(rows, length, segment=F.pad(seq.diff(dim=1) != 0, (1, 0)).cumsum(1))
+    count, length = step.past.shape[0], step.longest
+    if step.grid == (count, 1):
+        return Lanes(count, 1)
+    nowhere, device = count * length, step.seq.device
+    real = step.seq >= 0
+    lane = step.seq.clamp(min=0)
+    place = torch.where(real, lane * length + step.index - step.past.index_select(0, lane), nowhere)
+    source = torch.full((nowhere + 1,), step.tokens, dtype=torch.long, device=device)
+    source = source.scatter(0, place, torch.arange(step.tokens, device=device))[:-1]
+    filled = torch.zeros(count, dtype=torch.long, device=device).index_add(0, lane, real.long())
+    return Lanes(count, length, source, place, None, filled)
