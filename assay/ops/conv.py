@@ -17,7 +17,7 @@ def short_conv(
     past: Float[Tensor, "L K1 C"],
     lanes: Lanes,
 ) -> tuple[Float[Tensor, "L T C"], Float[Tensor, "L K1 C"]]:
-    """y_t = sum_j w_j x_(t - K + 1 + j), K - 1 inputs before the lane in `past`; and those at its end, for what follows.
+    """y_t = sum_j w_j x_(t - K + 1 + j), K - 1 earlier inputs in `past`; and those at the lane's end.
 
     The last tap is on the token itself, as in torch's Conv1d with padding on the left. Nothing crosses from one
     document of a lane to the next. Elementwise products: for a handful of taps they cost less than a convolution's

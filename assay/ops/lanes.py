@@ -27,7 +27,7 @@ class Lanes:
 
     count: int
     length: int
-    source: Int[Tensor, "L*T"] | None = None  # the token at each place, N: none. None: the places are the tokens
+    source: Int[Tensor, "P"] | None = None  # the token at each of the P = L * T places, N: none. None: token by token
     place: Int[Tensor, "N"] | None = None  # the place of each token, L * T: nowhere (padding)
     segment: Int[Tensor, "L T"] | None = None  # None: a lane is one sequence, which continues what is stored
     filled: Int[Tensor, "L"] | None = None  # how many places of a lane hold tokens; None: all
@@ -52,7 +52,7 @@ class Lanes:
         return None if self.segment is None else F.pad(self.segment.diff(dim=1) > 0, (1, 0))
 
     def ends(self, states: Tensor, step: Step) -> Tensor:
-        """[L, ...] after each lane -> [M, ...] for `State.store`, whose saved tokens are each the last of a sequence."""
+        """[L, ...] after each lane -> [M, ...] for `State.store`: the saved tokens are each the last of a sequence."""
         if step.saves is None:
             return states
         return states.index_select(0, step.seq.index_select(0, step.saves).clamp(min=0))
