@@ -55,6 +55,11 @@ class Lanes:
         """[L, ...] after each lane -> [M, ...] for `State.store`: the saved tokens are each the last of a sequence."""
         if step.saves is None:
             return states
+        if step.saves.shape[0] > self.count:
+            raise ValueError(
+                f"step.saves: {step.saves.shape[0]} tokens of {self.count} sequences; accepted: the last token of each, "
+                "since states in between are not kept"
+            )
         return states.index_select(0, step.seq.index_select(0, step.saves).clamp(min=0))
 
     def tails(self, padded: Tensor, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -76,3 +77,9 @@ def test_documents_of_a_row_do_not_touch(lengths: list[int], taps: int, padding:
         assert torch.allclose(y[seq == b], F.conv1d(own, weight[:, None], groups=C)[0].T, rtol=0, atol=1e-12)
     fresh = made.fresh()
     assert fresh is not None and int(fresh.sum()) == len(lengths) - 1 + (padding > 0)
+
+
+def test_states_between_are_not_silently_missing() -> None:
+    step = flat_step([0], [3], 0, [0]).with_(saves=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="step.saves: 2 tokens of 1 sequences; accepted: the last token of each"):
+        lanes(step, keeps=True).ends(torch.zeros(1, 2), step)
