@@ -57,8 +57,8 @@ class Lanes:
             return states
         if step.saves.shape[0] > self.count:
             raise ValueError(
-                f"step.saves: {step.saves.shape[0]} tokens of {self.count} sequences; accepted: the last token of each, "
-                "since states in between are not kept"
+                f"step.saves: {step.saves.shape[0]} tokens of {self.count} sequences; accepted: the last token of "
+                "each, since states in between are not kept"
             )
         return states.index_select(0, step.seq.index_select(0, step.saves).clamp(min=0))
 

@@ -81,5 +81,5 @@ def test_documents_of_a_row_do_not_touch(lengths: list[int], taps: int, padding:
 
 def test_states_between_are_not_silently_missing() -> None:
     step = flat_step([0], [3], 0, [0]).with_(saves=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="step.saves: 2 tokens of 1 sequences; accepted: the last token of each"):
+    with pytest.raises(ValueError, match="2 tokens of 1 sequences; accepted: the last token of each"):
         lanes(step, keeps=True).ends(torch.zeros(1, 2), step)
