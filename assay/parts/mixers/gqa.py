@@ -217,19 +217,24 @@ class GqaMixer(Mixer):
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         q, view = self.read(x, step, here)
+        heat = self.spec.scores.temperature
+        q = here.tap("q", q if heat is None else q * heat.factor(step.positions, q.dtype))
+        mix = here.tap("mix", self.gated(self.mixed(q, view, step, here), x, step))
+        return self.out(mix.flatten(1), step)
+
+    def rule(self, q: Tensor) -> ops.Scores:
+        """How q.k becomes a logit."""
         rule = self.spec.scores
-        if rule.temperature is not None:
-            q = q * rule.temperature.factor(step.positions, q.dtype)
-        scores = ops.Scores(
+        return ops.Scores(
             q.shape[-1] ** -0.5 if rule.scale is None else rule.scale,
             rule.softcap,
             self.sink if rule.sink else None,
             self.scheme[0].bias() if self.scheme else None,
             rule.dropout if self.training else 0.0,
         )
-        mix = ops.attend(here.tap("q", q), view, step, self.spec.sees, scores, step.table(self), here)
-        mix = here.tap("mix", self.gated(mix, x, step))
-        return self.out(mix.flatten(1), step)
+
+    def mixed(self, q: Float[Tensor, "N H K"], view: View, step: Step, here: Here) -> Float[Tensor, "N H K"]:
+        return ops.attend(q, view, step, self.spec.sees, self.rule(q), step.table(self), here)
 
     def read(self, x: Tensor, step: Step, here: Here) -> tuple[Tensor, View]:
         """Queries [N, H, K], and the keys and values that are visible."""
