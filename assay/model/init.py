@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,27 @@ def draw(init: Init, shape: tuple[int, ...], seed: int, name: str) -> Tensor:
     """A float32 tensor drawn from this init by a generator of its own."""
     if init.kind == "constant":
         return torch.full(shape, init.value)
+    if init.kind == "listed":
+        return linked(init, torch.tensor(init.values, dtype=torch.float32).expand(shape).clone())
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
     if init.kind == "normal":
         return torch.empty(shape).normal_(0.0, init.std, generator=generator)
-    return torch.empty(shape).uniform_(-init.std, init.std, generator=generator)
+    if init.kind == "uniform":
+        return torch.empty(shape).uniform_(-init.std, init.std, generator=generator)
+    logs = init.kind == "log_between"
+    low, high = (math.log(init.low), math.log(init.high)) if logs else (init.low, init.high)
+    x = torch.empty(shape).uniform_(low, high, generator=generator)
+    return linked(init, x.exp() if logs else x)
+
+
+def linked(init: Init, x: Tensor) -> Tensor:
+    """The parameter whose meaning is x. softplus(p) = x at p = x + log(1 - e^-x), which holds for small x too."""
+    if init.link == "log":
+        return x.log()
+    if init.link == "softplus":
+        return x + torch.log(-torch.expm1(-x))
+    return x.logit() if init.link == "sigmoid" else x
 
 
 @torch.no_grad()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["embed", "matrix", "vector", "expert", "head"]
 Per = Literal["token", "sequence", "memory"]
+Link = Literal["none", "log", "softplus", "sigmoid"]
 
 DTYPE_BYTES: Mapping[str, int] = {
     "float64": 8,
@@ -23,15 +24,32 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 @dataclass(frozen=True)
 class Init:
-    """How a weight is drawn: `normal` (mean 0, `std`), `uniform` in (-std, std), or the constant `value`."""
+    """How a weight is drawn: `normal` (mean 0, `std`), `uniform` in (-std, std), or the constant `value`.
 
-    kind: Literal["normal", "uniform", "constant"] = "normal"
+    `between` and `log_between` draw x in (low, high), evenly in x or in log x; `listed` takes x from `values`, along
+    the last dimension. Of these the parameter is `link(x)`: x itself, log x, or the p with softplus(p) = x or
+    sigmoid(p) = x, so that a rate or a decay is drawn where its meaning is and stored as what the layer computes from.
+    """
+
+    kind: Literal["normal", "uniform", "constant", "between", "log_between", "listed"] = "normal"
     std: float = 0.02
     value: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
+    values: tuple[float, ...] = ()
+    link: Link = "none"
 
     @staticmethod
     def constant(value: float) -> Init:
         return Init("constant", 0.0, value)
+
+    @staticmethod
+    def between(low: float, high: float, link: Link = "none", log: bool = False) -> Init:
+        return Init("log_between" if log else "between", 0.0, low=low, high=high, link=link)
+
+    @staticmethod
+    def listed(values: Iterable[float], link: Link = "none") -> Init:
+        return Init("listed", 0.0, values=tuple(values), link=link)
 
     @staticmethod
     def fan_in(fan: int, gain: float = 1.0) -> Init:
