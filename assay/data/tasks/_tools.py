@@ -1,0 +1,92 @@
+"""What several tasks need: rows from pieces, questions about the next symbol, different draws, and simple answers."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Int64
+from numpy.typing import NDArray
+
+from assay.data.packing import IGNORED
+from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
+
+T = TypeVar("T", bound=Task)
+
+
+def resized(task: T, **changes: Any) -> T:
+    """The task with other sizes, which are checked as if they had been given."""
+    return type(task).model_validate({**task.model_dump(), **changes})
+
+
+def at_least(name: str, value: int, least: int, what: str) -> None:
+    """Raise ValueError for a size that is too small for `what` (plural: "3 pairs")."""
+    if value < least:
+        raise ValueError(f"{name}: {value}; {what} need {least} or more")
+
+
+def next_symbol(tokens: Ids, asked: Bool[NDArray[np.bool_], "R T"]) -> Examples:
+    """Rows [R, T+1] to be continued: where `asked`, a token is the answer that is due before it is read."""
+    return Examples(tokens[:, :-1], np.where(asked[:, 1:], tokens[:, 1:], IGNORED))
+
+
+def laid_out(pieces: NDArray[np.int64], present: NDArray[np.bool_], length: int, rest: int) -> Ids:
+    """The present ones of `pieces` [R, ...] in order, `length` to a row; `rest` fills up, and what is beyond is cut."""
+    flat, mask = pieces.reshape(len(pieces), -1), present.reshape(len(pieces), -1)
+    place = np.cumsum(mask, 1) - 1
+    mask = mask & (place < length)
+    rows = np.full((len(flat), length), rest, np.int64)
+    rows[np.nonzero(mask)[0], place[mask]] = flat[mask]
+    return rows
+
+
+def earlier(inputs: Ids, symbols: int) -> Int64[NDArray[np.int64], "R T"]:
+    """The last place before each that holds the same symbol; -1 where none does."""
+    rows = np.arange(len(inputs))
+    seen = np.full((len(inputs), symbols), -1, np.int64)
+    found = np.empty_like(inputs)
+    for place, column in enumerate(inputs.T):
+        found[:, place] = seen[rows, column]
+        seen[rows, column] = place
+    return found
+
+
+def followed(inputs: Ids, symbols: int) -> Ids:
+    """What stood behind the last earlier occurrence of the symbol at each place, its first occurrence apart (there 0):
+    what an induction head answers (Olsson et al. 2022, arXiv 2209.11895)."""
+    before = earlier(inputs, symbols)
+    return np.where(before < 0, 0, np.take_along_axis(inputs, before + 1, 1))
+
+
+def different(dice: Dice, name: str, n: int, high: int) -> Int64[NDArray[np.int64], "R n"]:
+    """n different ones of 0 .. high-1 as `Dice.choose`, also where high is in the millions.
+
+    Those that stood before in their row are drawn again until none is left. The procedure treats all numbers alike, so
+    every sequence of n different ones is equally likely.
+    """
+    if high <= 4 * n:
+        return dice.choose(name, n, high)
+    drawn, attempt = dice.below(name, n, high), 0
+    while (again := _repeats(drawn)).any():
+        attempt += 1
+        drawn = np.where(again, dice.below(f"{name}, attempt {attempt}", n, high), drawn)
+    return drawn
+
+
+def _repeats(rows: Ids) -> Bool[NDArray[np.bool_], "R n"]:
+    """Where a number stands that stood before in its row."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    same = np.diff(np.take_along_axis(rows, order, 1), axis=1, prepend=-1) == 0
+    found = np.zeros_like(same)
+    np.put_along_axis(found, order, same, 1)
+    return found
+
+
+def always(symbol: int, at_most: float) -> Shortcut:
+    """The same answer everywhere."""
+    return Shortcut(lambda inputs: np.full_like(inputs, symbol), at_most)
+
+
+def told(column: Ids, inputs: Ids) -> Ids:
+    """One answer a row [R, 1] at all its places."""
+    return np.broadcast_to(column, inputs.shape)
