@@ -65,13 +65,13 @@ def compared(
     folder: Path, config: Path | None, reference: Path | None, imported: Imported, how: tuple[int, Any]
 ) -> Report:
     """With a file or with transformers. how: tokens a row, and where progress is shown."""
-    from assay.hub.config import read_config
+    from assay.data.settings import read_object
     from assay.hub.load import CONFIG
     from assay.measure.parity import compare
     from assay.measure.reference import numbers_of, read_reference, sample
 
     tokens, bar = how
-    numbers = numbers_of(read_config(config or folder / CONFIG))
+    numbers = numbers_of(read_object(config or folder / CONFIG))
     inside = None
     if reference is not None:
         found = read_reference(reference, imported.spec)

@@ -22,9 +22,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from assay.data.bpe import byte_symbols
 from assay.data.corpora import Corpus
+from assay.data.settings import GENERATION, Generation, read_settings
 from assay.spec.base import Spec
 
-GENERATION = "generation_config.json"
 END_OF_TEXT = "<|endoftext|>"
 BYTE_SEPARATOR = 0
 
@@ -61,12 +61,14 @@ class TokenizerSpec(Spec):
 class Tokenizer:
     """`hf` does the work; `config` is tokenizer_config.json (special tokens, chat template), kept as it was read.
 
-    also_end: ids that end a reply beside eos_token; generation_config.json lists them.
+    also_end: ids that end a reply beside eos_token; generation_config.json lists them. starts: ids that the reply of an
+    encoder-decoder begins with.
     """
 
     hf: hf.Tokenizer
     config: Mapping[str, Any] = field(default_factory=dict)
     also_end: frozenset[int] = frozenset()
+    starts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         # Text that happens to spell a special token is text: only a caller who means it gets the id, by `special`.
@@ -98,17 +100,31 @@ class Tokenizer:
         """Ids of a text that nothing precedes: after the special tokens that a text begins with, where there are."""
         return np.append(np.asarray(self.first, np.int64), self.encode(text))
 
-    @cached_property
+    def framed(self, text: str) -> NDArray[np.int64]:
+        """Ids of a text with all special tokens that stand around one: what an encoder reads (T5's ends in </s>)."""
+        return np.append(self.begun(text), np.asarray(self.last, np.int64))
+
+    @property
     def first(self) -> tuple[int, ...]:
         """The special tokens before every text: a BOS in most SentencePiece vocabularies.
 
         tokenizer.json alone says so (its post-processor), as for transformers 5, whatever `add_bos_token` of
         tokenizer_config.json says beside it.
         """
+        return tuple(i for i, _ in takewhile(lambda pair: pair[1], self._around))
+
+    @property
+    def last(self) -> tuple[int, ...]:
+        """The special tokens after every text."""
+        return tuple(i for i, _ in takewhile(lambda pair: pair[1], reversed(self._around)))[::-1]
+
+    @cached_property
+    def _around(self) -> list[tuple[int, int]]:
+        """The ids of a text, and whether each was put around it; empty where nothing ever is."""
         if self.hf.post_processor is None:
-            return ()
+            return []
         made = self.hf.encode("a")
-        return tuple(i for i, _ in takewhile(lambda pair: pair[1], zip(made.ids, made.special_tokens_mask)))
+        return list(zip(made.ids, made.special_tokens_mask, strict=True))
 
     def _encode_chars(self, text: str, alphabet: NDArray[np.int64]) -> NDArray[np.int64]:
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -218,10 +234,10 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, each at once, the first one last; before them
-        generation_config.json where several tokens end a reply."""
+        generation_config.json where it says more of a reply's beginning or end."""
         folder.mkdir(parents=True, exist_ok=True)
-        if self.also_end:
-            _replace(folder / GENERATION, json.dumps({"eos_token_id": sorted(self.ends)}) + "\n")
+        if reply := Generation(self.ends if self.also_end else frozenset(), self.starts).as_json():
+            _replace(folder / GENERATION, json.dumps(reply) + "\n")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
         _replace(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         _replace(folder / "tokenizer.json", self.hf.to_str(pretty=True))
@@ -232,34 +248,11 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder} has no tokenizer.json")
-        settings, ends = _settings(folder / "tokenizer_config.json"), end_tokens(folder)
+        config, reply = read_settings(folder / "tokenizer_config.json"), Generation.of(folder)
         try:
-            return cls(hf.Tokenizer.from_file(str(path)), settings, ends)
+            return cls(hf.Tokenizer.from_file(str(path)), config, reply.ends, reply.starts)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path}: {error}") from None
-
-
-def end_tokens(folder: Path) -> frozenset[int]:
-    """Ids that end a reply by a folder's generation_config.json, else by its config.json, as for transformers."""
-    for path in (folder / GENERATION, folder / "config.json"):
-        found = _settings(path).get("eos_token_id")
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-                raise ValueError(f"{path}: eos_token_id: {found!r:.80}; a token's id or a list of them is expected")
-            return frozenset(ids)
-    return frozenset()
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none."""
-    try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not {type(found).__name__}")
-    return found
 
 
 class Stream:

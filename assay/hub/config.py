@@ -7,12 +7,10 @@ transformers 5 writes `rope_parameters` and explicit `layer_types`; the files on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 Tree = dict[str, Any]
-MAX_BYTES = 16_000_000
 MISSING: Any = object()
 
 IRRELEVANT = frozenset(
@@ -247,29 +245,3 @@ SCALINGS: dict[str, dict[str, str]] = {
 def is_number(value: Any) -> bool:
     """Whether a value is a number that float32 holds."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. ValueError for one that is not, or is absurdly large."""
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes; at most {MAX_BYTES} are accepted")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not {type(found).__name__}")
-    infinity(found)
-    return found
-
-
-def infinity(tree: Any) -> None:
-    """Replace transformers' `{"__float__": "Infinity"}` by the number, in place."""
-    items: Sequence[tuple[Any, Any]] = list(
-        tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    )
-    for key, value in items:
-        if isinstance(value, dict) and value.keys() == {"__float__"}:
-            tree[key] = float(value["__float__"])
-        else:
-            infinity(value)

@@ -13,7 +13,7 @@ and, where they are needed,
     SKIP                     their names that no parameter needs -> why
     skip(spec) -> mapping    in place of SKIP, where it depends on the model
     SAME                     their names that repeat another tensor -> that tensor; they must be equal to it
-    OTHERWISE                (prefix, prefix) pairs: names that files also carry in another form
+    OTHERWISE                (text, text) pairs: how names that begin or end with the first also stand in files
     hugging_face(spec) -> tree   the configuration of a spec, where this family can express it (ValueError: why not)
 """
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from assay.hub.config import read_config
+from assay.data.settings import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt")
@@ -82,7 +82,7 @@ def open_folder(folder: Path) -> Iterator[SafeTensors]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that a folder's index names, else its one file."""
     if (folder / INDEX).is_file():
-        listed = read_config(folder / INDEX).get("weight_map")
+        listed = read_object(folder / INDEX).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
             raise ValueError(f"{folder / INDEX}: weight_map: a mapping from tensors to files is expected")
         return [inside(folder, name) for name in sorted(set(listed.values()))]

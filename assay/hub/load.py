@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from assay.hub.config import read_config
+from assay.data.settings import read_object
 from assay.hub.family import Copy, copies, read
 from assay.hub.files import Tensors, as_float, open_folder
 from assay.model.lm import LM
@@ -51,7 +51,7 @@ def open_checkpoint(folder: Path, config: Path | None = None) -> Iterator[Source
     path = config or folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    values = read_config(path)
+    values = read_object(path)
     with open_folder(folder) as tensors:
         found = read(values, str(path), tensors.names)
         yield Source(found.spec, found.family, found.unread, tensors)
@@ -142,13 +142,14 @@ def left_over(source: Source, names: frozenset[str]) -> dict[str, str]:
 
 
 def spelled(name: str, family: ModuleType, there: frozenset[str]) -> str | None:
-    """A tensor's name as these files have it: as the family says it, or with another prefix."""
+    """A tensor's name as these files have it: as the family says it, or with another beginning, end, or both."""
     if name in there:
         return name
+    found = [name]
     for said, other in getattr(family, "OTHERWISE", ()):
-        if name.startswith(said) and (found := other + name.removeprefix(said)) in there:
-            return found
-    return None
+        found += [other + one.removeprefix(said) for one in found if one.startswith(said)]
+        found += [one.removesuffix(said) + other for one in found if said and one.endswith(said)]
+    return next((one for one in found if one in there), None)
 
 
 def matches(pattern: str, name: str) -> bool:

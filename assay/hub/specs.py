@@ -19,12 +19,12 @@ def spec_of(source: str | Path, changes: Mapping[str, Any] | None = None) -> tup
     if source in shelf("models") or not is_hugging_face(Path(source)):
         return load_model(source, changes), ()
 
-    from assay.hub.config import read_config  # families import torch, which nothing above needs
-    from assay.hub.family import read
+    from assay.data.settings import read_object
+    from assay.hub.family import read  # families import torch, which nothing above needs
 
     path = Path(source)
     config = path / CONFIG if path.is_dir() else path
-    found = read(read_config(config), str(config), tensor_names(path) if path.is_dir() else None)
+    found = read(read_object(config), str(config), tensor_names(path) if path.is_dir() else None)
     return change(found.spec, changes, str(source)) if changes else found.spec, found.unread
 
 

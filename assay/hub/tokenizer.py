@@ -7,14 +7,16 @@ written down here. Source: src/llama-vocab.cpp of github.com/ggml-org/llama.cpp,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers as hf
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from assay.data.settings import read_settings
 from assay.data.tokenizers import Tokenizer
-from assay.hub.config import is_number, read_config
+from assay.hub.config import is_number
 
 SPACE = "\u2581"
 MAX_TEMPLATE = 1_000_000
@@ -61,18 +63,14 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     made = Tokenizer.load(folder)
-    config = {**_settings(folder / "special_tokens_map.json"), **_settings(folder / "tokenizer_config.json")}
-    older = _settings(folder / "chat_template.json").get("chat_template")
+    config = {**read_settings(folder / "special_tokens_map.json"), **read_settings(folder / "tokenizer_config.json")}
+    older = read_settings(folder / "chat_template.json").get("chat_template")
     template = folder / "chat_template.jinja"
     if template.is_file():
         config["chat_template"] = _template(template)
     elif older is not None and "chat_template" not in config:
         config["chat_template"] = older
-    return Tokenizer(made.hf, config, made.also_end)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    return read_config(path) if path.is_file() else {}
+    return replace(made, config=config)
 
 
 def _template(path: Path) -> str:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from assay.hub.config import read_config
+from assay.data.settings import read_object
 from assay.hub.family import families, read
 from assay.hub.files import SINGLE, open_folder
 from assay.hub.gguf import read_gguf
@@ -40,7 +40,7 @@ def safetensors(path: Path) -> None:
 
 def config(path: Path) -> None:
     """A configuration of every family that it can be taken for."""
-    values = read_config(path)
+    values = read_object(path)
     for kind in (values.get("model_type"), *families()):
         with contextlib.suppress(ValueError):
             read({**values, "model_type": kind})

@@ -114,16 +114,25 @@ def test_greedy_with_a_source(name: str, saved: Any) -> None:
 
 
 def test_files_of_other_shapes(saved: Any, tmp_path: Path) -> None:
-    """Without the prefix of the class, with copies of tied tensors, and T5's table under its other name."""
+    """Without the prefix of the class, with copies of tied tensors, T5's table under its other name, and the norms of
+    BERT under TensorFlow's names, as bert-base-uncased has them."""
+    older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     for name, change, dropped in (
         ("bert-base", {}, "pooler.dense.weight"),
+        ("bert", older, None),
+        ("bert-base", older, None),
+        ("roberta-classifier", older, None),
         ("t5", {"shared.weight": "encoder.embed_tokens.weight"}, None),
         ("bart", {"model.shared.weight": "model.encoder.embed_tokens.weight"}, None),
     ):
         folder, _ = saved(name)
-        there, here = load_file(folder / "model.safetensors"), tmp_path / name
+        there, here = load_file(folder / "model.safetensors"), tmp_path / f"{name}-{len(change)}"
         here.mkdir()
-        there = {change.get(k, k): v for k, v in there.items() if k != dropped}
+        for old, new in change.items():
+            renamed = {k.removesuffix(old) + new if k.endswith(old) else k: v for k, v in there.items()}
+            assert renamed.keys() != there.keys()
+            there = renamed
+        there.pop(dropped or "", None)
         if name == "bart":
             there["lm_head.weight"] = there["model.encoder.embed_tokens.weight"].clone()
         save_file(there, here / "model.safetensors")

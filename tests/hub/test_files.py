@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from assay.hub.config import MAX_BYTES
+from assay.data.settings import MAX_BYTES
 from assay.hub.files import INDEX, SINGLE, open_folder
 from assay.hub.load import import_folder
 from tests.hub import tiny

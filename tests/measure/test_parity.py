@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from assay.cli.main import main
-from assay.hub.config import read_config
+from assay.data.settings import read_object
 from assay.hub.live import Live, open_live
 from assay.hub.load import Imported, import_folder, put
 from assay.measure.isolate import alone, places, relative
@@ -74,7 +74,7 @@ def spoiled(got: Imported, changes: Mapping[str, Any], edit: Edit | None = None)
 def asked(case: Case, bad: Imported, live: bool) -> Divergence:
     """The first divergence, with transformers at hand or with the file's tensors alone."""
     x = case.reference["input_ids"]
-    numbers = numbers_of(read_config(case.folder / "config.json")) if live else {}
+    numbers = numbers_of(read_object(case.folder / "config.json")) if live else {}
     report = compare(
         bad, case.reference, numbers, (lambda layer, side: case.live.inside(layer, x, side)) if live else None
     )
@@ -225,7 +225,7 @@ def test_the_verb_with_a_file_that_differs(
     """A configuration with another eps and a key nobody reads: exit 1, the cause, and every line fits 80 columns."""
     c = case("llama")
     save_file({k: v.contiguous() for k, v in c.reference.items()}, tmp_path / "reference.safetensors")
-    wrong = {**read_config(c.folder / "config.json"), "rms_norm_eps": 1e-6, "odd": 1}
+    wrong = {**read_object(c.folder / "config.json"), "rms_norm_eps": 1e-6, "odd": 1}
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     told = ("--config", tmp_path / "config.json", "--reference", tmp_path / "reference.safetensors")
     status, out, _ = run(capsys, c.folder, *told, "--json")
@@ -283,7 +283,7 @@ def test_the_verb_refuses_bad_input(
 def test_code_beside_the_weights_is_not_run(tmp_path: Path, case: Callable[[str], Case]) -> None:
     c = case("llama")
     (tmp_path / "model.safetensors").symlink_to(c.folder / "model.safetensors")
-    values = {**read_config(c.folder / "config.json"), "auto_map": {"AutoModelForCausalLM": "own.Own"}}
+    values = {**read_object(c.folder / "config.json"), "auto_map": {"AutoModelForCausalLM": "own.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     live = open_live(tmp_path, c.got.family, c.got.spec)

@@ -33,7 +33,8 @@ SAME = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-OTHERWISE = (("bert.", ""),)
+OLDER = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))  # TensorFlow's names, of 2018
+OTHERWISE = (("bert.", ""), *OLDER)
 POOLER = "BERT's pooled output, which nothing but a classifier reads"
 
 

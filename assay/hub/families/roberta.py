@@ -28,7 +28,7 @@ SAME = {
     "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
     "lm_head.decoder.bias": "lm_head.bias",
 }
-OTHERWISE = (("roberta.", ""),)
+OTHERWISE = (("roberta.", ""), *bert.OLDER)
 
 
 def names(spec: ModelSpec) -> Names:
