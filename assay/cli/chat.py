@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _engine as options
-from assay.cli.common import console
+from assay.cli.common import console, fail
 
 if TYPE_CHECKING:
     from assay.engine.request import SamplingParams
@@ -38,6 +38,8 @@ def run(
     from assay.engine.session import Session
 
     sampling, model, tokenizer = reply.open(ckpt)
+    if model.spec.encoder is not None:
+        fail(f"{ckpt}: an encoder-decoder, which answers one text at a time: use assay generate")
     chat = Chat(Session(model, tokenizer, context), sampling, reply.max_new, system)
     if chat.template is None:
         note = "no chat template in tokenizer_config.json: the model continues your text"

@@ -1,6 +1,7 @@
 """Continue a text: the continuation alone on stdout, as it is made.
 
-A seed makes it reproducible. The reply ends at an end-of-text token, unless --ignore-eos is given.
+A seed makes it reproducible. The reply ends at an end-of-text token, unless --ignore-eos is given. An encoder-decoder
+(T5, BART) reads the prompt with its encoder, and the reply is what its decoder says of it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 @options.replies()
 def run(
     ckpt: options.Checkpoint,
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue; - reads it from stdin.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="The text to continue, or that an encoder reads; - is stdin.")
+    ],
     stop: options.Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     *,
@@ -36,14 +39,31 @@ def run(
     from assay.engine.runner import context_limit
 
     sampling, model, tokenizer = reply.open(ckpt)
-    ids = tuple(tokenizer.begun(sys.stdin.read() if prompt == "-" else prompt).tolist()) or start(tokenizer)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    ids, source = asked(text, tokenizer, model.spec.encoder is not None)
     new = options.room(len(ids), reply.max_new, context_limit(model.spec))
     ends = frozenset() if ignore_eos else tokenizer.ends
-    request = Request(prompt=ids, sampling=sampling, max_new=new, stop_tokens=ends, stop=tuple(stop or ()))
+    request = Request(
+        prompt=ids, source=source, sampling=sampling, max_new=new, stop_tokens=ends, stop=tuple(stop or ())
+    )
     report = write(model, tokenizer, request)
     if json:
         print()
         emit_json(report)
+
+
+def asked(text: str, tokenizer: Tokenizer, two: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the reply follows, and what an encoder reads. two: the model has an encoder; its decoder begins with the
+    tokens that the checkpoint names, or as transformers does with the first token of a text."""
+    if not two:
+        return tuple(tokenizer.begun(text).tolist()) or start(tokenizer), ()
+    first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    source = tuple(tokenizer.framed(text).tolist())
+    if not source:
+        fail("--prompt is empty, and an encoder reads at least one token")
+    if not (tokenizer.starts or first):
+        fail("generation_config.json: decoder_start_token_id: missing, and the tokenizer has no bos_token either")
+    return tokenizer.starts or first, source
 
 
 def start(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -76,7 +96,7 @@ def write(model: LM, tokenizer: Tokenizer, request: Request) -> dict[str, object
         "text": text,
         "tokens": ids,
         "finish": finish,
-        "prompt_tokens": len(request.prompt),
+        "prompt_tokens": len(request.source or request.prompt),
         "ttft_s": times[0] - began,
         "decode_tok_s": decode,
     }
