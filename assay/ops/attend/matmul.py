@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from assay.ops.attend.call import Call, compute_dtype
-from assay.ops.attend.plan import Block, Plan
+from assay.ops.attend.plan import Block, Plan, by_head
 from assay.ops.attend.rule import DistanceBias, Scores, softmax
 
 # Of one piece and block: the probabilities, and the tanh of the soft cap if there is one.
@@ -87,7 +87,7 @@ def square(call: Call) -> Tensor:
     raw = q.reshape(rows, groups, heads // groups * tokens, size) @ k.transpose(-1, -2)
     q_pos, k_pos = call.positions(slice(None), slice(None))
     z = call.scores.logits(raw.view(rows, heads, tokens, entries), q, q_pos, k_pos)
-    return z.masked_fill(~mask[:, None], float("-inf"))
+    return z.masked_fill(~by_head(mask, heads), float("-inf"))
 
 
 @dataclass(frozen=True)

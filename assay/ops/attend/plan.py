@@ -34,13 +34,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """`blocks` (empty: not looked for) and `added` serve `matmul`: `added` is 0 or -inf, one row if all rows agree.
+    """mask: one for all heads, or one for each group of heads [R, G, T, S]. `blocks` (empty: not looked for) and
+    `added` serve `matmul`: `added` is 0 or -inf, one row if all rows agree.
 
     `dead` marks the tokens that see nothing; None where it is known that there are none.
     """
 
     backend: str
-    mask: Bool[Tensor, "R T S"] | None = None
+    mask: Bool[Tensor, "R *G T S"] | None = None
     q_pos: Int[Tensor, "R T"] | None = None
     k_pos: Int[Tensor, "R S"] | None = None
     added: Float[Tensor, "_ T S"] | None = None
@@ -109,14 +110,20 @@ def materialised(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan:
     return Plan(backend, mask, q_pos, k_pos, added, _blocks(some, every), None if bool(alive.all()) else ~alive)
 
 
-def narrowed(plan: Plan, mask: Bool[Tensor, "R T S"]) -> Plan:
-    """The plan of one layer that sees only this part of what the plan's own mask shows: some of it wherever there is
-    something to see. ValueError for a backend that makes its mask from the places and not from the plan."""
+def narrowed(plan: Plan, mask: Bool[Tensor, "R *G T S"]) -> Plan:
+    """The plan of one layer that sees only this part of what the plan's own mask shows, all heads the same or each
+    group of heads its own: some of it wherever there is something to see. ValueError for a backend that makes its mask
+    from the places and not from the plan."""
     if plan.backend in ("oracle", "tiled"):
         raise ValueError(
             f"attention backend {plan.backend!r} does not read a chosen mask; accepted: auto, matmul, sdpa"
         )
     return replace(plan, mask=mask, added=None, blocks=())
+
+
+def by_head(mask: Bool[Tensor, "R *G T S"], heads: int) -> Bool[Tensor, "R _ T S"]:
+    """The mask with an axis of heads: of length 1 where all see the same."""
+    return mask[:, None] if mask.dim() == 3 else mask.repeat_interleave(heads // mask.shape[1], 1)
 
 
 def _blocks(some: Bool[Tensor, "T S"], every: Bool[Tensor, "T S"]) -> tuple[Block, ...]:
@@ -150,14 +157,23 @@ def executed_pairs(new: int, past: int, sees: Sees, backend: str = "matmul", pre
         raise ValueError("executed_pairs: `sdpa` does not say what it skips; accepted: oracle, tiled, matmul")
     if backend not in BACKENDS:
         raise ValueError(f"executed_pairs: backend is {backend!r}; accepted: oracle, tiled, matmul")
-    total, low, high = 0, *sees.spans(np.arange(past, past + new, dtype=np.int64), past + new, prefix)
+    place, total = np.arange(past, past + new, dtype=np.int64), 0
+    low, high = sees.spans(place, past + new, prefix)
+    lowest = sees.lowest(place, low)
     tiles = [(a, min(a + TILE, new)) for a in range(0, new, TILE)] if backend == "tiled" else query_blocks(new)
     for first, last in tiles:
         begin, end = int(low[first:last].min()), int(high[first:last].max()) + 1
-        keep = min(sees.first, end)
         if backend == "matmul":
-            total += (last - first) * (end - (0 if keep else begin))
+            total += (last - first) * (end - int(lowest[first:last].min()))
         else:
-            visited = set(range(begin // TILE, -(-end // TILE))) | set(range(-(-keep // TILE)))
+            visited = set(range(begin // TILE, -(-end // TILE))) | _outside(sees, place[first:last], begin, end)
             total += (last - first) * sum(min(TILE, past + new - i * TILE) for i in visited)
     return total
+
+
+def _outside(sees: Sees, places: np.ndarray, begin: int, end: int) -> set[int]:
+    """The tiles below `begin` in which somebody of these places sees a key."""
+    if not sees.scattered:
+        return set(range(-(-min(sees.first, end) // TILE)))
+    seen = np.flatnonzero(sees.visible(places[:, None], np.arange(begin)).any(0))
+    return set((seen // TILE).tolist())

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.ops.attend.call import Call
+from assay.ops.attend.plan import by_head
 
 
 def refuses(call: Call) -> str | None:
@@ -25,7 +26,8 @@ def run(call: Call) -> tuple[Tensor, None]:
     if not plan.causal:
         assert plan.mask is not None
         # A row without a key is undefined there, forward or backward: it sees everything here, and is zeroed after.
-        mask = (plan.mask if plan.dead is None else plan.mask | plan.dead[:, :, None])[:, None]
+        mask = by_head(plan.mask, q.shape[1])
+        mask = mask if plan.dead is None else mask | plan.dead[:, None, :, None]
     gqa, scale, drop = q.shape[1] != groups, call.scores.scale, call.scores.dropout
     out = F.scaled_dot_product_attention(q, k, v, mask, drop, mask is None, scale=scale, enable_gqa=gqa)
     out = out.transpose(1, 2)

@@ -134,7 +134,8 @@ class Tiles:
         low, high = sees.spans(q_index[:, queries], total, self.prefix[:, queries])
         (low, low_last), (high_first, high) = (ends(x, self.block_q) for x in (low, high))
         (seq, seq_last), (k_seq, k_seq_last, k, k_last) = ends(q_seq[:, queries], self.block_q), self.ends
-        some = (k <= high) & ((k_last >= low) | (k < sees.first)) & (k_seq <= seq_last) & (k_seq_last >= seq)
+        below = sees.scattered | (k < sees.first)
+        some = (k <= high) & ((k_last >= low) | below) & (k_seq <= seq_last) & (k_seq_last >= seq)
         one = (k_seq == k_seq_last) & (seq == seq_last) & (k_seq == seq) & (seq >= 0)
         every = one & (k >= low_last) & (k_last <= high_first)
         return np.asarray(some.any(0)), np.asarray(every.all(0))

@@ -36,13 +36,14 @@ class Temperature(Spec):
 class ScoreRule(Spec):
     """scale: null is head_dim^-0.5. softcap: cap * tanh(z / cap) (Gemma 2). sink: a learned logit a head (gpt-oss).
     dropout: the share of the probabilities that is left out in training, the others growing by 1 / (1 - dropout).
-    temperature: a factor that grows with the query's position."""
+    temperature: a factor that grows with the query's position. blocks: only keys in chosen blocks are scored."""
 
     scale: float | None = None
     softcap: float | None = Field(default=None, gt=0.0)
     sink: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     temperature: Temperature | None = None
+    blocks: ops.Blocks | None = None
 
 
 class QkNorm(Spec):
@@ -111,6 +112,8 @@ class Gqa(MixerSpec):
             raise ValueError(f"`gives` ({self.gives}) and `takes` ({self.takes}): what is taken is not given again")
         if self.heads % self.groups:
             raise ValueError(f"`heads` ({self.heads}) is not a multiple of `kv_heads` ({self.groups})")
+        if self.scores.blocks is not None and self.sees != Sees():
+            raise ValueError(f"`scores.blocks` chooses among all earlier keys; `sees` is {self.sees!r}; accepted: {{}}")
         qk = self.qk_norm.norm if self.qk_norm is not None else None
         norms = {"qk_norm.norm": qk, "values.norm": self.values.norm}
         for name, norm in norms.items():
@@ -168,8 +171,14 @@ class Gqa(MixerSpec):
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         """q k^T and p v: 2 products of 2 * heads * head_dim FLOPs for each pair. Executed: the blocks of queries with
-        the keys that somebody in them sees. Without a prefix: one of p tokens has p (p - 1) / 2 visible pairs more."""
-        per_pair = 4 * self.heads * self.size(site)
+        the keys that somebody in them sees. Without a prefix: one of p tokens has p (p - 1) / 2 visible pairs more.
+        With `scores.blocks`: the pairs that are left, and 2 * heads * head_dim for each block that is weighed (twice
+        for bounds). Executed: the whole square, and every block; what blocks are weighed by is made again each step."""
+        per_pair, blocks = 4 * self.heads * self.size(site), self.scores.blocks
+        if blocks is not None and blocks.narrows(new + seen):
+            pairs, executed = blocks.pairs(new, seen), new * (new + seen)
+            weighed, multiplied = blocks.scored(new, seen), blocks.executed(new, seen)
+            return Cost(per_pair * pairs + per_pair // 2 * weighed, per_pair * executed + per_pair // 2 * multiplied)
         executed = ops.executed_pairs(new, seen, self.sees)
         return Cost(per_pair * self.sees.pairs(new, seen), per_pair * executed)
 
@@ -189,6 +198,11 @@ class Gqa(MixerSpec):
         yield cls(heads=2, sees=Sees(causal=False))
         yield cls(heads=4, kv_heads=2, sees=Sees(prefix=True))
         yield cls(heads=4, kv_heads=2, scores=ScoreRule(temperature=Temperature(gain=0.7, every=3)))
+        yield cls(heads=4, kv_heads=2, scores=ScoreRule(blocks=ops.Blocks(size=3, keep=2)))
+        yield cls(heads=4, kv_heads=2, scores=ScoreRule(blocks=ops.Blocks(by="bounds", size=2, keep=3)))
+        yield cls(heads=2, sees=Sees(window=2, stride=3))
+        yield cls(heads=2, sees=Sees(chunk=4, last=2))
+        yield cls(heads=2, sees=Sees(causal=False, band=(2, 1), first=2))
         plain = RmsNorm(weight="none", eps=1e-2)
         yield cls(heads=2, bias="qkv", qk_norm=QkNorm(norm=plain), values=Values(tied=True, norm=RmsNorm()))
 
@@ -234,7 +248,12 @@ class GqaMixer(Mixer):
         )
 
     def mixed(self, q: Float[Tensor, "N H K"], view: View, step: Step, here: Here) -> Float[Tensor, "N H K"]:
-        return ops.attend(q, view, step, self.spec.sees, self.rule(q), step.table(self), here)
+        return ops.attend(q, view, step, self.spec.sees, self.rule(q), self.plan(q, view, step), here)
+
+    def plan(self, q: Float[Tensor, "N H K"], view: View, step: Step) -> ops.Plan | None:
+        """The step's plan, narrowed to the blocks that these queries choose."""
+        made, rule = step.table(self), self.spec.scores.blocks
+        return made if rule is None else ops.looked_into(rule, made, q, view, step, self.spec.sees)
 
     def read(self, x: Tensor, step: Step, here: Here) -> tuple[Tensor, View]:
         """Queries [N, H, K], and the keys and values that are visible."""
@@ -294,9 +313,25 @@ def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
 
     def sees(i: int, j: int) -> bool:
         s = spec.sees
-        near = s.window is None or i - j < s.window or j < s.first
+        near = s.window is None or i - j < s.window or j < s.first or (s.stride is not None and (i - j) % s.stride == 0)
         early = j <= i or not s.causal or (s.prefix and i < prefix and j < prefix)
-        return early and near and (s.chunk is None or i // s.chunk == j // s.chunk)
+        same = s.chunk is None or i // s.chunk == j // s.chunk or j % s.chunk >= s.chunk - s.last
+        beside = s.band is None or -s.band[1] <= i - j <= s.band[0] or min(i, j) < s.first
+        return early and near and same and beside
+
+    def blocks(i: int, h: int) -> set[int]:
+        """The places in the blocks that query head h of token i looks into."""
+        rule, g = spec.scores.blocks, h // (spec.heads // spec.groups)
+        if rule is None:
+            return set(range(x.shape[0]))
+        qi, worth = norm("q_norm", q[i])[h * d : (h + 1) * d].detach(), []
+        for c in range(i // rule.size):
+            inside = [norm("k_norm", k[j])[g * d : (g + 1) * d] for j in range(c * rule.size, (c + 1) * rule.size)]
+            keys = torch.stack(inside).detach()
+            bound = torch.maximum(qi * keys.min(0)[0], qi * keys.max(0)[0]).sum()
+            worth.append(float(qi @ keys.mean(0) if rule.by == "mean" else bound))
+        order = sorted(range(len(worth)), key=lambda c: -worth[c])[: rule.keep - 1]
+        return {j for c in (*order, i // rule.size) for j in range(c * rule.size, (c + 1) * rule.size)}
 
     q, k = linear("q"), linear("k")
     v = torch.stack([norm("v_norm", row) for row in (k if spec.values.tied else linear("v"))])
@@ -306,7 +341,8 @@ def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
         heads = []
         for h in range(spec.heads):
             g = h // (spec.heads // spec.groups)
-            seen = [j for j in range(x.shape[0]) if sees(i, j)]
+            near = blocks(i, h)
+            seen = [j for j in range(x.shape[0]) if sees(i, j) and j in near]
             qi = norm("q_norm", q[i])[h * d : (h + 1) * d]
             if (heat := spec.scores.temperature) is not None:
                 qi = qi * (1 + heat.gain * math.log(1 + (int(positions[i]) + 1) // heat.every))

@@ -1,0 +1,161 @@
+"""Blocks of keys that stand for what is in them: which of them a query looks into.
+
+Legend: R x T rows and columns of the queries, S entries of the view, C complete blocks of a row, H query heads, G key
+heads, P = H / G, K head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from assay.ops.attend.plan import Plan, aligned, materialised, narrowed
+from assay.ops.sees import Sees
+from assay.ops.step import Layout, Step, View
+from assay.spec.base import Spec
+
+
+class Blocks(Spec):
+    """A query attends to `keep` blocks of `size` tokens: its own, as far as it goes, and the best of those before it.
+
+    by: what a block is worth to a query. `mean` is q times the mean of its keys (mixture of block attention; Lu et al.
+    2025, arXiv 2502.13189, equations 5 and 6). `bounds` is the sum over dimensions of the larger of q min and q max,
+    which no q k in the block exceeds (Quest; Tang et al. 2024, arXiv 2406.10774, section 3.3): there `size` is the
+    page and `keep` the budget in pages. Each query head chooses for itself, by keys that are turned; of equal blocks
+    the earlier. A choice has no gradient.
+    """
+
+    by: Literal["mean", "bounds"] = "mean"
+    size: int = Field(default=512, ge=1)
+    keep: int = Field(default=3, ge=1)
+
+    def narrows(self, entries: int) -> bool:
+        """Whether a token that could see this many keys sees fewer."""
+        return entries > self.size * self.keep
+
+    def pairs(self, new: int, seen: int) -> int:
+        """(query, key) pairs when `new` tokens arrive after `seen` others; exact, since earlier blocks are full."""
+        return sum(min(self.keep - 1, i // self.size) * self.size + i % self.size + 1 for i in range(seen, seen + new))
+
+    def scored(self, new: int, seen: int) -> int:
+        """(query, block) pairs that are weighed: the earlier blocks of each query, none where all would be chosen."""
+        each = 1 if self.by == "mean" else 2
+        return each * sum(i // self.size for i in range(seen, seen + new)) if self.narrows(new + seen) else 0
+
+    def executed(self, new: int, seen: int) -> int:
+        """What is multiplied for it: every query with every block of the view."""
+        return (1 if self.by == "mean" else 2) * new * ((new + seen) // self.size) if self.narrows(new + seen) else 0
+
+    def worth(self, q: Float[Tensor, "R T H K"], keys: Float[Tensor, "R C B G K"]) -> Float[Tensor, "R H T C"]:
+        """What each block is worth to each query, in float32 or better: near ties decide what is seen."""
+        high = torch.promote_types(q.dtype, torch.float32)
+        q, keys = q.to(high), keys.to(high)
+        if self.by == "mean":
+            return products(q, keys.mean(2))
+        return products(q.clamp(min=0), keys.amax(2)) + products(q.clamp(max=0), keys.amin(2))
+
+
+def products(q: Float[Tensor, "R T H K"], k: Float[Tensor, "R C G K"]) -> Float[Tensor, "R H T C"]:
+    """q k of each query head with the keys of its group."""
+    (rows, tokens, heads, size), (_, count, groups, _) = q.shape, k.shape
+    q = q.transpose(1, 2).reshape(rows, groups, heads // groups * tokens, size)
+    return (q @ k.permute(0, 2, 3, 1)).view(rows, heads, tokens, count)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where the complete blocks of a view stand: `size` entries from every `stride`-th place of a sequence on.
+
+    first, last: the entries of the row that begin and end a block; a row has at most S / stride, and what is left over
+    is not `real`. seq: whose they are; end: the place of the last token in its sequence.
+    """
+
+    size: int
+    first: Int[Tensor, "R C"]
+    real: Bool[Tensor, "R C"]
+    seq: Int[Tensor, "R C"]
+    end: Int[Tensor, "R C"]
+
+    @property
+    def last(self) -> Int[Tensor, "R C"]:
+        return self.first + self.size - 1
+
+    def of(self, entries: Float[Tensor, "R S *E"]) -> Float[Tensor, "R C B *E"]:
+        """The entries of each block; some other entries for one that is not real."""
+        rows, count = self.first.shape
+        inside = self.first[..., None] + torch.arange(self.size, device=self.first.device)
+        row = torch.arange(rows, device=inside.device)[:, None]
+        return entries[row, inside.view(rows, -1)].view(rows, count, self.size, *entries.shape[2:])
+
+    def before(self, seq: Int[Tensor, "R T"], place: Int[Tensor, "R T"]) -> Bool[Tensor, "R T C"]:
+        """Which blocks end before the place of each query in its own sequence."""
+        return (self.seq[:, None] == seq[..., None]) & self.real[:, None] & (self.end[:, None] < place[..., None])
+
+    def spread(self, chosen: Bool[Tensor, "R H T C"], entries: int) -> Bool[Tensor, "R H T S"]:
+        """The entries of the chosen blocks, of blocks that do not overlap."""
+        rows, count = self.first.shape
+        inside = self.first[..., None] + torch.arange(self.size, device=self.first.device)
+        inside = torch.where(self.real[..., None], inside, entries).view(rows, -1)
+        number = torch.arange(count, device=inside.device).repeat_interleave(self.size).expand(rows, -1)
+        nobody = torch.full((rows, entries + 1), count, dtype=torch.long, device=inside.device)
+        block = nobody.scatter(1, inside, number)[:, None, None, :entries]
+        chosen = torch.cat([chosen, torch.zeros_like(chosen[..., :1])], -1)
+        return chosen.gather(-1, block.expand(*chosen.shape[:3], -1))
+
+
+def runs(layout: Layout, rows: int, size: int, stride: int) -> Runs:
+    """The complete blocks of a view, which is read in `rows` rows; a sequence stands there in order, in one piece."""
+    seq, index = layout.seq.reshape(rows, -1), layout.index.reshape(rows, -1)
+    entries, device = seq.shape[1], seq.device
+    count, width = entries // stride if entries >= size else 0, max(entries - size + 1, 0)
+    tail, far = seq[:, size - 1 :], index[:, size - 1 :]
+    head, near = seq[:, :width], index[:, :width]
+    whole = (head == tail) & (head >= 0) & (far - near == size - 1) & (near % stride == 0)
+    # A scatter in order: block number i of a row stands at i, and what is no block beyond all of them.
+    number = torch.where(whole, whole.cumsum(1) - 1, count)
+    first = torch.zeros(rows, count + 1, dtype=torch.long, device=device)
+    first = first.scatter(1, number, torch.arange(width, device=device).expand(rows, -1))[:, :count]
+    real = torch.arange(count, device=device) < whole.sum(1, keepdim=True)
+    first = torch.where(real, first, 0)
+    return Runs(size, first, real, seq.gather(1, first), index.gather(1, first) + size - 1)
+
+
+def best(worth: Float[Tensor, "R G T C"], can: Bool[Tensor, "R T C"], keep: int) -> Bool[Tensor, "R G T C"]:
+    """The `keep` blocks of largest worth among those that can be chosen; of equal ones the earlier."""
+    worth = worth.masked_fill(~can[:, None], float("-inf"))
+    # A stable sort and not `topk`, whose choice among equals depends on the shape.
+    first = worth.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    return torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, first, True) & can[:, None]
+
+
+@torch.no_grad()
+def chosen(
+    rule: Blocks, q: Float[Tensor, "N H K"], k: Float[Tensor, "Q V G K"], step: Step, layout: Layout
+) -> Bool[Tensor, "R H T S"]:
+    """Which entries of the view are in a block that a query head chooses, or in the query's own."""
+    q_seq, q_index, _, k_seq, k_index, _ = aligned(step, layout)
+    rows, entries = k_seq.shape
+    found = runs(layout, rows, rule.size, rule.size)
+    own = (q_seq[..., None] == k_seq[:, None]) & (
+        q_index[..., None] // rule.size == k_index[:, None].div(rule.size, rounding_mode="floor")
+    )
+    before = found.before(q_seq, q_index // rule.size * rule.size)
+    worth = rule.worth(q.view(rows, -1, *q.shape[1:]), found.of(k.reshape(rows, entries, *k.shape[2:])))
+    return found.spread(best(worth, before, rule.keep - 1), entries) | own[:, None]
+
+
+def looked_into(
+    rule: Blocks, made: Plan | None, q: Float[Tensor, "N H K"], view: View, step: Step, sees: Sees
+) -> Plan | None:
+    """The step's plan for a layer whose queries choose blocks; as it is where every block would be chosen."""
+    if not rule.narrows(view.layout.seq.shape[1]):
+        return made
+    if made is None or made.mask is None:
+        made = materialised(step, view.layout, sees, "auto" if made is None else made.backend)
+    assert made.mask is not None
+    return narrowed(made, chosen(rule, q, view.dense("k"), step, view.layout) & made.mask[:, None])
