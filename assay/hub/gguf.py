@@ -29,10 +29,17 @@ ALIGNMENT, MAX_ALIGNMENT, MAX_AXES = 32, 1 << 16, 4
 MAX_NAME, MAX_TEXT, MAX_ITEMS, MAX_NESTING = 1 << 10, 1 << 26, 1 << 22, 4
 """Bytes of a name, bytes of all strings together, values and tensors together, arrays inside arrays."""
 
-PLAIN = ("F32", "F16", "BF16")
-BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4")
-CODED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
-TYPES = frozenset(PLAIN + BLOCKS + CODED)
+
+def _becomes_numbers(kind: GGMLQuantizationType) -> bool:
+    """Whether the package dequantises a type: it is asked for one block, since its versions know more and more."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+TYPES = frozenset(kind.name for kind in GGML_QUANT_SIZES if _becomes_numbers(kind))
 """What becomes float32 here: the types that the `gguf` package dequantises."""
 
 

@@ -89,7 +89,43 @@ def test_quantised_weights_give_what_transformers_makes_of_the_file(tmp_path: Pa
         torch.testing.assert_close(logits, theirs(x).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", sorted(TYPES))
+NUMBERS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "NVFP4"]
+NUMBERS += ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0"]
+NUMBERS += ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"]
+OTHERS = ["Q8_1", "Q8_K", "Q1_0", "I8", "I16", "I32", "I64", "F64"]
+
+
+def test_all_types_of_the_package_are_named_here() -> None:
+    assert {kind.name for kind in Type} == {*NUMBERS, *OTHERS} and set(NUMBERS) == TYPES
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_type_that_the_package_does_not_turn_into_numbers_is_refused(kind: str, tmp_path: Path) -> None:
+    block, _ = gguf.GGML_QUANT_SIZES[Type[kind]]
+    path = tmp_path / "a.gguf"
+    path.write_bytes(file(1, 0, tensor(shape=(block,), kind=Type[kind].value), data=512))
+    with pytest.raises(ValueError, match=rf"w: type {Type[kind].value} \({kind}\); accepted: BF16, F16, F32, IQ1_M"):
+        read_gguf(path)
+
+
+def test_nvidias_four_bits_are_these_numbers(tmp_path: Path) -> None:
+    """By the format's words: 64 numbers of 4 bits (E2M1), and for each 16 a scale of 8 bits (E4M3 without a sign)."""
+    scales, codes = np.array([0x38, 0x40, 0x30, 0x01], np.uint8), np.arange(32, dtype=np.uint8) * 7 + 3
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("w", np.concatenate([scales, codes])[None], raw_dtype=Type.NVFP4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    wanted = []
+    for part, scale in enumerate((1.0, 2.0, 0.5, 2.0**-9)):
+        nibbles = [code & 15 for code in codes[8 * part :][:8]] + [code >> 4 for code in codes[8 * part :][:8]]
+        wanted += [scale * magnitudes[n & 7] * (-1 if n & 8 else 1) for n in nibbles]
+    assert read_gguf(tmp_path / "a.gguf").read("w").flatten().tolist() == wanted
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
 def test_every_type_becomes_the_numbers_that_the_package_gives(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
