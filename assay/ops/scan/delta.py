@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class Updates:
 
     def each(self, f: Callable[[Tensor], Tensor]) -> Updates:
         """The same with every tensor mapped."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: f(x) for name, x in found.items() if isinstance(x, Tensor)})
 
 
