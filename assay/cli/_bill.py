@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,29 @@ def show(accounts: Mapping[str, Account]) -> None:
         if found.unread:
             console.print(f"{label}configuration keys that nothing reads: {escape(', '.join(found.unread))}")
     if len(accounts) > 1:
+        for line in crossings(accounts):
+            console.print(escape(line))
         differences({name: a.sheet.spec for name, a in accounts.items()})
+
+
+def crossings(accounts: Mapping[str, Account]) -> Iterator[str]:
+    """Of each two configs, which one's state is the smaller, and from which context on."""
+    for x in crossovers(accounts):
+        start = "at every context" if x["context"] == 1 else f"from {x['context']:,} tokens on"
+        yield f"the state of {x['below']} is below that of {x['above']} {start}"
+
+
+def crossovers(accounts: Mapping[str, Account]) -> list[dict[str, Any]]:
+    """`below`, `above` and the `context` from which on the state of the one stays below that of the other; no entry for
+    two that are never apart for good."""
+    from assay.cost.bill import Question, crossover
+
+    found = []
+    for (a, one), (b, other) in permutations(accounts.items(), 2):
+        context = crossover(one.sheet, other.sheet, Question(**one.bill.question))
+        if context is not None:
+            found.append({"below": a, "above": b, "context": context})
+    return found
 
 
 def grid(head: Sequence[str], lines: Any) -> Table:

@@ -1,8 +1,9 @@
 """What a model costs: parameters, state bytes, FLOPs and training memory, exact, before a tensor exists.
 
 CONFIG is a shipped model, a spec YAML, a checkpoint folder, or a Hugging Face config.json or folder, of which no weight
-is read. Several configs stand side by side, with what differs. --hardware adds the least time that a machine's rates
-allow, and whether the model fits in it; `here` measures this machine.
+is read. Several configs stand side by side, with what differs, and the context from which on one has the smaller state.
+--hardware adds the least time that a machine's rates allow, and whether the model fits in it; `here` measures this
+machine.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def run(
     part: Part = None,
     json: Json = False,
 ) -> None:
-    from assay.cli._bill import draw, show
+    from assay.cli._bill import crossovers, draw, show
     from assay.cli.common import parse_overrides
     from assay.cost.bill import Question
     from assay.hub.specs import spec_of
@@ -85,7 +86,8 @@ def run(
         draw({name: a.sheet for name, a in accounts.items()}, plot, ask, machines)
     if json:
         records = {name: a.as_json() for name, a in accounts.items()}
-        emit_json(next(iter(records.values())) if len(records) == 1 else {"configs": records})
+        both = {"configs": records, "crossovers": crossovers(accounts)}
+        emit_json(next(iter(records.values())) if len(records) == 1 else both)
         return
     show(accounts)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from assay.model.lm import embed_site, head_site
@@ -15,6 +17,7 @@ KvDtype = Literal["bf16", "f32", "int8", "int4"]
 DTYPES = {"bf16": "bfloat16", "f32": "float32", "f16": "float16"}
 # Quantised entries carry a scale and a zero of 2 bytes each for every vector of the last dimension.
 BITS, OVERHEAD = {"int8": 8, "int4": 4}, 4
+MOST = 1 << 30  # tokens: no longer context is tried
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,25 @@ class Sheet:
             one.executed,
             stored(read, ask),
         )
+
+
+def crossover(one: Sheet, other: Sheet, ask: Question) -> int | None:
+    """The least context from which on the state of `one` stays below that of `other`, up to the positions that both
+    have; null: it does not stay below. Between two windows' ends both grow by a constant a token."""
+    limit = min(n for n in (one.limit, other.limit, MOST) if n is not None)
+    windows = {f.keep for sheet in (one, other) for p in sheet.parts for f in p.state if f.keep is not None}
+    ends = sorted({1, limit, *(keep for keep in windows if keep < limit)})
+
+    def below(context: int) -> bool:
+        at = replace(ask, context=context)
+        return one.state_bytes(at) < other.state_bytes(at)
+
+    if not below(limit):
+        return None
+    for low, high in reversed(list(pairwise(ends))):
+        if not below(low):
+            return low + bisect_left(range(low, high), True, key=below)
+    return 1
 
 
 def _flops(layers: tuple[LayerBill, ...], ask: Question, encoder: dict[str, int] | None) -> dict[str, int]:
