@@ -1,14 +1,36 @@
-"""A corpus and a tokenizer, ready to train on."""
+"""What a run trains on: a corpus and a tokenizer, or the rows of a task."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from assay.data.corpora import Corpus, CorpusSpec, open_corpus
+from assay.data.loader import Batch, Loader, Source, Stream, windows
 from assay.data.shards import Shard, default_cache, encode_documents, locked
 from assay.data.tokenizers import Tokenizer, TokenizerSpec, build_tokenizer
+
+
+class Data(Protocol):
+    """What the training loop asks of its data. `digest` names the contents; `validates`: some are held out."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def validates(self) -> bool: ...
+
+    def stream(self, rows: int, length: int, seed: int, mix: Sequence[tuple[Source, float]] = ()) -> Stream:
+        """Batches to train on, of `rows` rows of `length` tokens."""
+
+    def held_out(self, length: int, count: int) -> Batch:
+        """At most `count` rows of `length` tokens that are never trained on: the same ones every time."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +41,19 @@ class Dataset:
     valid: Shard | None
     tokenizer: Tokenizer
     digest: str
+
+    @property
+    def validates(self) -> bool:
+        return self.valid is not None
+
+    def stream(self, rows: int, length: int, seed: int, mix: Sequence[tuple[Source, float]] = ()) -> Loader:
+        """Rows of the training documents; mix: `assay.data.loader.Loader`."""
+        return Loader(self.train, rows, length, seed, mix)
+
+    def held_out(self, length: int, count: int) -> Batch:
+        """Windows from all over the validation documents, packed as in training."""
+        assert self.valid is not None
+        return windows(self.valid, length, count)
 
 
 def open_dataset(corpus: CorpusSpec, tokenizer: TokenizerSpec, cache: Path | None = None) -> Dataset:

@@ -76,6 +76,18 @@ class Source(Protocol):
         """A document of exactly `length` tokens, which depends on the key alone, and which of them to predict."""
 
 
+class Stream(Protocol):
+    """An endless iterator of batches that goes on, bit for bit, where its state was taken."""
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: what `restore` needs to go on from here."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. ValueError if that was another stream."""
+
+
 class Loader:
     """An endless iterator of batches: `rows` rows of `length` tokens, in an order fixed by the seed.
 

@@ -25,7 +25,7 @@ SQUARE = 1 << 24
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and how it came about. dataset: None where only speed and memory are asked. outcome: its training."""
+    """A model, and how it came about. dataset: None where it was no text. outcome: its training."""
 
     model: LM
     spec: ModelSpec
@@ -36,7 +36,8 @@ class Subject:
 
     @classmethod
     def of(cls, trained: TrainResult) -> Self:
-        return cls(trained.model, trained.model.spec, trained.recipe, trained.tokenizer, trained.dataset, trained)
+        dataset = trained.dataset if isinstance(trained.dataset, Dataset) else None
+        return cls(trained.model, trained.model.spec, trained.recipe, trained.tokenizer, dataset, trained)
 
     def variant(self, spec: ModelSpec) -> Self:
         """The same weights under another spec. ValueError where that spec has other weights."""

@@ -191,12 +191,12 @@ def to_yaml(tree: Any) -> str:
 
 
 def canonical(value: Any) -> Any:
-    """Non-default fields only (a part's kind always): what the digest is taken over."""
+    """Non-default fields only (the kind of a part or a task always): what the digest is taken over."""
     if isinstance(value, BaseModel):
         out = {}
         for name, info in type(value).model_fields.items():
             item = getattr(value, name)
-            if name == "kind" and isinstance(value, PartSpec):
+            if name == "kind" and hasattr(value, "kind_name"):
                 out[name] = item
             elif item != info.get_default(call_default_factory=True) and not _is_default_spec(item, info.default):
                 out[name] = canonical(item)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from assay.cost.memory import need_of
-from assay.data.dataset import Dataset
-from assay.data.loader import Batch, Loader
+from assay.data.dataset import Data
+from assay.data.loader import Batch
 from assay.model.lm import build, weight_table
 from assay.parts.base import Part
 from assay.parts.heads.lm import LossOptions
@@ -40,7 +40,7 @@ class Learner:
     """A model, its optimiser and its data: everything that an optimiser step changes."""
 
     def __init__(
-        self, spec: ModelSpec, recipe: Recipe, data: Dataset, device: torch.device, compiled: bool = False
+        self, spec: ModelSpec, recipe: Recipe, data: Data, device: torch.device, compiled: bool = False
     ) -> None:
         table = weight_table(spec)
         need = need_of(table, recipe.precision)
@@ -50,7 +50,7 @@ class Learner:
         self.model = build(spec, recipe.seed, device).train()
         self.optimizer = adamw(recipe.optimizer, groups(self.model, table))
         mix = [(recipe.mix.passkey, recipe.mix.share)] if recipe.mix.share else []
-        self.loader = Loader(data.train, recipe.batch.rows, recipe.batch.length, recipe.seed, mix)
+        self.loader = data.stream(recipe.batch.rows, recipe.batch.length, recipe.seed, mix)
         self.runner = Runner(self.model, recipe.precision, compiled)
         self.options = LossOptions(recipe.loss.smoothing, recipe.loss.z)
         self._weights = list(self.model.parameters())

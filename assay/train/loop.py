@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from assay.data.dataset import Dataset, open_dataset
-from assay.data.loader import windows
+from assay.data.dataset import Data, open_dataset
+from assay.data.task_rows import TaskRows
+from assay.data.tasks.base import Task
 from assay.model.lm import LM
 from assay.spec.model import ModelSpec
 from assay.train.checkpoint import Saved, load_spec, read_run, read_weights, save_run
@@ -90,7 +91,7 @@ def train(
         return run.finish(on_progress, stack.enter_context(Interrupt(active=out is not None)))
 
 
-def train_further(model: LM, recipe: Recipe, data: Dataset) -> TrainResult:
+def train_further(model: LM, recipe: Recipe, data: Data) -> TrainResult:
     """Train a copy of a model from the weights that it has, with a new optimiser. The model stays as it is, and nothing
     is written. data: the recipe's. Raises as `train` does."""
     device = next(model.parameters()).device
@@ -109,8 +110,10 @@ def _cuda(device: torch.device | str) -> list[torch.device]:
     return [place] if place.type == "cuda" else []
 
 
-def dataset(recipe: Recipe, cache: Path | None = None) -> Dataset:
-    """The recipe's data. Corpora that cannot change while a process lives are opened once."""
+def dataset(recipe: Recipe, cache: Path | None = None) -> Data:
+    """The recipe's data: a task's rows, or a corpus; one that cannot change while a process lives is opened once."""
+    if isinstance(recipe.data, Task):
+        return TaskRows(recipe.data)
     fixed = recipe.data.kind in ("stdlib", "generated")
     return (_opened if fixed else open_dataset)(recipe.data, recipe.tokenizer, cache)
 
@@ -118,7 +121,7 @@ def dataset(recipe: Recipe, cache: Path | None = None) -> Dataset:
 _opened = lru_cache(maxsize=2)(open_dataset)
 
 
-def check(spec: ModelSpec, recipe: Recipe, data: Dataset) -> None:
+def check(spec: ModelSpec, recipe: Recipe, data: Data) -> None:
     """ValueError when the model cannot be trained with this recipe."""
     length, ids = recipe.batch.length, data.tokenizer.vocab_size
     if spec.head is None:
@@ -136,7 +139,7 @@ def check(spec: ModelSpec, recipe: Recipe, data: Dataset) -> None:
             f"recipe.loss.hidden: {recipe.loss.hidden}; tokens are hidden behind a byte, which only a tokenizer of "
             "bytes has: accepted: recipe.tokenizer.kind=byte"
         )
-    if recipe.evaluation.tokens and data.valid is None:
+    if recipe.evaluation.tokens and not data.validates:
         raise ValueError(
             "recipe.data.valid_one_in: 0 leaves nothing to validate on; recipe.evaluation.tokens=0 does without"
         )
@@ -145,7 +148,7 @@ def check(spec: ModelSpec, recipe: Recipe, data: Dataset) -> None:
 class Run:
     """A training run: a learner, how far it is, and where it is kept."""
 
-    def __init__(self, recipe: Recipe, data: Dataset, learner: Learner, options: Options) -> None:
+    def __init__(self, recipe: Recipe, data: Data, learner: Learner, options: Options) -> None:
         self.recipe, self.data, self.learner, self.options = recipe, data, learner, options
         self.steps = recipe.steps(learner.parameters)
         self.step, self.train_s = 0, 0.0
@@ -294,11 +297,10 @@ class Run:
         self.learner.model.train()
 
     def _evaluate(self) -> Evaluation:
-        """The same windows of the validation documents every time, packed as in training."""
-        assert self.data.valid is not None
+        """On the same rows every time, which are never trained on."""
         length = self.recipe.batch.length
         count = max(1, self.recipe.evaluation.tokens // length)
-        batch = posed(windows(self.data.valid, length, count), self.recipe.loss, "validation")
+        batch = posed(self.data.held_out(length, count), self.recipe.loss, "validation")
         return evaluate(self.learner.model, [batch], self.recipe.precision)
 
     def status(self) -> Status:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from assay.data.dataset import Dataset
+from assay.data.dataset import Data
 from assay.data.tokenizers import Tokenizer
 from assay.model.lm import LM
 from assay.train.evaluate import Evaluation
@@ -43,7 +43,7 @@ class TrainResult:
     model: LM
     tokenizer: Tokenizer
     recipe: Recipe
-    dataset: Dataset
+    dataset: Data
     steps: int
     evaluation: Evaluation | None
     losses: tuple[tuple[int, float], ...]

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from assay.data.corpora import CorpusSpec
+from assay.data.tasks.base import Task, tasks
 from assay.data.tasks.passkey import Passkey
 from assay.data.tokenizers import TokenizerSpec
-from assay.spec.base import Spec
+from assay.spec.base import NestedError, Spec, first_error
 from assay.spec.load import apply_changes, digest, dump, find, read_mapping, validate
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -154,13 +155,14 @@ class EvaluationSpec(Spec):
 class Recipe(Spec):
     """What is held fixed while architectures are compared.
 
+    data: a corpus, or a task of `assay.data.tasks` by its kind: then a batch's rows are the task's rows.
     tokens: how many to train on, rounded up to whole steps, or `{per_param: 20}`.
     precision: of the matrix products; weights and optimiser state are float32. `auto` is bfloat16 where the machine
     multiplies it natively and float32 elsewhere (`assay.train.precision.resolve`, before the digest is taken).
     clip: the largest global norm of the gradient; null: not clipped. seed: initial weights, data order and dropout.
     """
 
-    data: CorpusSpec = CorpusSpec()
+    data: CorpusSpec | SerializeAsAny[Task] = CorpusSpec()
     tokenizer: TokenizerSpec = TokenizerSpec()
     optimizer: AdamWSpec = AdamWSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -172,6 +174,31 @@ class Recipe(Spec):
     mix: MixSpec = MixSpec()
     seed: int = Field(0, ge=0)
     evaluation: EvaluationSpec = EvaluationSpec()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _corpus_or_task(cls, value: Any) -> Any:
+        """Chosen here by its kind: what pydantic says about a union names both of its sides."""
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            return tasks().get(str(value.get("kind")), CorpusSpec).model_validate(value)
+        except ValidationError as error:
+            raise NestedError(*first_error(error)) from None
+
+    @model_validator(mode="after")
+    def _rows_of_a_task(self) -> Self:
+        """A task says its rows itself; what would change them is refused."""
+        if not isinstance(self.data, Task):
+            return self
+        if self.batch.length != self.data.length:
+            raise ValueError(f"batch.length: {self.batch.length}; the rows of data have {self.data.length} symbols")
+        for name in ("tokenizer", "mix"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: a task ({self.data.kind_name()}) brings its own symbols: leave it out")
+        if self.loss.prefix or self.loss.hidden:
+            raise ValueError("loss: prefix and hidden ask for text; a task says what is to be predicted")
+        return self
 
     @field_validator("tokens", mode="before")
     @classmethod
