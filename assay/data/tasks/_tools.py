@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from assay.data.packing import IGNORED
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
+Column = Int64[NDArray[np.int64], "R 1"]
+Some = Int64[NDArray[np.int64], "R n"]
+
 T = TypeVar("T", bound=Task)
 
 
@@ -58,7 +61,7 @@ def followed(inputs: Ids, symbols: int) -> Ids:
     return np.where(before < 0, 0, np.take_along_axis(inputs, before + 1, 1))
 
 
-def different(dice: Dice, name: str, n: int, high: int) -> Int64[NDArray[np.int64], "R n"]:
+def different(dice: Dice, name: str, n: int, high: int) -> Some:
     """n different ones of 0 .. high-1 as `Dice.choose`, also where high is in the millions.
 
     Those that stood before in their row are drawn again until none is left. The procedure treats all numbers alike, so
@@ -73,7 +76,7 @@ def different(dice: Dice, name: str, n: int, high: int) -> Int64[NDArray[np.int6
     return drawn
 
 
-def _repeats(rows: Ids) -> Bool[NDArray[np.bool_], "R n"]:
+def _repeats(rows: Some) -> Bool[NDArray[np.bool_], "R n"]:
     """Where a number stands that stood before in its row."""
     order = np.argsort(rows, axis=1, kind="stable")
     same = np.diff(np.take_along_axis(rows, order, 1), axis=1, prepend=-1) == 0
@@ -87,6 +90,12 @@ def always(symbol: int, at_most: float) -> Shortcut:
     return Shortcut(lambda inputs: np.full_like(inputs, symbol), at_most)
 
 
-def told(column: Ids, inputs: Ids) -> Ids:
-    """One answer a row [R, 1] at all its places."""
+def told(column: Column, inputs: Ids) -> Ids:
+    """One answer a row, at all its places."""
     return np.broadcast_to(column, inputs.shape)
+
+
+def behind(inputs: Ids, mark: int, steps: int) -> Ids:
+    """What stands so many places behind the first mark of a row, at all its places."""
+    first = np.argmax(inputs == mark, axis=1)[:, None]
+    return told(np.take_along_axis(inputs, first + steps, 1), inputs)

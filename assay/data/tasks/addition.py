@@ -55,8 +55,8 @@ class Addition(Task):
         there, carry = np.arange(self.most + 1) < size, np.zeros(rows, np.int64)
         both = np.pad(a + b, ((0, 0), (0, 1))) * there
         c = np.empty_like(both)
-        for place, column in enumerate(both.T):
-            c[:, place] = (column + carry) % BASE
+        for digit, column in enumerate(both.T):
+            c[:, digit] = (column + carry) % BASE
             carry = (column + carry) // BASE
         marks, always_there = np.full((rows, 1), PLUS), np.ones((rows, 1), np.bool_)
         pieces = np.hstack([a, marks, b, marks - PLUS + EQUALS, c])

@@ -67,9 +67,9 @@ class Dyck(Task):
         answers = []
         for symbol in row:
             if symbol < self.kinds:
-                stack.append(symbol)
+                stack = [*stack, symbol]
             else:
-                stack.pop()
+                stack = stack[:-1]
             answers.append(self.kinds + stack[-1] if stack else 0)
         return answers
 

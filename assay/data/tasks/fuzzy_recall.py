@@ -79,8 +79,8 @@ class FuzzyRecall(Task):
                 for digit in range(size):
                     keys[:, slots, digit] = number // self.symbols**digit % self.symbols
         values = self.symbols + dice.below("values", self.keys * self.motif, self.symbols).reshape(shape)
-        size = 1 + dice.below("sizes", self.keys, self.motif)
-        return keys, np.where(np.arange(self.motif) < size[:, :, None], values, -1)
+        sizes = 1 + dice.below("sizes", self.keys, self.motif)
+        return keys, np.where(np.arange(self.motif) < sizes[:, :, None], values, -1)
 
     def solve(self, inputs: Ids) -> Ids:
         return np.array([self._read(row) for row in inputs.tolist()])

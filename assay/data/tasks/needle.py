@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, at_least, laid_out, resized, told
+from assay.data.tasks._tools import always, at_least, behind, laid_out, resized
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task, place_in
 
 
@@ -81,12 +81,8 @@ class Needle(Task):
         """A value of the row is right for one of its keys: all there is to do with a single needle."""
         found = {"always the same value": always(self.symbols, self.floor), "last symbol": Shortcut(lambda x: x, 0.0)}
         if self.keys > 1:
-            found["first value"] = Shortcut(self._first, 1 / self.keys)
+            found["first value"] = Shortcut(lambda x: behind(x, self.vocab - 2, 2), 1 / self.keys)
         return found
-
-    def _first(self, inputs: Ids) -> Ids:
-        place = np.argmax(inputs == self.vocab - 2, axis=1)[:, None]
-        return told(np.take_along_axis(inputs, place + 2, 1), inputs)
 
     def longer(self, factor: int) -> Self:
         """As many needles in more noise."""

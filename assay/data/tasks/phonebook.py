@@ -11,7 +11,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import always, at_least, different, next_symbol, resized
+from assay.data.tasks._tools import Column, always, at_least, different, next_symbol, resized
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 DIGITS = 10
@@ -72,8 +72,8 @@ class Phonebook(Task):
         """Where the question begins."""
         return self.entries * (self.name + self.digits + 1)
 
-    def _numbers(self, inputs: Ids, which: Ids) -> Ids:
-        """The numbers of entries `which` [R, 1] at the places where they are asked."""
+    def _numbers(self, inputs: Ids, which: Column) -> Ids:
+        """The numbers of entries `which` at the places where they are asked."""
         book = inputs[:, : self._end].reshape(len(inputs), self.entries, -1)
         answers = np.zeros_like(inputs)
         start = self._end + self.name

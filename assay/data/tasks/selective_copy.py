@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, at_least, resized, told
+from assay.data.tasks._tools import Some, always, at_least, resized, told
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -54,8 +54,8 @@ class SelectiveCopy(Task):
         targets[:, -self.copies :] = symbols
         return Examples(inputs, targets)
 
-    def _symbols(self, inputs: Ids) -> Ids:
-        """[R, copies], read off."""
+    def _symbols(self, inputs: Ids) -> Some:
+        """Those to copy, read off."""
         blanks = inputs[:, : self._room] == self.symbols
         order = np.argsort(blanks, axis=1, kind="stable")
         return np.take_along_axis(inputs, order[:, : self.copies], 1)

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, at_least, laid_out, resized, told
+from assay.data.tasks._tools import always, at_least, behind, laid_out, resized
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -98,14 +98,9 @@ class VariableTracking(Task):
     def shortcuts(self) -> dict[str, Shortcut]:
         return {
             "always the same value": always(self.symbols, self.floor),
-            "first value": Shortcut(self._first, 1 / self.chains),
+            "first value": Shortcut(lambda x: behind(x, self.vocab - 2, 2), 1 / self.chains),
             "one hop": Shortcut(self._hop, 0.0),
         }
-
-    def _first(self, inputs: Ids) -> Ids:
-        """The first statement sets a variable to a value."""
-        place = np.argmax(inputs == self.vocab - 2, axis=1)[:, None]
-        return told(np.take_along_axis(inputs, place + 2, 1), inputs)
 
     def _hop(self, inputs: Ids) -> Ids:
         """What stands behind the variable where it is set: another variable."""
