@@ -188,6 +188,21 @@ def halves(blocks: Float[Tensor, "*B m s X"]) -> tuple[Tensor, Tensor]:
     return pairs[..., 0, :, :], pairs[..., 1, :, :]
 
 
+def constant(log_decay: Float[Tensor, "H"], lanes: Lanes) -> Float[Tensor, "A T H"]:
+    """The log decay of every place from one for each head: 0 where a place holds nothing."""
+    spread = log_decay.expand(1, lanes.length, -1)
+    if lanes.filled is None:
+        return spread
+    held = torch.arange(lanes.length, device=log_decay.device) < lanes.filled[:, None]
+    return spread * held[..., None]
+
+
+def power_of_two(name: str, value: int) -> None:
+    """ValueError where a chunk cannot be halved down to one token, which decays by channel need."""
+    if value & (value - 1):
+        raise ValueError(f"`{name}`: {value}; accepted: a power of two")
+
+
 def one_step(
     q: Float[Tensor, "L H K"],
     k: Float[Tensor, "L H K"],

@@ -1,0 +1,148 @@
+"""Retention: linear attention whose heads forget at constant rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from assay.ops.here import Here
+from assay.ops.lanes import Lanes
+from assay.ops.scan import decayed as ops
+from assay.ops.state import State
+from assay.ops.step import Step
+from assay.parts.base import Position
+from assay.parts.mixers._recurrent import Recurrent
+from assay.spec.base import Cost, Fan, MixerSpec, NormSpec, PartSpec, PositionSpec, Site, StateField
+
+
+class RetNet(MixerSpec):
+    """out(silu(x W_g) * norm_h(o)), o_t = q_t S_t, S_t = gamma_h S_(t-1) + k_t v_t^T, gamma_h = 1 - 2^(-5-h).
+
+    Sun et al. 2023, arXiv 2307.08621, eqs. 1-8; k is divided by sqrt(head_dim).
+    head_dim: of queries and keys; null is d_model / heads. value_dim: null is 2 head_dim, as in the paper.
+    position: the name of a RoPE of the stack: with the decay it is the paper's xPos. norm: on each head's output.
+    chunk: tokens that are computed at once; it changes speed and not results.
+    """
+
+    kind: Literal["retnet"] = "retnet"
+    heads: int = Field(ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
+    value_dim: int | None = Field(default=None, ge=1)
+    position: str | None = None
+    norm: NormSpec = Field(default={"kind": "layernorm", "weight": False, "bias": False}, validate_default=True)
+    gate: bool = True
+    chunk: int = Field(default=ops.CHUNK, ge=1)
+    refuses = {"split": "how fast a head forgets follows from its number among all heads"}
+
+    def size(self, site: Site) -> int:
+        return self.head_dim if self.head_dim is not None else site.d_in // self.heads
+
+    def value_size(self, site: Site) -> int:
+        return self.value_dim if self.value_dim is not None else 2 * self.size(site)
+
+    def check(self, site: Site) -> None:
+        if self.head_dim is None and site.d_in % self.heads:
+            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
+        if self.norm.refuses:
+            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+
+    def meets(self, scheme: PositionSpec, site: Site) -> None:
+        if scheme.kind_name() != "rope" or scheme.reads:
+            raise ValueError(
+                f"`position` {self.position!r}: a state has no scores to add to and no keys to turn later; "
+                "accepted: null, or a scheme of kind rope with `turns: write`"
+            )
+        scheme.fits(self.heads, self.size(site))
+
+    def linears(self, site: Site) -> dict[str, Fan]:
+        keys, values = self.heads * self.size(site), self.heads * self.value_size(site)
+        table = {"q": Fan(site.d_in, keys, split=0), "k": Fan(site.d_in, keys, split=0)}
+        table |= {"v": Fan(site.d_in, values, split=0)}
+        table |= {"gate_map": Fan(site.d_in, values, split=0)} if self.gate else {}
+        return table | {"out": Fan(values, site.d_out, out=True, split=1)}
+
+    def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
+        v = self.value_size(site)
+        return {"norm": (self.norm, site.child("norm", v, v))}
+
+    def state(self, site: Site) -> tuple[StateField, ...]:
+        shape = (self.heads, self.size(site), self.value_size(site))
+        return (StateField("s", "sequence", shape, "float32", split=0),)
+
+    def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
+        sizes = (self.size(site), self.value_size(site))
+        return ops.cost(new, self.heads, sizes, self.heads, self.chunk)
+
+    def build(self, site: Site) -> RetNetMixer:
+        return RetNetMixer(self, site)
+
+    @classmethod
+    def tiny(cls) -> Iterator[Self]:
+        yield cls(heads=2, chunk=5)
+        yield cls.model_validate({"heads": 4, "head_dim": 3, "value_dim": 5, "norm": "rmsnorm", "chunk": 8})
+        yield cls(heads=2, gate=False, chunk=4)
+
+
+class RetNetMixer(Recurrent):
+    """[N, D] -> [N, D]."""
+
+    def __init__(self, spec: RetNet, site: Site) -> None:
+        super().__init__(spec, site)
+        self.scheme: tuple[Position, ...] = ()  # a tuple: the stack owns the module, and torch does not register it
+
+    def bind(self, positions: Mapping[str, Position]) -> None:
+        self.scheme = (positions[self.spec.position],) if self.spec.position is not None else ()
+        for scheme in self.scheme:
+            scheme.serve(self.spec.heads, self.spec.size(self.site))
+
+    def prepare(self, step: Step, state: State | None) -> Lanes:
+        if self.spec.position is not None and not self.scheme:
+            raise ValueError(f"{self.name}: position {self.spec.position!r} is not a scheme of this stack")
+        return super().prepare(step, state)
+
+    def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
+        spec, lanes = self.spec, step.table(self)
+        size, value_size = spec.size(self.site), spec.value_size(self.site)
+        q, k = (m(x, step).unflatten(-1, (-1, size)) for m in (self.q, self.k))
+        if self.scheme:
+            q, k = self.scheme[0].on_qk(q, k, step)
+        q, k, v = here.tap("q", q), here.tap("k", k * size**-0.5), self.v(x, step).unflatten(-1, (-1, value_size))
+        numbers = torch.arange(spec.heads, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        decay = ops.constant(torch.log1p(-torch.exp2(-5 - numbers)), lanes)
+        past = lanes.start(here.state.load("s", step))
+        y, end = ops.decayed(lanes.lay(q), lanes.lay(k), lanes.lay(v), decay, past, lanes, spec.chunk)
+        if end is not None:
+            here.state.store(step, s=lanes.ends(end, step))
+        y = self.norm(here.tap("mix", lanes.flat(y))).flatten(1)
+        return self.out(F.silu(self.gate_map(x, step)) * y if spec.gate else y, step)
+
+
+def reference(spec: RetNet, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
+    """[N, D] in float64 without a position scheme: one sequence, one token and one head at a time."""
+    d = spec.head_dim if spec.head_dim is not None else x.shape[1] // spec.heads
+    e = spec.value_dim if spec.value_dim is not None else 2 * d
+    norm: Any = spec.norm
+    state = [torch.zeros(d, e, dtype=x.dtype) for _ in range(spec.heads)]
+    rows = []
+    for row in x:
+        q, k, v = (weights[f"{n}.weight"] @ row for n in ("q", "k", "v"))
+        heads = []
+        for h in range(spec.heads):
+            keys, values = slice(h * d, (h + 1) * d), slice(h * e, (h + 1) * e)
+            state[h] = (1 - 2.0 ** (-5 - h)) * state[h] + torch.outer(k[keys] / d**0.5, v[values])
+            o = q[keys] @ state[h]
+            if norm.kind_name() == "layernorm":
+                o = o - o.mean()
+            heads.append(o / ((o * o).mean() + norm.eps) ** 0.5 * weights.get("norm.weight", torch.ones_like(o)))
+        y = torch.cat(heads)
+        if spec.gate:
+            g = weights["gate_map.weight"] @ row
+            y = y * g / (1 + torch.exp(-g))
+        rows.append(weights["out.weight"] @ y)
+    return torch.stack(rows)
