@@ -21,11 +21,10 @@ from assay.train.outcome import Diverged, Status, TrainResult
 from assay.train.precision import Runner
 from assay.train.recipe import Recipe, change_recipe
 
-FACTORS = (1, 2, 4)
+FACTORS = (2, 4)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-SYMBOLS = 1 << 15
-"""About how many symbols an accuracy is measured on; at least `FEWEST` rows."""
-FEWEST = 32
+SYMBOLS, FEWEST = 1 << 15, 32
+"""About how many symbols, and at least how many rows, an accuracy is measured on."""
 Watch = Callable[[Status], None]
 
 
@@ -60,18 +59,23 @@ def probe(
     curve: list[tuple[int, float]] = []
 
     def ask(status: Status, now: TrainResult) -> None:
-        curve.append((status.step, accuracy(now.model, task)))
+        curve.append((status.step, accuracy(now.model, task, max(1, recipe.evaluation.tokens // task.length))))
 
     trained = train(spec, recipe, device=device, on_progress=on_progress, options=Options(on_validation=ask))
-    found = accuracy(trained.model, task)
-    return Probed(task, found, tuple(curve), tuple(lengths(trained, task)), trained)
+    found = accuracy(trained.model, task, rows_of(task))
+    return Probed(task, found, tuple(curve), tuple(lengths(trained, task, found)), trained)
+
+
+def rows_of(task: Task) -> int:
+    """How many rows an accuracy that is reported is measured on."""
+    return max(FEWEST, SYMBOLS // task.length)
 
 
 @torch.no_grad()
-def accuracy(model: LM, task: Task, seed: int = HELD_OUT) -> float:
+def accuracy(model: LM, task: Task, rows: int) -> float:
     """The share of right answers on rows that are never trained on; the answer is the most likely symbol of all."""
     device, was_training = next(model.parameters()).device, model.training
-    batch = batch_of(task.draw(max(FEWEST, SYMBOLS // task.length), seed))
+    batch = batch_of(task.draw(rows, HELD_OUT))
     right = asked = 0
     runner = Runner(model.eval(), "float32")
     for piece in batch.split(max(1, LOGITS // (task.length * model.spec.vocab))):
@@ -84,19 +88,23 @@ def accuracy(model: LM, task: Task, seed: int = HELD_OUT) -> float:
     return right / asked
 
 
-def lengths(trained: TrainResult, task: Task, factors: Iterable[int] = FACTORS) -> list[dict[str, Any]]:
-    """The accuracy on the task's longer forms, and the reason where the task has none or the model ends before."""
-    subject, rows = Subject.of(trained), []
-    for factor in factors:
+def lengths(trained: TrainResult, task: Task, short: float) -> list[dict[str, Any]]:
+    """The accuracy on the task's longer forms, and the reason where the task has none or the model ends before; short:
+    that at its own length."""
+    subject = Subject.of(trained)
+    rows: list[dict[str, Any]] = [{"factor": 1, "length": task.length, "accuracy": short}]
+    for factor in FACTORS:
         row: dict[str, Any] = {"factor": factor, "length": task.length * factor, "accuracy": None}
         try:
-            longer = task if factor == 1 else task.longer(factor)
+            longer = task.longer(factor)
         except ValueError as error:
             rows.append(row | {"reason": message(error)})
             continue
         reason = subject.refusal(longer.length)
         row["length"] = longer.length
-        rows.append(row | ({"reason": reason} if reason else {"accuracy": accuracy(trained.model, longer)}))
+        rows.append(
+            row | ({"reason": reason} if reason else {"accuracy": accuracy(trained.model, longer, rows_of(longer))})
+        )
     return rows
 
 
@@ -127,13 +135,13 @@ class Swept:
 def sweep(
     spec: ModelSpec,
     recipe: Recipe,
-    rates: Iterable[float] = RATES,
+    rates: Iterable[float] | None = None,
     device: torch.device | str = "cpu",
     watches: Callable[[float], Watch] | None = None,
 ) -> list[Swept]:
-    """A probe at every learning rate, in their order. watches: who is told of the run at a rate."""
+    """A probe at every learning rate (None: `RATES`), in their order. watches: who is told of the run at a rate."""
     found = []
-    for rate in rates:
+    for rate in RATES if rates is None else rates:
         how = change_recipe(recipe, {"optimizer.lr": rate})
         try:
             found.append(Swept(rate, probe(spec, how, device, watches(rate) if watches is not None else None)))
