@@ -13,7 +13,9 @@ import torch
 
 from assay import __version__
 from assay.cost.bill import Question, bill
+from assay.data.tasks.base import Task
 from assay.measure.memory import peak_bytes, start_peak
+from assay.measure.probe import accuracy, rows_of
 from assay.measure.subject import Subject
 from assay.measure.topics import Line, alone
 from assay.measure.topics import run as measured
@@ -172,8 +174,7 @@ def values(spec: ModelSpec, trained: TrainResult) -> dict[str, Any]:
     return {
         **sizes(spec),
         "loss_nats": found.loss_nats,
-        "bits_per_byte": found.bits_per_byte,
-        "in_context_nats": found.in_context_nats,
+        **quality(trained),
         "tokens": trained.tokens,
         "steps": trained.steps,
         "train_s": trained.train_s,
@@ -186,6 +187,15 @@ def values(spec: ModelSpec, trained: TrainResult) -> dict[str, Any]:
         "valid_curve": curve(trained.valid_losses),
         "by_position": {"position": places, "loss_nats": losses},
     }
+
+
+def quality(trained: TrainResult) -> dict[str, float]:
+    """What is said beside the loss: of text, or of a task."""
+    task, found = trained.recipe.data, trained.evaluation
+    assert found is not None
+    if isinstance(task, Task):
+        return {"accuracy": accuracy(trained.model, task, rows_of(task)), "floor": task.floor}
+    return {"bits_per_byte": found.bits_per_byte, "in_context_nats": found.in_context_nats}
 
 
 def curve(points: Any) -> dict[str, list[float]]:
