@@ -44,20 +44,24 @@ def spec(c: Config) -> Tree:
 def mixture(c: Config) -> Tree:
     """The experts of DeepSeek-V3 and of those who kept its names."""
     experts, width, act = c.integer("n_routed_experts"), c.integer("moe_intermediate_size"), c.activation("hidden_act")
-    router = {
+    beside = c.integer("n_shared_experts", 1, least=0)
+    both = {"kind": "gated", "width": beside * width, "act": act} if beside else None
+    return {"kind": "moe", "experts": experts, "width": width, "act": act, "router": router(c), "shared": both}
+
+
+def router(c: Config) -> Tree:
+    """Sigmoids with a bias that only selects, of the best groups."""
+    count, top = c.integer("n_group", 1), c.integer("topk_group", 1)
+    return {
         "kind": "topk",
         "k": c.integer("num_experts_per_tok"),
         "score": "sigmoid",
         "renormalise": c.flag("norm_topk_prob", True),
         "scale": c.number("routed_scaling_factor", 1.0),
+        "groups": {"count": count, "top": top} if count > 1 else None,
         "select_bias": True,
         "balance": 0.0,
     }
-    count, top = c.integer("n_group", 1), c.integer("topk_group", 1)
-    router["groups"] = {"count": count, "top": top} if count > 1 else None
-    beside = c.integer("n_shared_experts", 1, least=0)
-    both = {"kind": "gated", "width": beside * width, "act": act} if beside else None
-    return {"kind": "moe", "experts": experts, "width": width, "act": act, "router": router, "shared": both}
 
 
 def hugging_face(spec: ModelSpec) -> Tree:

@@ -1,0 +1,96 @@
+"""Jamba: one attention layer among Mamba layers, experts in every other one, no positions. arXiv 2403.19887."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from assay.hub import shared
+from assay.hub.config import Config, Tree
+from assay.hub.family import Names
+from assay.hub.rules import Experts, Fused, Shaped
+from assay.spec.model import ModelSpec
+
+TYPES = ("jamba",)
+SKIP, SAME = shared.SKIP, shared.SAME
+MIXER, MAMBA, FFN = "blocks.*.mixer", "model.layers.*.mamba", "model.layers.*.feed_forward"
+
+
+def names(model: ModelSpec) -> Names:
+    mixers: list[Any] = [next(b.mixer for _, _, b in model.branches(i) if b.mixer) for i in range(model.layers)]
+    inside = [i for i, mixer in enumerate(mixers) if mixer.kind_name() == "mamba"]
+    taps = mixers[inside[0]].conv if inside else 1
+    own: Names = {
+        "blocks.*.mixer_norm.*": "model.layers.*.input_layernorm.*",
+        f"{MIXER}.{{x,z}}.*": Fused(f"{MAMBA}.in_proj.*"),
+        f"{MIXER}.select.*": f"{MAMBA}.x_proj.*",
+        f"{MIXER}.conv": Shaped(f"{MAMBA}.conv1d.weight", (-1, 1, taps)),
+        f"{MIXER}.conv_bias": f"{MAMBA}.conv1d.bias",
+        f"{MIXER}.dt_weight": f"{MAMBA}.dt_proj.weight",
+        f"{MIXER}.dt_bias": f"{MAMBA}.dt_proj.bias",
+        f"{MIXER}.a_log": f"{MAMBA}.A_log",
+        f"{MIXER}.d": f"{MAMBA}.D",
+        **{f"{MIXER}.{n}_norm.*": f"{MAMBA}.{n}_layernorm.*" for n in ("dt", "b", "c")},
+        **{f"blocks.{i}.mixer.out.*": f"model.layers.{i}.mamba.out_proj.*" for i in inside},
+        "blocks.*.ffn_norm.*": "model.layers.*.pre_ff_layernorm.*",
+        "blocks.*.ffn.router.map.*": f"{FFN}.router.*",
+        **{f"blocks.*.ffn.{n}": Experts(f"{FFN}.experts.#.{n}_proj.weight") for n in ("gate", "up", "down")},
+        **{f"blocks.*.ffn.{n}.*": f"{FFN}.{n}_proj.*" for n in ("gate", "up", "down")},
+        "final_norm.*": "model.final_layernorm.*",
+    }
+    return shared.over(own)
+
+
+def spec(c: Config) -> Tree:
+    norm, layers = shared.rmsnorm(c), c.integer("num_hidden_layers")
+    mixers = {"mamba": mamba(c, norm), "attention": shared.attention(c, position=None)}
+    ffns = {"dense": shared.gated(c), "moe": mixture(c)}
+    attention = periodic(c, "attn_layer", (8, 4), layers)
+    sparse = periodic(c, "expert_layer", (2, 1), layers) if ffns["moe"]["experts"] > 1 else set()
+    blocks, pattern = {}, []
+    for i in range(layers):
+        mixer, ffn = "attention" if i in attention else "mamba", "moe" if i in sparse else "dense"
+        blocks[f"{mixer}_{ffn}"] = {"mixer": mixers[mixer], "ffn": ffns[ffn], "norm": {"kind": norm}}
+        pattern.append(f"{mixer}_{ffn}")
+    c.must_be("mamba_inner_layernorms", True)
+    c.must_be("sliding_window")
+    c.ignore("use_mamba_kernels", "use_mambapy", "use_associative_scan")
+    c.ignore("num_logits_to_keep", "calc_logits_for_entire_prompt")
+    return shared.decoder(c, blocks, tuple(pattern), final_norm=norm)
+
+
+def periodic(c: Config, name: str, usual: tuple[int, int], layers: int) -> set[int]:
+    """The layers that `NAME_period` and `NAME_offset` pick."""
+    period = c.integer(f"{name}_period", usual[0])
+    return set(range(c.integer(f"{name}_offset", usual[1], least=0), layers, period))
+
+
+def mamba(c: Config, norm: Tree) -> Tree:
+    auto = c.values.get("mamba_dt_rank", "auto") == "auto"
+    c.ignore("mamba_dt_rank") if auto else None
+    return {
+        "kind": "mamba",
+        "width": c.integer("mamba_expand", 2) * c.integer("hidden_size"),
+        "state_dim": c.integer("mamba_d_state", 16),
+        "dt_rank": None if auto else c.integer("mamba_dt_rank"),
+        "conv": c.integer("mamba_d_conv", 4, least=2),
+        "conv_bias": c.flag("mamba_conv_bias", True),
+        "bias": c.flag("mamba_proj_bias", False),
+        "act": c.activation("hidden_act", "silu"),
+        "norm": norm,
+    }
+
+
+def mixture(c: Config) -> Tree:
+    """Shares are those of a softmax over all experts, and do not sum to one."""
+    return {
+        "kind": "moe",
+        "experts": c.integer(c.either("num_experts", "num_local_experts"), 16),
+        "width": c.integer("intermediate_size"),
+        "act": c.activation("hidden_act", "silu"),
+        "router": {
+            "kind": "topk",
+            "k": c.integer("num_experts_per_tok", 2),
+            "renormalise": False,
+            "balance": c.number("router_aux_loss_coef", 0.001),
+        },
+    }
