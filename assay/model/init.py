@@ -15,8 +15,12 @@ def draw(init: Init, shape: tuple[int, ...], seed: int, name: str) -> Tensor:
     """A float32 tensor drawn from this init by a generator of its own."""
     if init.kind == "constant":
         return torch.full(shape, init.value)
-    if init.kind == "listed":
-        return linked(init, torch.tensor(init.values, dtype=torch.float32).expand(shape).clone())
+    if init.kind == "ramp":
+        rise = torch.linspace(0.0, 1.0, shape[-1]) ** init.power
+        return linked(init, init.low + (init.high - init.low) * rise).expand(shape).clone()
+    if init.kind == "tiled":
+        values = torch.tensor(init.values, dtype=torch.float32)
+        return values[torch.arange(shape[-1]) % len(values)].expand(shape).clone()
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
     if init.kind == "normal":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,16 +26,18 @@ DTYPE_BYTES: Mapping[str, int] = {
 class Init:
     """How a weight is drawn: `normal` (mean 0, `std`), `uniform` in (-std, std), or the constant `value`.
 
-    `between` and `log_between` draw x in (low, high), evenly in x or in log x; `listed` takes x from `values`, along
-    the last dimension. Of these the parameter is `link(x)`: x itself, log x, or the p with softplus(p) = x or
-    sigmoid(p) = x, so that a rate or a decay is drawn where its meaning is and stored as what the layer computes from.
+    `between` and `log_between` draw x in (low, high), evenly in x or in log x. `ramp` rises from low to high along the
+    last dimension, as the `power` of the distance; `tiled` repeats `values` along it. Of these the parameter is
+    `link(x)`: x itself, log x, or the p with softplus(p) = x or sigmoid(p) = x: a rate or a decay is drawn where its
+    meaning is and stored as what the layer computes from.
     """
 
-    kind: Literal["normal", "uniform", "constant", "between", "log_between", "listed"] = "normal"
+    kind: Literal["normal", "uniform", "constant", "between", "log_between", "ramp", "tiled"] = "normal"
     std: float = 0.02
     value: float = 0.0
     low: float = 0.0
     high: float = 1.0
+    power: float = 1.0
     values: tuple[float, ...] = ()
     link: Link = "none"
 
@@ -48,8 +50,12 @@ class Init:
         return Init("log_between" if log else "between", 0.0, low=low, high=high, link=link)
 
     @staticmethod
-    def listed(values: Iterable[float], link: Link = "none") -> Init:
-        return Init("listed", 0.0, values=tuple(values), link=link)
+    def ramp(low: float, high: float, link: Link = "none", power: float = 1.0) -> Init:
+        return Init("ramp", 0.0, low=low, high=high, power=power, link=link)
+
+    @staticmethod
+    def tiled(*values: float) -> Init:
+        return Init("tiled", 0.0, values=values)
 
     @staticmethod
     def fan_in(fan: int, gain: float = 1.0) -> Init:

@@ -37,8 +37,9 @@ class RwkvChannel(FfnSpec):
         }
 
     def own(self, site: Site) -> dict[str, Weight]:
-        """Both mixes begin as in their code: more of the token before in later layers."""
-        begin = Init.listed((i / site.d_in) ** (1 - site.layer / site.layers) for i in range(site.d_in))
+        """Both mixes begin as in their code: (i / D)^p for channel i, p falling from 1 to nearly 0 over the layers."""
+        power = 1 - site.layer / site.layers
+        begin = Init.ramp(0.0, (1 - 1 / site.d_in) ** power, power=power)
         return {name: Weight((site.d_in,), "vector", begin) for name in ("mu_r", "mu_k")}
 
     def state(self, site: Site) -> tuple[StateField, ...]:

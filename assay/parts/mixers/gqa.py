@@ -84,7 +84,7 @@ class Gqa(MixerSpec):
     qk_norm: QkNorm | None = None
     values: Values = Values()
     gate: Literal["none", "element", "head"] = "none"
-    bias: Literal["none", "qkv", "all"] = "none"
+    bias: Literal["none", "qkv", "out", "all"] = "none"
     gives: str | None = None
     takes: str | None = None
 
@@ -141,14 +141,14 @@ class Gqa(MixerSpec):
             raise ValueError(f"`takes` {self.takes!r}: its giver keeps only {kept} tokens, and this layer sees more")
 
     def linears(self, site: Site) -> dict[str, Fan]:
-        k, qkv = self.size(site), self.bias != "none"
+        k, qkv = self.size(site), self.bias in ("qkv", "all")
         table = {"q": Fan(site.d_in, self.heads * k, qkv, split=0)}
         if self.takes is None:
             names = ("k",) if self.values.tied else ("k", "v")
             table |= {name: Fan(site.d_in, self.groups * k, qkv, split=0) for name in names}
         if self.gate != "none":
             table["gate_map"] = Fan(site.d_in, self.heads * (k if self.gate == "element" else 1), split=0)
-        return table | {"out": Fan(self.heads * k, site.d_out, self.bias == "all", out=True, split=1)}
+        return table | {"out": Fan(self.heads * k, site.d_out, self.bias in ("out", "all"), out=True, split=1)}
 
     def own(self, site: Site) -> dict[str, Weight]:
         return {"sink": Weight((self.heads,), "vector", Init.constant(0.0), split=0)} if self.scores.sink else {}

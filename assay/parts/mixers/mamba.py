@@ -74,7 +74,7 @@ class Mamba(MixerSpec):
             "conv": Weight((width, self.conv), "vector", Init("uniform", self.conv**-0.5)),
             "dt_weight": Weight((width, rank), "matrix", Init("uniform", rank**-0.5)),
             "dt_bias": Weight((width,), "vector", Init.between(*self.dt_range, "softplus", log=True)),
-            "a_log": Weight((width, self.state_dim), "vector", Init.listed(range(1, self.state_dim + 1), "log")),
+            "a_log": Weight((width, self.state_dim), "vector", Init.ramp(1, self.state_dim, "log")),
             "d": Weight((width,), "vector", Init.constant(1.0)),
         }
         bound = Init("uniform", self.conv**-0.5)

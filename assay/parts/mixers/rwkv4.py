@@ -18,6 +18,12 @@ from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, Site, StateField, Weight
 
 
+def begins(site: Site, share: float = 1.0, more: float = 0.0) -> Init:
+    """(i / D)^p + more for channel i, where p falls from `share` to nearly 0 over the layers (their appendix E)."""
+    power = share * (1 - site.layer / site.layers)
+    return Init.ramp(more, more + (1 - 1 / site.d_in) ** power, power=power)
+
+
 class Rwkv4(MixerSpec):
     """W_o (sigmoid(r) * wkv(k, v)), each of r, k, v a map of mu x_t + (1 - mu) x_(t-1). Peng et al. 2023, arXiv
     2305.13048, eqs. 11-17; the average in the form of their appendix D, whose states do not overflow.
@@ -46,18 +52,15 @@ class Rwkv4(MixerSpec):
         decay: log w. first: u, what the token itself counts more.
         """
         width, place = self.channels(site), site.layer / max(1, site.layers - 1)
-        even = [i / site.d_in for i in range(site.d_in)]
-        left = 1 - site.layer / site.layers
-        decay = [-5 + 8 * (i / max(1, width - 1)) ** (0.7 + 1.3 * place) for i in range(width)]
-        first = [math.log(0.3) + 0.5 * ((i + 1) % 3 - 1) for i in range(width)]
-        mixes = {
-            "mu_r": [x ** (0.5 * left) for x in even],
-            "mu_k": [x**left for x in even],
-            "mu_v": [x**left + 0.3 * place for x in even],
+        mixed = {
+            "mu_r": begins(site, 0.5),
+            "mu_k": begins(site),
+            "mu_v": begins(site, more=0.3 * place),
         }
-        return {name: Weight((site.d_in,), "vector", Init.listed(x)) for name, x in mixes.items()} | {
-            "decay": Weight((width,), "vector", Init.listed(decay), split=0),
-            "first": Weight((width,), "vector", Init.listed(first), split=0),
+        low, middle, high = (math.log(0.3) + more for more in (-0.5, 0.0, 0.5))
+        return {name: Weight((site.d_in,), "vector", init) for name, init in mixed.items()} | {
+            "decay": Weight((width,), "vector", Init.ramp(-5.0, 3.0, power=0.7 + 1.3 * place), split=0),
+            "first": Weight((width,), "vector", Init.tiled(middle, high, low), split=0),
         }
 
     def state(self, site: Site) -> tuple[StateField, ...]:

@@ -56,14 +56,14 @@ class S4d(MixerSpec):
 
     def own(self, site: Site) -> dict[str, Weight]:
         d, paired = site.d_in, self.numbers == "complex"
-        rates = Init.constant(math.log(0.5)) if paired else Init.listed(range(1, self.modes + 1), "log")
+        rates = Init.constant(math.log(0.5)) if paired else Init.ramp(1, self.modes, "log")
         table = {
             "log_dt": Weight((d,), "vector", Init.between(*self.dt_range, "log", log=True)),
             "log_rate": Weight((d, self.modes), "vector", rates),
             "c": Weight((d, *self.pair), "vector", Init("normal", 0.5**0.5 if paired else 1.0)),
             "d": Weight((d,), "vector", Init("normal", 1.0)),
         }
-        turns = Init.listed(math.pi * n for n in range(self.modes))
+        turns = Init.ramp(0.0, math.pi * (self.modes - 1))
         return table | ({"turn": Weight((d, self.modes), "vector", turns)} if paired else {})
 
     def state(self, site: Site) -> tuple[StateField, ...]:

@@ -1,0 +1,72 @@
+"""Mamba and Falcon Mamba: one selective state-space mixer a layer and nothing else. arXiv 2312.00752, 2410.05355."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from assay.hub.config import Config, Tree
+from assay.hub.family import Names
+from assay.hub.rules import Fused, Shaped
+from assay.spec.model import ModelSpec
+
+TYPES = ("mamba", "falcon_mamba")
+SAME = {"lm_head.weight": "backbone.embeddings.weight"}
+OTHERWISE = (("backbone.embeddings.", "backbone.embedding."),)
+CONTEXT = 2048  # what Mamba was trained on; a recurrence sets no end, and its configurations name none
+MIXER = "backbone.layers.*.mixer"
+
+
+def names(model: ModelSpec) -> Names:
+    part: Any = next(branch.part for _, _, branch in model.branches(0))
+    return {
+        "embed.weight": "backbone.embeddings.weight",
+        "blocks.*.mixer_norm.*": "backbone.layers.*.norm.*",
+        "blocks.*.mixer.{x,z}.*": Fused(f"{MIXER}.in_proj.*"),
+        "blocks.*.mixer.conv": Shaped(f"{MIXER}.conv1d.weight", (-1, 1, part.conv)),
+        "blocks.*.mixer.conv_bias": f"{MIXER}.conv1d.bias",
+        "blocks.*.mixer.select.*": f"{MIXER}.x_proj.*",
+        "blocks.*.mixer.dt_weight": f"{MIXER}.dt_proj.weight",
+        "blocks.*.mixer.dt_bias": f"{MIXER}.dt_proj.bias",
+        "blocks.*.mixer.a_log": f"{MIXER}.A_log",
+        "blocks.*.mixer.d": f"{MIXER}.D",
+        "blocks.*.mixer.out.*": f"{MIXER}.out_proj.*",
+        "final_norm.*": "backbone.norm_f.*",
+        "head.out.*": "lm_head.*",
+    }
+
+
+def spec(c: Config) -> Tree:
+    d, layers = c.integer("hidden_size"), c.integer("num_hidden_layers")
+    norm = {"kind": "rmsnorm", "eps": c.number("layer_norm_epsilon", 1e-5)}
+    c.must_be("rms_norm", True)
+    c.ignore("time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme", "time_step_floor")
+    c.ignore("rescale_prenorm_residual", "residual_in_fp32", "fused_add_norm", "use_mambapy", "use_associative_scan")
+    c.ignore("use_falcon_mambapy", "d_model", "d_inner", "n_layer", "ssm_cfg", "pad_vocab_size_multiple")
+    return {
+        "d_model": d,
+        "vocab": c.integer("vocab_size"),
+        "layers": layers,
+        "context": CONTEXT,
+        "blocks": {"block": {"mixer": mixer(c, d), "norm": {"kind": norm}}},
+        "final_norm": norm,
+        "head": {"kind": "lm", "tie": c.flag("tie_word_embeddings", True)},
+    }
+
+
+def mixer(c: Config, d: int) -> Tree:
+    auto = c.values.get("time_step_rank", "auto") == "auto"
+    c.ignore("time_step_rank") if auto else None
+    found = {
+        "kind": "mamba",
+        "width": c.integer("intermediate_size", c.integer("expand", 2) * d),
+        "state_dim": c.integer("state_size", 16),
+        "dt_rank": -(-d // 16) if auto else c.integer("time_step_rank"),
+        "conv": c.integer("conv_kernel", 4, least=2),
+        "conv_bias": c.flag("use_conv_bias", True),
+        "bias": c.flag("use_bias", False),
+        "act": c.activation("hidden_act", "silu"),
+    }
+    c.ignore("expand")
+    if c.text("model_type") == "falcon_mamba":
+        found["norm"] = {"kind": "rmsnorm", "weight": "none", "eps": c.number("mixer_rms_eps", 1e-6)}
+    return found
