@@ -133,20 +133,33 @@ def best(worth: Float[Tensor, "R G T C"], can: Bool[Tensor, "R T C"], keep: int)
     return torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, first, True) & can[:, None]
 
 
+def entered(found: Runs, picked: Bool[Tensor, "R G T C"], step: Step, layout: Layout) -> Bool[Tensor, "R G T S"]:
+    """The entries in the blocks that each query picks and in its own block, past the query too."""
+    q_seq, q_index, _, k_seq, k_index, _ = aligned(step, layout)
+    q_block, k_block = (t.div(found.size, rounding_mode="floor") for t in (q_index, k_index))
+    own = (q_seq[..., None] == k_seq[:, None]) & (q_block[..., None] == k_block[:, None])
+    return found.spread(picked, k_seq.shape[1]) | own[:, None]
+
+
 @torch.no_grad()
 def chosen(
     rule: Blocks, q: Float[Tensor, "N H K"], k: Float[Tensor, "Q V G K"], step: Step, layout: Layout
 ) -> Bool[Tensor, "R H T S"]:
     """Which entries of the view are in a block that a query head chooses, or in the query's own."""
-    q_seq, q_index, _, k_seq, k_index, _ = aligned(step, layout)
+    q_seq, q_index, _, k_seq, _, _ = aligned(step, layout)
     rows, entries = k_seq.shape
     found = runs(layout, rows, rule.size, rule.size)
-    own = (q_seq[..., None] == k_seq[:, None]) & (
-        q_index[..., None] // rule.size == k_index[:, None].div(rule.size, rounding_mode="floor")
-    )
-    before = found.before(q_seq, q_index // rule.size * rule.size)
     worth = rule.worth(q.view(rows, -1, *q.shape[1:]), found.of(k.reshape(rows, entries, *k.shape[2:])))
-    return found.spread(best(worth, before, rule.keep - 1), entries) | own[:, None]
+    before = found.before(q_seq, q_index // rule.size * rule.size)
+    return entered(found, best(worth, before, rule.keep - 1), step, layout)
+
+
+def within(allowed: Bool[Tensor, "R G T S"], made: Plan | None, step: Step, layout: Layout, sees: Sees) -> Plan:
+    """The step's plan for a layer whose queries see what is allowed, of what the rule shows."""
+    if made is None or made.mask is None:
+        made = materialised(step, layout, sees, "auto" if made is None else made.backend)
+    assert made.mask is not None
+    return narrowed(made, allowed & made.mask[:, None])
 
 
 def looked_into(
@@ -155,7 +168,4 @@ def looked_into(
     """The step's plan for a layer whose queries choose blocks; as it is where every block would be chosen."""
     if not rule.narrows(view.layout.seq.shape[1]):
         return made
-    if made is None or made.mask is None:
-        made = materialised(step, view.layout, sees, "auto" if made is None else made.backend)
-    assert made.mask is not None
-    return narrowed(made, chosen(rule, q, view.dense("k"), step, view.layout) & made.mask[:, None])
+    return within(chosen(rule, q, view.dense("k"), step, view.layout), made, step, view.layout, sees)
