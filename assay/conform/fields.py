@@ -93,7 +93,8 @@ def fingerprint(c: Case) -> dict[str, Any]:
     given: dict[str, Any] = {}
     y = c.run(x, step, taps=taps, given=given)
     values: dict[str, Any] = {f"tap {k}": v.detach() for k, v in taps.items()}
-    values |= {"y": y.detach()} | {f"given {k}": v.dense("k").detach() for k, v in given.items() if isinstance(v, View)}
+    handed = {k: v.dense("k") if isinstance(v, View) else v for k, v in given.items()}
+    values |= {"y": y.detach()} | {f"given {k}": v.detach() for k, v in handed.items() if isinstance(v, torch.Tensor)}
     table = c.spec.weights(c.site)
     cost = c.spec.cost(c.site, 12, 3, MEMORY)
     values["facts"] = (table, c.spec.state(c.site), cost, extras(c))

@@ -43,7 +43,7 @@ class Updates:
     def each(self, f: Callable[[Tensor], Tensor]) -> Updates:
         """The same with every tensor mapped."""
         found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: f(x) for name, x in found.items() if isinstance(x, Tensor)})
+        return replace(self, **{name: f(x) if isinstance(x, Tensor) else x for name, x in found.items()})
 
 
 def delta_rule(
