@@ -78,6 +78,9 @@ def show(accounts: Mapping[str, Account]) -> None:
     for name, found in accounts.items():
         label = f"{escape(name)}: " if len(accounts) > 1 else ""
         console.print(f"{label}{sentence(found.largest)}")
+        if found.prefixed:
+            told = "one of p tokens adds p (p - 1) / 2 visible pairs to the prefill of each"
+            console.print(f"{label}{len(found.prefixed)} mixers are counted without a prefix: {told}.")
         if found.unread:
             console.print(f"{label}configuration keys that nothing reads: {escape(', '.join(found.unread))}")
     if len(accounts) > 1:

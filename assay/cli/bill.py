@@ -37,12 +37,19 @@ class Account:
     rooflines: dict[str, Roofline]
     unread: tuple[str, ...]
 
+    @property
+    def prefixed(self) -> list[str]:
+        """Parts that read a prefix both ways: they are counted as if there were none."""
+        sees = {one.site.name: getattr(one.part, "sees", None) for one in self.sheet.parts}
+        return [name for name, rule in sees.items() if getattr(rule, "prefix", False)]
+
     def as_json(self) -> dict[str, Any]:
         return self.bill.as_json() | {
             "training": self.training.as_json(),
             "largest": self.largest.as_json(),
             "roofline": {name: r.as_json() for name, r in self.rooflines.items()},
             "unread": list(self.unread),
+            "without_prefix": self.prefixed,
         }
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from assay.cli.main import main
 from assay.cost.bill import Question, bill
 from assay.cost.hardware import load_hardware, roofline
+from assay.ops.sees import Sees
 from assay.spec.load import load_model
 from tests.cost.models import llama3_8b
 from tests.cost.published import GEMMA3_27B, PARAMETERS
@@ -185,3 +186,18 @@ def test_the_plot_has_state_and_decode_cost(tmp_path: Path, capsys: Capture) -> 
         told = [bill(spec, ask) for ask in asks]
         expected = [t.state_bytes if key == "state_bytes" else t.flops[key] for t in told]
         assert [trace["y"][0], trace["y"][3]] == expected
+
+
+def test_a_prefix_is_not_counted_and_that_is_said(capsys: Capture) -> None:
+    """What a prefix adds, by hand: each of its tokens sees those after it in the prefix too."""
+    line = ["llama-11m", "model.blocks.*.mixer.sees.prefix=true", "--context", "40"]
+    found, causal = answer(capsys, *line), answer(capsys, "llama-11m", "--context", "40")
+    layers = len([x for x in found["layers"] if x["block"]])
+    assert found["flops"] == causal["flops"] and causal["without_prefix"] == []
+    assert found["without_prefix"] == [f"blocks.{i}.mixer" for i in range(layers)]
+    seen = sum(j <= i or j < 7 for i in range(40) for j in range(40) if j <= i or i < 7)
+    assert Sees(prefix=True).pairs(40, 0, 7) == seen == 40 * 41 // 2 + 7 * 6 // 2
+    assert main(["bill", *line]) == 0
+    assert f"{layers} mixers are counted without a prefix: one of p tokens adds p (p - 1) / 2" in " ".join(
+        capsys.readouterr().out.split()
+    )
