@@ -1,8 +1,7 @@
-"""Copies weights from tiny, randomly drawn Hugging Face models, and compares logits and every layer's output."""
+"""Tiny, randomly drawn Hugging Face models, and logits and every layer's output beside ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,19 +9,8 @@ from torch import Tensor, nn
 
 from assay.model.lm import LM
 from assay.ops.step import rows_step
-from assay.spec.load import validate
-from assay.spec.model import ModelSpec
 
 VOCAB, ROWS, LENGTH = 61, 2, 14
-NAMES = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "out",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-}
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -34,36 +22,6 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
             if p.dim() == 1:
                 p.add_(0.7)
     return model.eval()
-
-
-def model(tree: Mapping[str, Any], weights: Mapping[str, Tensor]) -> LM:
-    """The spec with exactly these weights: no name missing, none left over, every shape equal."""
-    lm = LM(validate(ModelSpec, dict(tree), "here"))
-    own = dict(lm.named_parameters())
-    assert own.keys() == weights.keys(), own.keys() ^ weights.keys()
-    with torch.no_grad():
-        for name, p in own.items():
-            assert p.shape == weights[name].shape, f"{name}: {p.shape} {weights[name].shape}"
-            p.copy_(weights[name])
-    return lm.eval()
-
-
-def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> dict[str, Tensor]:
-    """Under the new names; None drops a tied copy."""
-    return {new: t for old, t in state.items() if (new := rename(old)) is not None}
-
-
-def llama_names(old: str, norms: Mapping[str, str], tied: bool = True) -> str | None:
-    """`model.layers.0.self_attn.q_proj.weight` -> `blocks.0.mixer.q.weight`."""
-    if old == "lm_head.weight":
-        return None if tied else "head.out.weight"
-    rest = old.removeprefix("model.")
-    rest = {"embed_tokens.weight": "embed.weight", "norm.weight": "final_norm.weight"}.get(rest, rest)
-    if not rest.startswith("layers."):
-        return rest
-    _, layer, place, *more = rest.split(".")
-    place = {"self_attn": "mixer", "mlp": "ffn", **norms}[place]
-    return ".".join(["blocks", layer, place, *(NAMES.get(m, m) for m in more)])
 
 
 def ids(rows: int = ROWS, length: int = LENGTH) -> Tensor:
