@@ -25,9 +25,8 @@ MLA |= {"q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"}
 
 
 def names(model: ModelSpec) -> Names:
-    taps = {
-        b.mixer.conv for i in range(model.layers) for _, _, b in model.branches(i) if getattr(b.mixer, "conv", None)
-    }
+    mixers: list[Any] = [b.mixer for i in range(model.layers) for _, _, b in model.branches(i) if b.mixer is not None]
+    taps = {mixer.conv for mixer in mixers if mixer.kind == "kda"}
     filters = {f"blocks.*.mixer.{x}_conv": Shaped(f"{ATTENTION}.{x}_conv1d.weight", (-1, 1, *taps)) for x in "qkv"}
     return shared.over({**filters, **NAMES})
 

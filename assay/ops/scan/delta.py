@@ -42,8 +42,9 @@ class Updates:
 
     def each(self, f: Callable[[Tensor], Tensor]) -> Updates:
         """The same with every tensor mapped."""
-        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: f(x) if isinstance(x, Tensor) else x for name, x in found.items()})
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        mapped: dict[str, Any] = {name: f(x) for name, x in found.items() if isinstance(x, Tensor)}
+        return replace(self, **mapped)
 
 
 def delta_rule(

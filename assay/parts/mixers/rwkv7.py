@@ -192,7 +192,7 @@ def reference(
 
     def low(name: str, z: Tensor) -> Tensor:
         z = weights[f"{name}_down.weight"] @ z
-        z = {"decay": torch.tanh, "gate": sigmoid}.get(name, lambda y: y)(z)
+        z = torch.tanh(z) if name == "decay" else sigmoid(z) if name == "gate" else z
         return (weights[f"{name}_up.weight"] @ z).view(spec.heads, size)
 
     for t, row in enumerate(x):
