@@ -93,3 +93,181 @@ def test_a_state_is_carried(length: int, cut: float) -> None:
     second, last = ops.scan(a[:, at:], b[:, at:], middle, Lanes(1, length - at))
     torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=0, atol=1e-13)
     torch.testing.assert_close(last, end, rtol=0, atol=1e-13)
+
+
+def selected(
+    x: Tensor, dt: Tensor, rates: Tensor, into: Tensor, out: Tensor, past: Tensor, lanes: Lanes, zoh: bool
+) -> tuple[Tensor, Tensor]:
+    """Equations 2 and 4 of 2312.00752 with all states at once."""
+    power = dt[..., None] * rates
+    gain = (power.exp() - 1) / rates if zoh else dt[..., None].expand_as(power)
+    h, end = looped(power.exp(), gain * into[:, :, None] * x[..., None], past, lanes)
+    return torch.einsum("ltcn,ltn->ltc", h, out), end
+
+
+@given(length=st.integers(1, 21), seed=st.integers(0, 99), packed=st.booleans(), zoh=st.booleans())
+def test_a_selective_scan_is_the_loop(length: int, seed: int, packed: bool, zoh: bool) -> None:
+    """Over the borders of chunks of 5, whose states are computed again in the backward pass."""
+    lanes, n = documents(length, seed) if packed else ragged(length), 4
+    dt = noise((ROWS, length, WIDTH), seed).exp()
+    filled = torch.ones(ROWS, length) if lanes.filled is None else torch.arange(length) < lanes.filled[:, None]
+    there = filled[..., None].double()  # dt is 0 behind the end of a lane
+    shapes = [(ROWS, length, n), (ROWS, length, n), (ROWS, WIDTH, n)]
+    into, out, past = (noise(shape, seed + i) for i, shape in enumerate(shapes, 3))
+    tensors = [noise((ROWS, length, WIDTH), seed + 1), dt, -noise((WIDTH, n), seed + 2).exp(), into, out, past]
+    equal(
+        lambda x, dt, *t: ops.selective_scan(x, dt * there, *t, lanes, zoh=zoh, chunk=5),
+        lambda x, dt, *t: selected(x, dt * there, *t, lanes, zoh),
+        tensors,
+    )
+
+
+def test_the_states_of_a_selective_scan_are_not_kept_for_the_backward_pass() -> None:
+    """What autograd keeps for 64 tokens is far below their states; without chunks it is above them."""
+    length, n = 64, 8
+    x, dt, rates = noise((1, length, WIDTH), 0), noise((1, length, WIDTH), 1).exp(), -noise((WIDTH, n), 2).exp()
+    tensors = [x, dt, rates, noise((1, length, n), 3), noise((1, length, n), 4), noise((1, WIDTH, n), 5)]
+
+    def kept(chunk: int) -> int:
+        storages: dict[int, int] = {}
+
+        def keep(t: Tensor) -> Tensor:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+            return t
+
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y, _ = ops.selective_scan(*leaves, Lanes(1, length), chunk=chunk)
+        assert y.requires_grad
+        return sum(storages.values()) - sum(t.numel() for t in leaves)
+
+    assert kept(4) < length * WIDTH * n < kept(64)
+
+
+def test_zero_order_hold_and_euler_differ_by_the_square_of_the_step() -> None:
+    """(e^(dt A) - 1) / A B - dt B = dt^2 A B / 2 + ...: slope 2 in log-log, and equal as the step goes to 0."""
+    length, n, lanes = 5, 4, Lanes(1, 5)
+    x, rates, dt = noise((1, length, WIDTH), 0), -noise((WIDTH, n), 1).exp(), noise((1, length, WIDTH), 2).exp()
+    rest = [noise((1, length, n), 3), noise((1, length, n), 4), torch.zeros(1, WIDTH, n, dtype=torch.float64)]
+    gaps = []
+    for size in (1e-2, 1e-3):
+        ys = [ops.selective_scan(x, dt * size, rates, *rest, lanes, zoh=zoh)[0] for zoh in (False, True)]
+        gaps.append(float((ys[0] - ys[1]).abs().max()))
+    assert abs(torch.tensor(gaps[0] / gaps[1]).log10().item() - 2) < 0.05
+
+
+@pytest.mark.traces
+def test_a_selective_scan_over_chunks_is_one_graph() -> None:
+    length, n = 40, 4
+    tensors = [noise((1, length, WIDTH), 0), noise((1, length, WIDTH), 1).exp(), -noise((WIDTH, n), 2).exp()]
+    tensors += [noise((1, length, n), 3), noise((1, length, n), 4), noise((1, WIDTH, n), 5)]
+
+    lanes = Lanes(1, length)
+
+    def run(*given: Tensor) -> Tensor:
+        return ops.selective_scan(*given, lanes)[0]
+
+    traced = torch.compile(run, backend="eager", fullgraph=True)
+    leaves = [t.requires_grad_() for t in tensors]
+    torch.testing.assert_close(traced(*leaves), run(*leaves), rtol=0, atol=1e-12)
+
+
+def averaged(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, lanes: Lanes) -> Tensor:
+    """The two sums of 2305.13048, eq. 16, as they are written, in the exponents' own range."""
+    rows = []
+    for i in range(k.shape[0]):
+        for t in range(k.shape[1]):
+            own = torch.exp(first + k[i, t])
+            num, den = own * v[i, t], own
+            for j in range(t):
+                if lanes.segment is None or lanes.segment[i, j] == lanes.segment[i, t]:
+                    share = torch.exp(k[i, j] + (t - 1 - j) * decay)
+                    num, den = num + share * v[i, j], den + share
+            rows.append(num / den)
+    return torch.stack(rows).view(v.shape)
+
+
+def nothing(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    zero = torch.zeros(ROWS, WIDTH, dtype=dtype)
+    return zero, zero, zero + ops.LOWEST
+
+
+@given(length=st.integers(1, 12), seed=st.integers(0, 99), packed=st.booleans(), size=st.sampled_from([1.0, 50.0]))
+def test_wkv_is_its_sums(length: int, seed: int, packed: bool, size: float) -> None:
+    """With keys up to +-50, whose exponentials float32 does not hold; gradients too, past the maximum that scales."""
+    lanes = documents(length, seed) if packed else Lanes(ROWS, length)
+    k = torch.tanh(noise((ROWS, length, WIDTH), seed)) * size
+    tensors = [-noise((WIDTH,), seed + 1).exp(), noise((WIDTH,), seed + 2), k, noise(tuple(k.shape), seed + 3)]
+    empty = torch.zeros(1, dtype=torch.float64)
+    equal(
+        lambda *t: (ops.wkv(*t, nothing(), lanes)[0], empty),
+        lambda *t: (averaged(*t, lanes), empty),
+        tensors,
+    )
+    low, _ = ops.wkv(*(t.float() for t in tensors), nothing(torch.float32), lanes)
+    theirs = averaged(*tensors, lanes)
+    assert float((low.double() - theirs).abs().max()) < 1e-4 * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("decay", [1e-6, 1.0, 20.0])
+def test_wkv_is_carried_over_long_texts(decay: float) -> None:
+    """In float32, a thousand tokens in one pass are the same in pieces, for slow and for fast decays."""
+    length, lanes = 1000, ops.Lanes
+    k, v = (torch.tanh(noise((ROWS, length, WIDTH), i)).float() * s for i, s in ((0, 50.0), (1, 1.0)))
+    w, u = torch.full((WIDTH,), -decay), noise((WIDTH,), 2).float()
+    whole, _ = ops.wkv(w, u, k, v, nothing(torch.float32), lanes(ROWS, length))
+    state, ys = nothing(torch.float32), []
+    for part in (slice(0, 1), slice(1, 400), slice(400, 401), slice(401, length)):
+        y, state = ops.wkv(w, u, k[:, part], v[:, part], state, lanes(ROWS, part.stop - part.start))
+        ys.append(y)
+    torch.testing.assert_close(torch.cat(ys, 1), whole, rtol=0, atol=2e-5)
+    assert torch.isfinite(whole).all() and float(whole.abs().max()) <= float(v.abs().max()) + 1e-5
+
+
+def systems(n: int, seed: int, paired: bool) -> tuple[Tensor, Tensor, Tensor]:
+    power, into, out = (noise((WIDTH, n), seed + i) for i in range(3))
+    if paired:
+        return tuple(torch.complex(t, noise((WIDTH, n), seed + 9)) for t in (-power.exp(), into, out))  # type: ignore[return-value]
+    return -power.exp(), into, out
+
+
+def stepped(x: Tensor, power: Tensor, into: Tensor, out: Tensor, past: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor]:
+    a = power.exp().expand(*x.shape, -1)
+    h, end = looped(a, into * x[..., None], past, lanes)
+    return (h * out).sum(-1).real, end
+
+
+@given(length=st.integers(1, 21), seed=st.integers(0, 99), packed=st.booleans(), paired=st.booleans())
+def test_an_invariant_recurrence_is_the_loop(length: int, seed: int, packed: bool, paired: bool) -> None:
+    lanes, n = documents(length, seed) if packed else ragged(length), 4
+    power, into, out = systems(n, seed, paired)
+    past = noise((ROWS, WIDTH, n), seed + 5).to(power.dtype)
+    x = noise((ROWS, length, WIDTH), seed + 6)
+    if lanes.filled is not None:
+        x = x * (torch.arange(length) < lanes.filled[:, None])[..., None]
+    keeps = lanes.segment is None
+
+    def fast(*t: Tensor) -> tuple[Tensor, Tensor]:
+        y, end = invariant(*t, lanes, chunk=4, keeps=keeps)
+        assert (end is not None) or not keeps
+        return y, end if keeps and end is not None else t[-1]
+
+    def slow(*t: Tensor) -> tuple[Tensor, Tensor]:
+        y, end = stepped(*t, lanes)
+        return y, end if keeps else t[-1]
+
+    equal(fast, slow, [x, power, into, out, past])
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_an_invariant_recurrence_is_a_convolution(paired: bool) -> None:
+    """The form of 2206.11893, section 3: one FFT over the whole text with the kernel C exp(s A) B."""
+    length = 37
+    power, into, out = systems(4, 1, paired)
+    x = noise((ROWS, length, WIDTH), 2)
+    kernel = (out * into * torch.exp(power * torch.arange(length)[:, None, None])).sum(-1).real
+    spectra = [torch.fft.rfft(t, 2 * length, dim=-2) for t in (x, kernel)]
+    theirs = torch.fft.irfft(spectra[0] * spectra[1], 2 * length, dim=-2)[:, :length]
+    past = torch.zeros(ROWS, WIDTH, 4, dtype=power.dtype)
+    mine, _ = invariant(x, power, into, out, past, Lanes(ROWS, length))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12 * float(theirs.abs().max()))

@@ -35,7 +35,7 @@ def invariant(
     chunk adds to them, and what they add to its places, are products of matrices, one for each channel.
     """
     past = past.to(power.dtype)
-    if x.shape[1] == 1:
+    if x.shape[1] == 1 and lanes.filled is None:
         h = torch.exp(power) * past + into * x[:, 0, :, None]
         return (out * h).sum(-1).real[:, None], h
     chunks = -(-x.shape[1] // chunk)
