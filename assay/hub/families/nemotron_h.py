@@ -21,6 +21,9 @@ OTHERWISE = (("backbone.", "model."),)
 LINEAR = "linear_attention"
 LETTERS = {"M": LINEAR, "E": "moe", "*": shared.FULL, "-": "mlp"}
 OLDER = {"mamba": LINEAR, "attention": shared.FULL}
+EXPERTS = ("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")
+EXPERTS += ("routed_scaling_factor", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size")
+"""What says nothing where no layer has experts."""
 LAYER = "backbone.layers.*.mixer"
 
 
@@ -65,7 +68,7 @@ def spec(c: Config) -> Tree:
         "mlp": lambda: {"ffn": dense(c, c.integer("intermediate_size"))},
         "moe": lambda: {"ffn": mixture(c)},
     }
-    c.ignore("intermediate_size", "expand", *(key for key in c.values if key.startswith(("moe_", "n_"))))
+    c.ignore("expand", "intermediate_size", *EXPERTS)
     blocks, pattern = shared.by_kind(c, kinds, made)
     for block in blocks.values():
         block["norm"] = {"kind": norm}
@@ -112,7 +115,8 @@ def state_space(c: Config, norm: Tree) -> Tree:
 
 
 def attention(c: Config) -> Tree:
-    return shared.attention(c, head_dim=c.integer("head_dim", 128), position=None, bias=shared.biases(c))
+    c.must_be("attention_bias", False, why="transformers has no biases there")
+    return shared.attention(c, head_dim=c.integer("head_dim", 128), position=None)
 
 
 def dense(c: Config, width: int) -> Tree:
