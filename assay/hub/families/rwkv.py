@@ -42,7 +42,7 @@ def spec(c: Config) -> Tree:
     ffn = {"kind": "rwkv_channel", "width": c.integer("intermediate_size", 4 * d)}
     # The first layer normalises the embedding itself: what goes on is its norm.
     entry = {"branches": [{"mixer": mixer, "pre": norm}], "residual": {"kind": "normed", "norm": norm}}
-    blocks = {"first": {"stages": [entry, {"branches": [{"ffn": ffn, "pre": norm}]}]}}
+    blocks: Tree = {"first": {"stages": [entry, {"branches": [{"ffn": ffn, "pre": norm}]}]}}
     if layers > 1:
         blocks["block"] = {"mixer": mixer, "ffn": ffn, "norm": {"kind": norm}}
     return {

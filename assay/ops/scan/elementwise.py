@@ -120,7 +120,8 @@ def wkv(
     now = first + k
     scale = torch.maximum(before, now).detach()
     kept, own = torch.exp(before - scale), torch.exp(now - scale)
-    return (kept * num + own * v) / (kept * den + own), (*end.chunk(2, -1), ends(top, old, lanes))
+    last_num, last_den = end.chunk(2, -1)
+    return (kept * num + own * v) / (kept * den + own), (last_num, last_den, ends(top, old, lanes))
 
 
 def _running_max(k: Float[Tensor, "L T C"], w: Float[Tensor, "C"], lanes: Lanes) -> Float[Tensor, "L T C"]:

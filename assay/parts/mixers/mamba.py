@@ -123,10 +123,9 @@ class MambaMixer(Recurrent):
             dt, b, c = self.dt_norm(dt, step), self.b_norm(b, step), self.c_norm(c, step)
         high = torch.promote_types(x.dtype, torch.float32)
         dt = F.softplus(F.linear(dt, self.dt_weight).to(high) + self.dt_bias)
-        laid = [lanes.lay(t.to(high)) for t in (u, dt)] + [-torch.exp(self.a_log.to(high))]
-        laid += [lanes.lay(t.to(high)) for t in (b, c)]
-        past = lanes.start(here.state.load("h", step))
-        y, end = selective_scan(*laid, past, lanes, zoh=spec.discretise == "zoh")
+        us, steps, into, out = (lanes.lay(t.to(high)) for t in (u, dt, b, c))
+        past, rates = lanes.start(here.state.load("h", step)), -torch.exp(self.a_log.to(high))
+        y, end = selective_scan(us, steps, rates, into, out, past, lanes, zoh=spec.discretise == "zoh")
         if here.state.keeps:
             here.state.store(step, tail=lanes.ends(tail, step), h=lanes.ends(end, step))
         y = lanes.flat(y).to(x.dtype) + self.d * u

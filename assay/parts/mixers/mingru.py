@@ -79,7 +79,7 @@ def reference(spec: MinGru, weights: dict[str, Tensor], x: Tensor, positions: Te
         y = weights[f"{name}.weight"] @ row
         return y + weights[f"{name}.bias"] if spec.bias else y
 
-    rows, h = [], 0.0
+    rows, h = [], torch.zeros(1, dtype=x.dtype)
     for row in x:
         z, c = 1 / (1 + torch.exp(-linear("gate", row))), linear("candidate", row)
         if spec.positive:

@@ -100,6 +100,7 @@ class S4dMixer(Recurrent):
             lanes.lay(x.to(high)), power, into, out, past, lanes, chunk=spec.chunk, keeps=here.state.keeps
         )
         if here.state.keeps:
+            assert end is not None
             end = torch.view_as_real(end) if paired else end
             here.state.store(step, h=lanes.ends(end, step))
         y = activate(spec.act, here.tap("mix", lanes.flat(y).to(x.dtype) + self.d * x))
