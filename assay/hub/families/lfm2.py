@@ -21,6 +21,7 @@ def names(model: ModelSpec) -> Names:
     taps = mixers[convs[0]].size if convs else 1
     own: Names = {
         "blocks.*.mixer_norm.*": "model.layers.*.operator_norm.*",
+        **{f"blocks.{i}.mixer.out.*": f"model.layers.{i}.conv.out_proj.*" for i in convs},
         f"{MIXER}.{{b,c,value}}.*": Fused(f"{CONV}.in_proj.*"),
         f"{MIXER}.weight": Shaped(f"{CONV}.conv.weight", (-1, 1, taps)),
         f"{MIXER}.shift": f"{CONV}.conv.bias",
@@ -30,7 +31,6 @@ def names(model: ModelSpec) -> Names:
         "blocks.*.ffn.down.*": "model.layers.*.feed_forward.w2.*",
         "final_norm.*": "model.embedding_norm.*",
     }
-    own |= {f"blocks.{i}.mixer.out.*": f"model.layers.{i}.conv.out_proj.*" for i in convs}
     attention: Names = {
         f"{MIXER}.out.*": f"{ATTENTION}.out_proj.*",
         f"{MIXER}.q_norm.*": f"{ATTENTION}.q_layernorm.*",

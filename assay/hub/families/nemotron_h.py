@@ -21,8 +21,10 @@ OTHERWISE = (("backbone.", "model."),)
 LINEAR = "linear_attention"
 LETTERS = {"M": LINEAR, "E": "moe", "*": shared.FULL, "-": "mlp"}
 OLDER = {"mamba": LINEAR, "attention": shared.FULL}
-EXPERTS = ("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")
-EXPERTS += ("routed_scaling_factor", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size")
+EXPERTS = (
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob"),
+    *("routed_scaling_factor", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size"),
+)
 """What says nothing where no layer has experts."""
 LAYER = "backbone.layers.*.mixer"
 

@@ -120,7 +120,7 @@ def reference(spec: DiffAttention, weights: dict[str, Tensor], x: Tensor, positi
                 e = torch.stack(z).exp()
                 maps.append(e / (e.sum() + (weights["sink"][h].exp() if spec.scores.sink else 0.0)))
             p = maps[0] - less * maps[1]
-            o = sum(p[n] * v[j, 2 * g * d : (2 * g + 2) * d] for n, j in enumerate(seen))
+            o = torch.stack([p[n] * v[j, 2 * g * d : (2 * g + 2) * d] for n, j in enumerate(seen)]).sum(0)
             heads.append((1 - begin) * o / ((o * o).mean() + 1e-5) ** 0.5 * weights["head_norm.weight"])
         mix = torch.cat(heads).view(spec.heads, d)
         if spec.gate != "none":

@@ -97,12 +97,12 @@ def reference(spec: TalkingHeads, weights: dict[str, Tensor], x: Tensor, positio
             raw.append(z if spec.scores.softcap is None else spec.scores.softcap * torch.tanh(z / spec.scores.softcap))
         shares = []
         for h in range(spec.heads):
-            e = torch.exp(sum(weights["on_logits"][h, other] * raw[other] for other in range(spec.heads)))
+            e = torch.stack([weights["on_logits"][h, other] * raw[other] for other in range(spec.heads)]).sum(0).exp()
             shares.append(e / (e.sum() + (weights["sink"][h].exp() if spec.scores.sink else 0.0)))
         heads = []
         for h in range(spec.heads):
             g = h // (spec.heads // spec.groups)
-            p = sum(weights["on_probs"][h, other] * shares[other] for other in range(spec.heads))
-            heads.append(sum(p[n] * v[j, g * d : (g + 1) * d] for n, j in enumerate(seen)))
+            p = torch.stack([weights["on_probs"][h, other] * shares[other] for other in range(spec.heads)]).sum(0)
+            heads.append(torch.stack([p[n] * v[j, g * d : (g + 1) * d] for n, j in enumerate(seen)]).sum(0))
         rows.append(weights["out.weight"] @ torch.cat(heads) + weights.get("out.bias", zero))
     return torch.stack(rows)
