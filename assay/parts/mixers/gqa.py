@@ -112,6 +112,8 @@ class Gqa(MixerSpec):
             raise ValueError(f"`gives` ({self.gives}) and `takes` ({self.takes}): what is taken is not given again")
         if self.heads % self.groups:
             raise ValueError(f"`heads` ({self.heads}) is not a multiple of `kv_heads` ({self.groups})")
+        if self.scores.blocks is not None and type(self) is not Gqa:
+            raise ValueError(f"`scores.blocks`: {self.kind} looks at all that `sees` shows; accepted: null")
         if self.scores.blocks is not None and self.sees != Sees():
             raise ValueError(f"`scores.blocks` chooses among all earlier keys; `sees` is {self.sees!r}; accepted: {{}}")
         qk = self.qk_norm.norm if self.qk_norm is not None else None
