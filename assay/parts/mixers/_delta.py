@@ -12,7 +12,7 @@ from torch import Tensor
 
 from assay.ops.conv import short_conv
 from assay.ops.here import Here
-from assay.ops.scan.delta import Updates, executed, run
+from assay.ops.scan.delta import CHUNK, Updates, executed, run
 from assay.ops.step import Step
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, Site, StateField, Weight
@@ -37,7 +37,7 @@ class DeltaSpec(MixerSpec):
     conv: int | None = Field(default=4, ge=2)
     negative: bool = False
     norm: NormSpec = Field(default="rmsnorm", validate_default=True)
-    chunk: int = Field(default=64, ge=1)
+    chunk: int = Field(default=CHUNK, ge=1)
 
     @property
     def key_heads(self) -> int:

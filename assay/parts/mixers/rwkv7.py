@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from assay.ops.here import Here
-from assay.ops.scan.delta import executed, rank_one, run
+from assay.ops.scan.delta import CHUNK, executed, rank_one, run
 from assay.ops.step import Step
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, Site, Spec, StateField, Weight
@@ -48,7 +48,7 @@ class Rwkv7(MixerSpec):
     eps: float = Field(default=64e-5, gt=0.0)
     gives: str | None = None
     takes: str | None = None
-    chunk: int = Field(default=64, ge=1)
+    chunk: int = Field(default=CHUNK, ge=1)
 
     def size(self, site: Site) -> int:
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads
