@@ -14,12 +14,10 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from assay.hub.family import owned
 from assay.hub.load import put
-from assay.hub.rules import Pairs
-from assay.hub.rules import Place as Spot
+from assay.measure import rotary
 from assay.measure.isolate import Place, alone, relative, variant
-from assay.model.lm import LM, weight_table
+from assay.model.lm import LM
 from assay.ops.activations import Activation
 from assay.ops.step import Step
 from assay.spec.load import change, dump
@@ -206,7 +204,10 @@ def trials(model: LM, place: Place, numbers: Mapping[str, float]) -> Iterator[Tr
                 cause = f"{names} is {shown(value)} here; {shown(other)} fits"
                 yield Trial(step_of(group[0], place), cause, dict.fromkeys(group, other))
     if place.layer is not None:
-        yield from weight_trials(model, f"blocks.{model.spec.sources[place.layer]}.")
+        prefix = f"blocks.{model.spec.sources[place.layer]}."
+        own = {name: p.detach() for name, p in model.named_parameters() if name.startswith(prefix)}
+        yield from (Trial(*found) for found in rotary.changes(model.spec, own, numbers))
+        yield from weight_trials(own, prefix)
 
 
 def shown(value: Any) -> str:
@@ -223,6 +224,8 @@ def candidates(leaf: str, value: Any, numbers: Mapping[str, float]) -> list[Any]
         "eps": [*near("eps"), *EPS],
         "softcap": [None, *near("cap"), *CAPS],
         "window": [None, *(n for w in near("window", "local") for n in (int(w), int(w) + 1))],
+        "factor": near("factor"),
+        "original": near("original", "max_position"),
         "theta": [*near("theta", "freq", "base"), *THETAS],
         "scale": [
             *(w for v in near("scal", "multipl") if v > 0 for w in (v, 1 / v)),
@@ -232,7 +235,6 @@ def candidates(leaf: str, value: Any, numbers: Mapping[str, float]) -> list[Any]
         "act": list(get_args(Activation)),
         "weight": ["one", "plus_one"] if value in ("one", "plus_one") else [],
         "parallel": ["no", "own", "shared"],
-        "scaling": [None],
         "kind": ["rmsnorm", "layernorm"] if value in ("rmsnorm", "layernorm") else [],
     }
     found = usual.get(leaf, [])
@@ -244,7 +246,7 @@ def candidates(leaf: str, value: Any, numbers: Mapping[str, float]) -> list[Any]
 
 
 def scans(spec: ModelSpec, place: Place) -> Iterator[Scan]:
-    """Epsilons, all together and each alone, scales and caps, over many orders of magnitude."""
+    """Epsilons, all together and each alone, scales, caps and RoPE's factor, over many orders of magnitude."""
     fields = fields_at(spec, place)
     eps = {path: value for path, value in fields if path.endswith("eps") and value is not None}
     grid = tuple(10.0**e for e in range(-9, 1))
@@ -254,15 +256,13 @@ def scans(spec: ModelSpec, place: Place) -> Iterator[Scan]:
     for path, value in eps.items():
         yield Scan(step_of(path, place), (path,), f"{path} is {value:g} here", grid)
     for path, value in fields:
-        if path.endswith(("scale", "softcap")):
+        if path.endswith(("scale", "softcap", "scaling.factor")):
             told = f"{path} is {shown(value)} here"
             yield Scan(step_of(path, place), (path,), told, tuple(2.0**e for e in range(-12, 13, 2)))
 
 
-def weight_trials(model: LM, prefix: str) -> Iterator[Trial]:
-    """Pairs of RoPE in the other layout, square matrices transposed, matrices of one shape exchanged."""
-    own = {name: p.detach() for name, p in model.named_parameters() if name.startswith(prefix)}
-    yield from layouts(model.spec, own)
+def weight_trials(own: Weights, prefix: str) -> Iterator[Trial]:
+    """Square matrices transposed, matrices of one shape exchanged."""
     for name, w in own.items():
         if w.dim() >= 2 and w.shape[-1] == w.shape[-2]:
             yield Trial(inner(name, prefix), f"{name} is transposed", weights={name: w.mT.contiguous()})
@@ -284,29 +284,3 @@ def weight_trials(model: LM, prefix: str) -> Iterator[Trial]:
 def inner(name: str, prefix: str) -> str:
     """`blocks.1.mixer.q.weight` -> `mixer.q`."""
     return name.removeprefix(prefix).removesuffix(".weight").removesuffix(".bias")
-
-
-def layouts(spec: ModelSpec, own: Weights) -> Iterator[Trial]:
-    """Queries and keys of each mixer with its pairs as neighbours, or back from there to halves."""
-    table = weight_table(spec)
-    for name, (part, site) in owned(spec):
-        position = getattr(part, "position", None)
-        if not isinstance(position, str) or not hasattr(part, "size"):
-            continue
-        if not hasattr(spec.positions[position], "dim"):  # a scheme that turns nothing
-            continue
-        turned = [f"{name}.{x}" for x in ("q.weight", "q.bias", "k.weight", "k.bias", "q_norm.weight", "k_norm.weight")]
-        there = [n for n in turned if n in own]
-        rule = Pairs("", dim=getattr(spec.positions[position], "dim", None))
-        for back, told in (
-            (False, "pairs neighbours, and they were read as halves"),
-            (True, "pairs halves, and they were read as neighbours"),
-        ):
-            changed = {}
-            for n in there:
-                spot = Spot((n,), (table[n].shape,), part, site)
-                changed[n] = (rule.write if back else rule.read)([own[n]], spot)[0]
-            if changed:
-                yield Trial(
-                    f"{name.partition('.')[2].partition('.')[2]}.q", f"RoPE's layout: the file {told}", weights=changed
-                )

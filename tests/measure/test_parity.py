@@ -90,6 +90,12 @@ def neighbours(weights: Weights) -> Weights:
     return {n: torch.cat([head[order] for head in weights[n].split(8)]) for n in names}
 
 
+def noisy(weights: Weights) -> Weights:
+    """Queries that no single change brings back."""
+    w = weights["blocks.0.mixer.q.weight"]
+    return {"blocks.0.mixer.q.weight": w + torch.randn(w.shape, generator=torch.Generator().manual_seed(0))}
+
+
 def transposed(weights: Weights) -> Weights:
     return {"blocks.1.mixer.out.weight": weights["blocks.1.mixer.out.weight"].T.contiguous()}
 
@@ -124,7 +130,7 @@ DEFECTS = [
     field("llama", None, "final", "final_norm.eps", 0.1, "0.1 here; 0.002"),
     Defect("llama", 0, "mixer.q", LAYOUT, edit=neighbours),
     Defect("llama", 1, "mixer", "blocks.1.mixer.out.weight is transposed", edit=transposed, file="mixer.out"),
-    Defect("llama", 0, "mixer.q", None, {"positions.main.scaling": None}),
+    Defect("llama", 0, "mixer.q", None, edit=noisy),
     Defect(
         "llama",
         0,
