@@ -126,7 +126,8 @@ def test_counts_are_capped_before_anything_is_listed(kind: str) -> None:
         except ValueError as error:
             assert f"{place[-1]}: 2147483647; an integer from 1 to {MOST[place[-1]]} is expected" in str(error)
             refused.add(place[-1])
-    assert refused & set(LAYERS)
+    counted = {place[-1] for place in places(values)} & set(LAYERS)
+    assert refused & counted or not counted, "Nemotron-H lists its layers and says no number of them"
 
 
 @dataclass(frozen=True)
