@@ -135,8 +135,8 @@ DIGITS = 5
 
 
 def thinned(results: list[Result]) -> list[Result]:
-    """Every line, with the curves of each arm's first seed only, and numbers to five digits where no verdict was drawn
-    from them: a text that a repository can hold."""
+    """Every line, with the curves and what was measured during training of each arm's first seed only, and numbers to
+    five digits where no verdict was drawn from them: a text that a repository can hold."""
     first: dict[tuple[str, str | None], int] = {}
     for r in results:
         if r.seed is not None:
@@ -144,7 +144,10 @@ def thinned(results: list[Result]) -> list[Result]:
     out = []
     for r in results:
         values: dict[str, Any] = dict(r.values)
-        if r.kind == "trial" and r.seed != first[r.study, r.arm]:
+        later = r.seed is not None and r.seed != first[r.study, r.arm]
+        if later and str(values.get("what", "")).startswith("training."):
+            continue
+        if r.kind == "trial" and later:
             values = {name: value for name, value in values.items() if name not in CURVES}
         out.append(r.model_copy(update={"values": rounded(values) if r.kind == "measure" else values}))
     return out

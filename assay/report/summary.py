@@ -110,4 +110,12 @@ def _chosen(stage: Stage, titles: Mapping[tuple[str, str], str]) -> str:
             f" by {first['delta'].lstrip('+−')} {first['unit']}" if first["verdict"] != "not distinguishable" else ""
         )
         line += f"; in {first['metric']} it is {first['verdict']} {than} the baseline{reach}"
-    return line + "."
+    return line + "." + _price(words)
+
+
+def _price(words: Sequence[Mapping[str, Any]]) -> str:
+    """What the choice lost by, which a better loss must not hide."""
+    lost = [
+        f"{row['metric']} ({row['chosen']} against {row['baseline']})" for row in words[1:] if row["verdict"] == "worse"
+    ]
+    return f" It is worse in {join(lost)}." if lost else ""

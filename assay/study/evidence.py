@@ -9,7 +9,7 @@ from typing import Any
 from assay.spec.result import Result
 from assay.study.claims import Filter
 
-HIGHER_IS_BETTER = ("accuracy", "tok_s", "mfu", "score")
+HIGHER_IS_BETTER = ("accuracy", "tok_s", "mfu", "score", "in_context_nats")
 # What a run costs is known whether or not it diverged.
 SIZES = ("params_", "state_bytes", "train_flops", "tokens", "steps")
 

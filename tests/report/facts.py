@@ -138,6 +138,16 @@ TABLE: list[dict[str, Any]] = [
         "verdict": "better",
     },
     {
+        "metric": "passkey.accuracy",
+        "unit": "share",
+        "baseline": 1.0,
+        "chosen": 0.34,
+        "delta": -0.66,
+        "low": -0.72,
+        "high": -0.59,
+        "verdict": "worse",
+    },
+    {
         "metric": "decode_tok_s",
         "unit": "",
         "baseline": 2310.0,

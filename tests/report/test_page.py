@@ -128,6 +128,11 @@ def test_the_headline_counts_what_was_decided(plain_page: Page) -> None:
     )
 
 
+def test_the_headline_says_what_the_choice_lost_by(plain_page: Page) -> None:
+    """A better loss bought with forgetting is told in the same breath."""
+    assert "It is worse in passkey accuracy (0.34 against 1)." in plain_page.text
+
+
 def test_an_arm_without_a_verdict_says_not_tested(plain_page: Page) -> None:
     assert re.search(r"Five local to one full ○ not tested – – – – 1\.4\d\d 3", plain_page.text)
 
