@@ -137,6 +137,22 @@ def test_sums_add_up(seed: int, least: int, spare: int) -> None:
         assert inputs[equals + 1 :] == (answer + [BLANK] * task.length)[: task.length - equals - 1]
 
 
+def test_what_guessing_and_not_carrying_reach_is_what_all_sums_say() -> None:
+    """Numbers of one or two digits, as often each: all pairs of both sizes."""
+    zeros, dry, asked = 0.0, 0.0, 0.0
+    for n in (1, 2):
+        pairs = list(product(range(10**n), repeat=2))
+        for a, b in pairs:
+            due = [(a + b) // 10**i % 10 for i in range(n + 1)]
+            without = [(a // 10**i % 10 + b // 10**i % 10) % 10 for i in range(n + 1)]
+            zeros += due.count(0) / len(pairs)
+            dry += sum(x == y for x, y in zip(due, without)) / len(pairs)
+            asked += len(due) / len(pairs)
+    task = Addition(length=8)
+    assert task.floor == pytest.approx(zeros / asked, abs=1e-12)
+    assert task.shortcuts()["without carrying"].at_most == pytest.approx(dry / asked, abs=1e-12)
+
+
 def len_a(inputs: list[int]) -> int:
     return inputs.index(PLUS)
 
