@@ -184,8 +184,8 @@ def by_channel(
 
 def halves(blocks: Float[Tensor, "*B m s X"]) -> tuple[Tensor, Tensor]:
     """Of m blocks, those at even and those at odd places."""
-    pairs = blocks.unflatten(-3, (-1, 2))
-    return pairs[..., 0, :, :], pairs[..., 1, :, :]
+    even, odd = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+    return even, odd
 
 
 def constant(log_decay: Float[Tensor, "H"], lanes: Lanes) -> Float[Tensor, "A T H"]:
