@@ -130,7 +130,7 @@ def test_the_headline_counts_what_was_decided(plain_page: Page) -> None:
 
 def test_the_headline_says_what_the_choice_lost_by(plain_page: Page) -> None:
     """A better loss bought with forgetting is told in the same breath."""
-    assert "It is worse in passkey accuracy (0.34 against 1)." in plain_page.text
+    assert "It is worse in passkey: accuracy (34.0% against 100.0%)." in plain_page.text
 
 
 def test_an_arm_without_a_verdict_says_not_tested(plain_page: Page) -> None:
