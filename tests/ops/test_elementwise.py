@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from assay.conform.cases import noise
 from assay.ops.lanes import Lanes
 from assay.ops.scan import elementwise as ops
-from assay.ops.scan.invariant import invariant
+from assay.ops.scan.invariant import System, invariant
 
 ROWS, WIDTH = 2, 3
 
@@ -95,10 +96,13 @@ def test_a_state_is_carried(length: int, cut: float) -> None:
     torch.testing.assert_close(last, end, rtol=0, atol=1e-13)
 
 
-def selected(
-    x: Tensor, dt: Tensor, rates: Tensor, into: Tensor, out: Tensor, past: Tensor, lanes: Lanes, zoh: bool
-) -> tuple[Tensor, Tensor]:
+def fast_selected(*tensors: Tensor, lanes: Lanes, **how: Any) -> tuple[Tensor, Tensor]:
+    return ops.selective_scan(ops.Selective(*tensors[:5]), tensors[5], lanes, **how)
+
+
+def selected(*tensors: Tensor, lanes: Lanes, zoh: bool) -> tuple[Tensor, Tensor]:
     """Equations 2 and 4 of 2312.00752 with all states at once."""
+    x, dt, rates, into, out, past = tensors
     power = dt[..., None] * rates
     gain = (power.exp() - 1) / rates if zoh else dt[..., None].expand_as(power)
     h, end = looped(power.exp(), gain * into[:, :, None] * x[..., None], past, lanes)
@@ -116,8 +120,8 @@ def test_a_selective_scan_is_the_loop(length: int, seed: int, packed: bool, zoh:
     into, out, past = (noise(shape, seed + i) for i, shape in enumerate(shapes, 3))
     tensors = [noise((ROWS, length, WIDTH), seed + 1), dt, -noise((WIDTH, n), seed + 2).exp(), into, out, past]
     equal(
-        lambda x, dt, *t: ops.selective_scan(x, dt * there, *t, lanes, zoh=zoh, chunk=5),
-        lambda x, dt, *t: selected(x, dt * there, *t, lanes, zoh),
+        lambda x, dt, *t: fast_selected(x, dt * there, *t, lanes=lanes, zoh=zoh, chunk=5),
+        lambda x, dt, *t: selected(x, dt * there, *t, lanes=lanes, zoh=zoh),
         tensors,
     )
 
@@ -137,7 +141,7 @@ def test_the_states_of_a_selective_scan_are_not_kept_for_the_backward_pass() -> 
 
         leaves = [t.clone().requires_grad_() for t in tensors]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            y, _ = ops.selective_scan(*leaves, Lanes(1, length), chunk=chunk)
+            y, _ = fast_selected(*leaves, lanes=Lanes(1, length), chunk=chunk)
         assert y.requires_grad
         return sum(storages.values()) - sum(t.numel() for t in leaves)
 
@@ -151,7 +155,7 @@ def test_zero_order_hold_and_euler_differ_by_the_square_of_the_step() -> None:
     rest = [noise((1, length, n), 3), noise((1, length, n), 4), torch.zeros(1, WIDTH, n, dtype=torch.float64)]
     gaps = []
     for size in (1e-2, 1e-3):
-        ys = [ops.selective_scan(x, dt * size, rates, *rest, lanes, zoh=zoh)[0] for zoh in (False, True)]
+        ys = [fast_selected(x, dt * size, rates, *rest, lanes=lanes, zoh=zoh)[0] for zoh in (False, True)]
         gaps.append(float((ys[0] - ys[1]).abs().max()))
     assert abs(torch.tensor(gaps[0] / gaps[1]).log10().item() - 2) < 0.05
 
@@ -165,7 +169,7 @@ def test_a_selective_scan_over_chunks_is_one_graph() -> None:
     lanes = Lanes(1, length)
 
     def run(*given: Tensor) -> Tensor:
-        return ops.selective_scan(*given, lanes)[0]
+        return fast_selected(*given, lanes=lanes)[0]
 
     traced = torch.compile(run, backend="eager", fullgraph=True)
     leaves = [t.requires_grad_() for t in tensors]
@@ -248,7 +252,7 @@ def test_an_invariant_recurrence_is_the_loop(length: int, seed: int, packed: boo
     keeps = lanes.segment is None
 
     def fast(*t: Tensor) -> tuple[Tensor, Tensor]:
-        y, end = invariant(*t, lanes, chunk=4, keeps=keeps)
+        y, end = invariant(t[0], System(*t[1:4]), t[4], lanes, chunk=4, keeps=keeps)
         assert (end is not None) or not keeps
         return y, end if keeps and end is not None else t[-1]
 
@@ -269,5 +273,5 @@ def test_an_invariant_recurrence_is_a_convolution(paired: bool) -> None:
     spectra = [torch.fft.rfft(t, 2 * length, dim=-2) for t in (x, kernel)]
     theirs = torch.fft.irfft(spectra[0] * spectra[1], 2 * length, dim=-2)[:, :length]
     past = torch.zeros(ROWS, WIDTH, 4, dtype=power.dtype)
-    mine, _ = invariant(x, power, into, out, past, Lanes(ROWS, length))
+    mine, _ = invariant(x, System(power, into, out), past, Lanes(ROWS, length))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12 * float(theirs.abs().max()))

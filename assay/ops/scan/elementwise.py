@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,42 +45,42 @@ def shift(
     return _kept(whole[:, :-1], lanes.fresh()), lanes.tails(whole, 1)[:, 0]
 
 
+class Selective(NamedTuple):
+    """What a selective scan reads. `rates` is A, `into` B and `out` C of the paper."""
+
+    x: Float[Tensor, "L T C"]
+    dt: Float[Tensor, "L T C"]
+    rates: Float[Tensor, "C N"]
+    into: Float[Tensor, "L T N"]
+    out: Float[Tensor, "L T N"]
+
+
 def selective_scan(
-    x: Float[Tensor, "L T C"],
-    dt: Float[Tensor, "L T C"],
-    rates: Float[Tensor, "C N"],
-    into: Float[Tensor, "L T N"],
-    out: Float[Tensor, "L T N"],
-    past: Float[Tensor, "L C N"],
-    lanes: Lanes,
-    *,
-    zoh: bool = False,
-    chunk: int = CHUNK,
+    given: Selective, past: Float[Tensor, "L C N"], lanes: Lanes, *, zoh: bool = False, chunk: int = CHUNK
 ) -> tuple[Float[Tensor, "L T C"], Float[Tensor, "L C N"]]:
-    """h_t = exp(dt_t A) h_(t-1) + B_t x_t dt_t and y_t = C_t h_t, with A = `rates`, B = `into`, C = `out`.
+    """h_t = exp(dt_t A) h_(t-1) + B_t x_t dt_t and y_t = C_t h_t, and the state at each lane's end.
 
     Gu and Dao 2023, arXiv 2312.00752, eqs. 2-4; Euler's B as in their code, `zoh` their eq. 4: (exp(dt A) - 1) / A B.
     States exist for one chunk at a time: the backward pass computes them again. Where dt is 0 the state stays.
     """
-    fresh, h, ys = lanes.fresh(), past.to(x.dtype), []
-    saves = torch.is_grad_enabled() and x.shape[1] > chunk
-    for i in range(0, x.shape[1], chunk):
+    length = given.x.shape[1]
+    fresh, h, ys = lanes.fresh(), past.to(given.x.dtype), []
+    again = torch.is_grad_enabled() and length > chunk
+    for i in range(0, length, chunk):
         part = slice(i, i + chunk)
-        news = None if fresh is None else fresh[:, part]
-        given = (x[:, part], dt[:, part], rates, into[:, part], out[:, part], h, news, zoh)
-        y, h = (
-            checkpoint(_selective, *given, use_reentrant=False, preserve_rng_state=False)
-            if saves
-            else _selective(*given)
-        )
+        here = tuple(t if t is given.rates else t[:, part] for t in given)
+        told = (here, h, None if fresh is None else fresh[:, part], zoh)
+        if again:
+            y, h = checkpoint(_selective, *told, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, h = _selective(*told)
         ys.append(y)
     return torch.cat(ys, 1), h
 
 
-def _selective(
-    x: Tensor, dt: Tensor, rates: Tensor, into: Tensor, out: Tensor, start: Tensor, fresh: Tensor | None, zoh: bool
-) -> tuple[Tensor, Tensor]:
+def _selective(given: tuple[Tensor, ...], start: Tensor, fresh: Tensor | None, zoh: bool) -> tuple[Tensor, Tensor]:
     """A chunk of `selective_scan`: the states [L, T, C, N] live here only."""
+    x, dt, rates, into, out = given
     power = dt[..., None] * rates
     if zoh:
         b = torch.expm1(power) / rates * x[..., None] * into[:, :, None]

@@ -5,6 +5,8 @@ Legend: L lanes of T places, n chunks of c, C channels, N numbers of state a cha
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
@@ -17,23 +19,30 @@ from assay.ops.scan.elementwise import states
 CHUNK = 16
 
 
+class System(NamedTuple):
+    """h_t = exp(power) h_(t-1) + into x_t and y_t = Re(out . h_t); all real or all complex."""
+
+    power: Shaped[Tensor, "C N"]
+    into: Shaped[Tensor, "C N"]
+    out: Shaped[Tensor, "C N"]
+
+
 def invariant(
     x: Float[Tensor, "L T C"],
-    power: Shaped[Tensor, "C N"],
-    into: Shaped[Tensor, "C N"],
-    out: Shaped[Tensor, "C N"],
+    system: System,
     past: Shaped[Tensor, "L C N"],
     lanes: Lanes,
     *,
     chunk: int = CHUNK,
     keeps: bool = True,
 ) -> tuple[Float[Tensor, "L T C"], Shaped[Tensor, "L C N"] | None]:
-    """h_t = exp(power) h_(t-1) + into x_t and y_t = Re(out . h_t), and each lane's last h where it is kept.
+    """The system's y, and each lane's last h where it is kept.
 
     Inside a chunk this is a short convolution with the kernel K_s = Re(out . exp(s power) into) (Gu et al. 2022, arXiv
     2206.11893, eq. 5; its FFT over a whole lane could not keep documents apart). States exist once a chunk: what a
     chunk adds to them, and what they add to its places, are products of matrices, one for each channel.
     """
+    power, into, out = system
     past = past.to(power.dtype)
     if x.shape[1] == 1 and lanes.filled is None:
         h = torch.exp(power) * past + into * x[:, 0, :, None]

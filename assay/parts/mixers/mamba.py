@@ -15,7 +15,7 @@ from assay.ops.activations import Activation, activate
 from assay.ops.activations import reference as reference_activation
 from assay.ops.conv import short_conv
 from assay.ops.here import Here
-from assay.ops.scan.elementwise import selective_scan
+from assay.ops.scan.elementwise import Selective, selective_scan
 from assay.ops.step import Step
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, Site, StateField, Weight
@@ -125,7 +125,8 @@ class MambaMixer(Recurrent):
         dt = F.softplus(F.linear(dt, self.dt_weight).to(high) + self.dt_bias)
         us, steps, into, out = (lanes.lay(t.to(high)) for t in (u, dt, b, c))
         past, rates = lanes.start(here.state.load("h", step)), -torch.exp(self.a_log.to(high))
-        y, end = selective_scan(us, steps, rates, into, out, past, lanes, zoh=spec.discretise == "zoh")
+        given = Selective(us, steps, rates, into, out)
+        y, end = selective_scan(given, past, lanes, zoh=spec.discretise == "zoh")
         if here.state.keeps:
             here.state.store(step, tail=lanes.ends(tail, step), h=lanes.ends(end, step))
         y = lanes.flat(y).to(x.dtype) + self.d * u

@@ -15,7 +15,7 @@ from torch import Tensor
 from assay.ops.activations import Activation, activate
 from assay.ops.activations import reference as reference_activation
 from assay.ops.here import Here
-from assay.ops.scan.invariant import CHUNK, invariant
+from assay.ops.scan.invariant import CHUNK, System, invariant
 from assay.ops.step import Step
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, Site, StateField, Weight
@@ -95,11 +95,9 @@ class S4dMixer(Recurrent):
         high = torch.promote_types(x.dtype, torch.float32)
         past = lanes.start(here.state.load("h", step)).to(high)
         past = torch.view_as_complex(past) if paired else past
-        power, into, out = self.system(high)
-        y, end = invariant(
-            lanes.lay(x.to(high)), power, into, out, past, lanes, chunk=spec.chunk, keeps=here.state.keeps
-        )
-        if here.state.keeps:
+        keeps = here.state.keeps
+        y, end = invariant(lanes.lay(x.to(high)), self.system(high), past, lanes, chunk=spec.chunk, keeps=keeps)
+        if keeps:
             assert end is not None
             end = torch.view_as_real(end) if paired else end
             here.state.store(step, h=lanes.ends(end, step))
@@ -107,13 +105,13 @@ class S4dMixer(Recurrent):
         y = self.out(y, step)
         return F.glu(y, -1) if spec.gate else y
 
-    def system(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """dt A, the discrete B and the discrete C, [C, N] each."""
+    def system(self, dtype: torch.dtype) -> System:
+        """dt A, the discrete B, and C."""
         a, c = -torch.exp(self.log_rate.to(dtype)), self.c.to(dtype)
         if self.spec.numbers == "complex":
             a, c = torch.complex(a, self.turn.to(dtype)), 2 * torch.view_as_complex(c)
         power = torch.exp(self.log_dt.to(dtype))[:, None] * a
-        return power, torch.expm1(power) / a, c
+        return System(power, torch.expm1(power) / a, c)
 
 
 def reference(spec: S4d, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
