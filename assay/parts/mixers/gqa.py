@@ -321,31 +321,16 @@ def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
         beside = s.band is None or -s.band[1] <= i - j <= s.band[0] or min(i, j) < s.first
         return early and near and same and beside
 
-    def blocks(i: int, h: int) -> set[int]:
-        """The places in the blocks that query head h of token i looks into."""
-        rule, g = spec.scores.blocks, h // (spec.heads // spec.groups)
-        if rule is None:
-            return set(range(x.shape[0]))
-        qi, worth = norm("q_norm", q[i])[h * d : (h + 1) * d].detach(), []
-        for c in range(i // rule.size):
-            inside = [norm("k_norm", k[j])[g * d : (g + 1) * d] for j in range(c * rule.size, (c + 1) * rule.size)]
-            keys = torch.stack(inside).detach()
-            bound = torch.maximum(qi * keys.min(0)[0], qi * keys.max(0)[0]).sum()
-            worth.append(float(qi @ keys.mean(0) if rule.by == "mean" else bound))
-        order = sorted(range(len(worth)), key=lambda c: -worth[c])[: rule.keep - 1]
-        return {j for c in (*order, i // rule.size) for j in range(c * rule.size, (c + 1) * rule.size)}
-
-    q, k = linear("q"), linear("k")
+    q, k, rows = linear("q"), linear("k"), []
     v = torch.stack([norm("v_norm", row) for row in (k if spec.values.tied else linear("v"))])
     scale = spec.scores.scale if spec.scores.scale is not None else d**-0.5
-    rows = []
     for i in range(x.shape[0]):
         heads = []
         for h in range(spec.heads):
             g = h // (spec.heads // spec.groups)
-            near = blocks(i, h)
-            seen = [j for j in range(x.shape[0]) if sees(i, j) and j in near]
             qi = norm("q_norm", q[i])[h * d : (h + 1) * d]
+            near = looked_into(spec, qi, [norm("k_norm", row)[g * d : (g + 1) * d] for row in k[: i + 1]])
+            seen = [j for j in range(x.shape[0]) if sees(i, j) and (near is None or j in near)]
             if (heat := spec.scores.temperature) is not None:
                 qi = qi * (1 + heat.gain * math.log(1 + (int(positions[i]) + 1) // heat.every))
             z = [scale * (qi @ norm("k_norm", k[j])[g * d : (g + 1) * d]) for j in seen]
@@ -361,3 +346,17 @@ def reference(spec: Gqa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
             mix = mix * (gate.view_as(mix) if spec.gate == "element" else gate[:, None])
         rows.append(weights["out.weight"] @ mix.flatten() + weights.get("out.bias", zero))
     return torch.stack(rows)
+
+
+def looked_into(spec: Gqa, q: Tensor, keys: list[Tensor]) -> set[int] | None:
+    """The places in the blocks that a query head [K] looks into, by its keys up to its own; None: everywhere."""
+    rule, own = spec.scores.blocks, len(keys) - 1
+    if rule is None:
+        return None
+    worth = []
+    for c in range(own // rule.size):
+        inside = torch.stack(keys[c * rule.size : (c + 1) * rule.size])
+        bound = torch.maximum(q * inside.min(0)[0], q * inside.max(0)[0]).sum()
+        worth.append(float((q @ inside.mean(0) if rule.by == "mean" else bound).detach()))
+    best = sorted(range(len(worth)), key=lambda c: -worth[c])[: rule.keep - 1]
+    return {j for c in (*best, own // rule.size) for j in range(c * rule.size, (c + 1) * rule.size)}

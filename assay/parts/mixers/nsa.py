@@ -285,15 +285,14 @@ def reference(spec: Nsa, weights: dict[str, Tensor], x: Tensor, positions: Tenso
     stored = [{name: rows(name, g) for name in names} for g in range(groups)]
     out = []
     for i, row in enumerate(x):
-        heads = []
-        gate = 1 / (1 + torch.exp(-(weights["gate.weight"] @ row)))
+        heads, gate = [], 1 / (1 + torch.exp(-(weights["gate.weight"] @ row)))
+        starts = [c for c in range(0, x.shape[0], stride) if c + length <= i + 1]
+        near = range(max(0, i - spec.window + 1), i + 1)
         for g, kv in enumerate(stored):
-            starts = [c for c in range(0, x.shape[0], stride) if c + length <= i + 1]
             coarse_k, coarse_v = ([compress(n, kv[f"{n}_compress"][c : c + length]) for c in starts] for n in "kv")
             queries = [(weights["q.weight"] @ row)[h * d : (h + 1) * d] for h in range(g * shared, (g + 1) * shared)]
             coarse = [look(q, coarse_k, coarse_v) for q in queries]
             chosen = select(i, [[w.detach() for w in p] for _, p in coarse])
-            near = range(max(0, i - spec.window + 1), i + 1)
             for n, q in enumerate(queries):
                 fine = look(q, [kv["k_select"][j] for j in chosen], [kv["v_select"][j] for j in chosen])[0]
                 window = look(q, [kv["k_window"][j] for j in near], [kv["v_window"][j] for j in near])[0]
