@@ -103,7 +103,8 @@ def test_a_parallel_block_is_its_sum(parallel: str) -> None:
     alone = made({"ffn": None, "mixer": {"kind": "linear", "heads": 2}}, layers=1)
     alone.blocks[0].mixer.load_state_dict(block.mixer.state_dict())
     alone.blocks[0].mixer_norm.load_state_dict(norms[0].state_dict())
-    a = alone.blocks[0](x, {}, step, alone._stateless(step))[0] - x
+    states = alone._stateless(step)
+    a = alone.blocks[0](x, {}, step.with_(tables=alone._tables(step, states)), states)[0] - x
     w, m = block.ffn, norms[1](x)
     f = (torch.nn.functional.silu(m @ w.gate.weight.T) * (m @ w.up.weight.T)) @ w.down.weight.T
     assert torch.allclose(taps["blocks.0.out"], x + 0.5 * (a + f), rtol=0, atol=1e-12)
