@@ -5,6 +5,7 @@
     equivalent(mean(loss_nats, arm=mqa), mean(loss_nats, arm=mha), within=0.05)
     exact(state_bytes_per_token, arm=mqa) == exact(state_bytes_per_token, arm=mha) / 4
     mean(loss_nats, arm=w64) < mean(loss_nats, arm=full) < mean(loss_nats, arm=w16)      (and joins tests too)
+    correlation(loss_nats, diagnostic.accuracy, task=mqar) < -0.5                        (over all arms, by ranks)
 
 `mean` is the mean over seeds, and is tested; `exact` is a quantity that no seed changes (bytes, parameters), and is
 decided without a test. A metric is a value of a trial, or `what.column` of a measurement's rows; other keywords choose
@@ -81,11 +82,22 @@ class VerdictIs:
 
 
 @dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of two metrics over the study's arms, each arm's mean over its seeds. The filters
+    choose rows of whichever is a measurement's."""
+
+    op: Literal["<", ">"]
+    metrics: tuple[str, str]
+    filters: tuple[tuple[str, Filter], ...]
+    bound: float
+
+
+@dataclass(frozen=True)
 class Every:
     tests: tuple[Test, ...]
 
 
-Test = Compare | Equivalent | VerdictIs | Every
+Test = Compare | Equivalent | VerdictIs | Correlation | Every
 
 _ARITHMETIC: Mapping[type[ast.operator], Literal["+", "-", "*", "/"]] = {
     ast.Add: "+",
@@ -131,9 +143,20 @@ def terms(test: Test | Expr) -> Iterator[Term | VerdictIs]:
             yield from terms(inner)
     elif isinstance(test, Term | VerdictIs):
         yield test
-    elif not isinstance(test, Number):
+    elif not isinstance(test, Number | Correlation):
         yield from terms(test.left)
         yield from terms(test.right)
+
+
+def metrics(test: Test) -> Iterator[str]:
+    """Every metric that a test names."""
+    if isinstance(test, Every):
+        for inner in test.tests:
+            yield from metrics(inner)
+    elif isinstance(test, Correlation):
+        yield from test.metrics
+    else:
+        yield from (term.metric for term in terms(test))
 
 
 def arms(test: Test | Expr) -> set[str]:
@@ -164,6 +187,8 @@ def _comparisons(node: ast.Compare) -> Test:
     sides = [node.left, *node.comparators]
     if _calls(node.left) == "verdict":
         return _verdict(node)
+    if _calls(node.left) == "correlation":
+        return _correlation(node)
     found: list[Test] = []
     for left, op, right in zip(sides, node.ops, sides[1:]):
         if type(op) not in _ORDER:
@@ -190,6 +215,21 @@ def _verdict(node: ast.Compare) -> VerdictIs:
     if base is not None and not isinstance(base, str):
         raise ValueError(f"base={base!r}: the name of an arm is accepted")
     return VerdictIs(metric, arm, base, tuple(rest.items()), str(expected))
+
+
+def _correlation(node: ast.Compare) -> Correlation:
+    positional, options = _arguments(node.left)
+    bound = _literal(node.comparators[0])
+    order = _ORDER.get(type(node.ops[0]))
+    if len(positional) != 2 or len(node.ops) != 1 or order not in ("<", ">") or isinstance(bound, str | bool):
+        raise ValueError(
+            f"{ast.unparse(node)!r}: accepted: correlation(metric, metric, column=value, ...) < or > a number"
+        )
+    if not -1 < bound < 1:
+        raise ValueError(f"{ast.unparse(node)!r}: a correlation is compared with a number between -1 and 1")
+    first, second = (_metric(one) for one in positional)
+    filters = {key: _literal(value) for key, value in options.items()}
+    return Correlation("<" if order == "<" else ">", (first, second), tuple(filters.items()), float(bound))
 
 
 def _expr(node: ast.expr) -> Expr:

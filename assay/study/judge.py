@@ -11,6 +11,7 @@ from assay.spec.result import Result
 from assay.study.claims import (
     COMPARE,
     Compare,
+    Correlation,
     Equivalent,
     Every,
     Expr,
@@ -32,6 +33,7 @@ from assay.study.statistics import (
     difference,
     noise_floor,
     one_sample,
+    rank_correlation,
 )
 
 Outcome = Literal["confirmed", "contradicted", "not distinguishable", "not tested"]
@@ -100,6 +102,8 @@ def judge(test: Test, evidence: Evidence, court: Court) -> tuple[Outcome, str]:
         return min((o for o, _ in parts), key=WEAKEST.index), " ".join(dict.fromkeys(s for _, s in parts))
     if isinstance(test, VerdictIs):
         return _judge_verdict(test, evidence, court)
+    if isinstance(test, Correlation):
+        return _judge_correlation(test, evidence, court)
     left, right = _values(test.left, evidence), _values(test.right, evidence)
     if left is None or right is None:
         missing = ", ".join(sorted(arm for arm in arms(test) if arm not in evidence.arms())) or "these rows"
@@ -127,6 +131,28 @@ def _judge_verdict(test: VerdictIs, evidence: Evidence, court: Court) -> tuple[O
     if found.verdict in ("not tested", "not distinguishable"):
         return found.verdict, sentence
     return ("confirmed" if found.verdict == test.expected else "contradicted"), sentence
+
+
+def _judge_correlation(test: Correlation, evidence: Evidence, court: Court) -> tuple[Outcome, str]:
+    """By the interval of Spearman's rho; an arm without both metrics, or with one that is not finite, is left out."""
+    pairs = []
+    for arm in dict.fromkeys((court.base_arm, *court.arms)):
+        found = [
+            evidence.samples(name, arm, dict(test.filters) if "." in name else {}).values() for name in test.metrics
+        ]
+        means = [math.fsum(values) / len(values) for values in found if values]
+        if len(means) == 2 and all(map(math.isfinite, means)):
+            pairs.append((means[0], means[1]))
+    found_rho = rank_correlation(pairs, court.alpha)
+    if found_rho is None:
+        return "not tested", f"{len(pairs)} arms have both; a correlation needs 5 with values that differ."
+    rho, low, high = found_rho
+    sentence = f"rank correlation {rho:+.2f} ({low:+.2f} to {high:+.2f}) over {len(pairs)} arms."
+    if (high < test.bound) if test.op == "<" else (low > test.bound):
+        return "confirmed", sentence
+    if (low > test.bound) if test.op == "<" else (high < test.bound):
+        return "contradicted", sentence
+    return "not distinguishable", sentence
 
 
 def _values(expr: Expr, evidence: Evidence) -> float | dict[int, float] | None:

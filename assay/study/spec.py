@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from assay.measure.topics import accepts
 from assay.spec.base import Spec
 from assay.spec.load import find, read_mapping, validate
-from assay.study.claims import TRAINING, Test, parse, terms
+from assay.study.claims import TRAINING, Test, metrics, parse
 from assay.study.claims import arms as arms_named
 
 BASE_ARM = "base"
@@ -272,7 +272,7 @@ class StudySpec(Spec):
         return self
 
     def _check_topics(self, test: Test) -> None:
-        for topic in {term.metric.rpartition(".")[0] for term in terms(test)} - {""}:
+        for topic in {metric.rpartition(".")[0] for metric in metrics(test)} - {""}:
             name = topic.removeprefix(f"{TRAINING}.")
             accepts(name)
             if topic != name and not any(m.name == name and m.during for m in self.measurements):

@@ -118,6 +118,18 @@ def difference(arm: Samples, base: Samples) -> Difference | None:
     return Difference(delta, se, df, "pooled" if len(a) >= MIN_SEEDS else "base spread")
 
 
+def rank_correlation(pairs: Sequence[tuple[float, float]], alpha: float = ALPHA) -> tuple[float, float, float] | None:
+    """Spearman's rho and its interval: Fisher's z with the standard error of Bonett and Wright (2000, Psychometrika 65,
+    section 3), sqrt((1 + rho^2 / 2) / (n - 3)). None for fewer than 5 pairs, or where one side is constant."""
+    if len(pairs) < MIN_PAIRS or any(len(set(side)) == 1 for side in zip(*pairs, strict=True)):
+        return None
+    rho = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+    if abs(rho) > 1 - 1e-12:  # its z is infinite; the largest rho below 1 that so many ranks can have
+        rho = math.copysign(1 - 6 / (len(pairs) * (len(pairs) ** 2 - 1)), rho)
+    reach = stats.norm.ppf(1 - alpha / 2) * math.sqrt((1 + rho * rho / 2) / (len(pairs) - 3))
+    return rho, math.tanh(math.atanh(rho) - reach), math.tanh(math.atanh(rho) + reach)
+
+
 def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
     """Power of the two-sided t test for a true `effect`, from the noncentral t distribution."""
     critical = float(stats.t.ppf(1 - alpha / 2, df))

@@ -32,6 +32,10 @@ BAD = [
     ("not (mean(loss_nats, arm=a) < 2)", "is not a test"),
     ("(" * 300 + ")" * 300, "at most"),
     ("mean(x, arm=[a for a in ()]) < 1", "a word, a number"),
+    ("correlation(loss_nats) < 0", "metric, metric"),
+    ("correlation(loss_nats, tokens) <= 0", "metric, metric"),
+    ("correlation(loss_nats, tokens) < -1", "between -1 and 1"),
+    ("0 < correlation(loss_nats, tokens)", "is not a value"),
 ]
 
 
@@ -191,3 +195,49 @@ def test_lines_for_the_report() -> None:
 def test_the_studys_smallest_effect_of_interest_counts_in_its_own_metric() -> None:
     court = Court("base", tuple(LOSS), Metric("loss_nats", interest=0.5))
     assert judge(parse("verdict(loss_nats, arm=low) == better"), EVIDENCE, court)[0] == "not distinguishable"
+
+
+def ranked(scores: list[float], losses: list[float]) -> tuple[Evidence, Court]:
+    """Arms a, b, ... with two seeds each, and one measured score."""
+    out = []
+    for i, (score, loss) in enumerate(zip(scores, losses, strict=True)):
+        for seed in (0, 1):
+            told = {"loss_nats": loss + seed, "diverged": False}
+            rows = [{"task": "recall", "accuracy": score}, {"task": "other", "accuracy": -score}]
+            about = {"study": "s", "arm": chr(97 + i), "seed": seed}
+            out.append(Result(kind="trial", values=told, **about))
+            out.append(Result(kind="measure", values={"what": "probe", "rows": rows}, **about))
+    return Evidence(out, "s"), Court("a", tuple(chr(97 + i) for i in range(len(scores))))
+
+
+def test_correlations_are_by_ranks_over_arms() -> None:
+    """Rho is scipy's; a monotone map changes nothing; the interval is Fisher's z with Bonett and Wright's error."""
+    scores, losses = [1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10], [9.0, 10, 8, 7, 6, 5, 4, 3, 1, 2]
+    for shape in (scores, [math.exp(x) for x in scores]):
+        outcome, said = judge(
+            parse("correlation(loss_nats, probe.accuracy, task=recall) < -0.5"), *ranked(shape, losses)
+        )
+        rho = stats.spearmanr(scores, losses).statistic
+        reach = 1.959964 * math.sqrt((1 + rho**2 / 2) / 7)
+        low, high = np.tanh(np.arctanh(rho) + np.array([-reach, reach]))
+        assert outcome == "confirmed"
+        assert said == f"rank correlation {rho:+.2f} ({low:+.2f} to {high:+.2f}) over 10 arms."
+    other = parse("correlation(loss_nats, probe.accuracy, task=other) < 0")
+    assert judge(other, *ranked(scores, losses))[0] == "contradicted"
+
+
+def test_few_arms_have_no_correlation() -> None:
+    """Nor have arms that are all alike, and one that diverged is left out."""
+    test = parse("correlation(loss_nats, probe.accuracy, task=recall) < 0")
+    assert judge(test, *ranked([1.0, 2, 3, 4], [4.0, 3, 2, 1]))[0] == "not tested"
+    assert judge(test, *ranked([1.0] * 6, [6.0, 5, 4, 3, 2, 1]))[0] == "not tested"
+    outcome, said = judge(test, *ranked([1.0, 2, 3, 4, 5, 6], [6.0, 5, 4, 3, 2, math.nan]))
+    assert (outcome, said.endswith("over 5 arms.")) == ("confirmed", True)
+
+
+def test_unrelated_arms_are_seldom_called_related() -> None:
+    """Of 400 draws of 15 unrelated arms, about 5 % are confirmed or contradicted at a level of 5 %."""
+    drawn = np.random.default_rng(0).normal(size=(400, 2, 15))
+    test = parse("correlation(loss_nats, probe.accuracy, task=recall) < 0")
+    called = [judge(test, *ranked(*pair.tolist()))[0] != "not distinguishable" for pair in drawn]
+    assert 0.02 < np.mean(called) < 0.085

@@ -9,7 +9,7 @@ import pytest
 from assay.model.lm import LM
 from assay.spec.load import shelf
 from assay.spec.model import ModelSpec
-from assay.study.claims import parse, terms
+from assay.study.claims import metrics, parse
 from assay.study.materials import materials
 from assay.study.plan import BUDGETS, Plan, Request, make_plan
 from assay.study.spec import load_study
@@ -51,8 +51,8 @@ def test_claims_ask_for_what_is_measured(name: str) -> None:
     study = load_study(name)[1]
     measured = {name for m in study.measurements for name in m.names}
     for claim in study.claims:
-        for term in terms(parse(claim.test)):
-            what = term.metric.rpartition(".")[0]
+        for metric in metrics(parse(claim.test)):
+            what = metric.rpartition(".")[0]
             assert not what or what in measured, claim.id
 
 

@@ -1,0 +1,50 @@
+"""What the same architecture learns of a diagnostic task: new weights, trained on the task alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from assay.data.tasks.base import task_class
+from assay.measure.probe import accuracy, rows_of
+from assay.measure.subject import Subject
+from assay.spec.load import dump, validate
+from assay.spec.model import ModelSpec
+from assay.train.loop import train
+from assay.train.outcome import Diverged
+from assay.train.recipe import change_recipe, load_recipe
+
+SECONDS = 20.0
+
+
+def measure(
+    subject: Subject, *, tasks: Sequence[str] = ("mqar",), steps: int = 200, rows: int = 32
+) -> list[dict[str, Any]]:
+    """Rows: task, accuracy, floor, steps.
+
+    The subject's spec with the task's vocabulary and length is trained on the task's default sizes by the recipe
+    `probe`, at the subject's learning rate and seed. What diverges, or does not reach the length, gives a row without
+    an accuracy and with a `reason`.
+    """
+    found = []
+    for kind in tasks:
+        task = validate(task_class(kind), {"kind": kind}, "diagnostic")
+        row: dict[str, Any] = {"task": kind, "accuracy": None, "floor": task.floor, "steps": steps}
+        if reason := subject.refusal(task.length):
+            found.append(row | {"reason": reason})
+            continue
+        tree = dump(subject.spec) | {"vocab": task.vocab, "context": task.length}
+        how = {
+            "data": dump(task),
+            "batch.length": task.length,
+            "batch.rows": rows,
+            "tokens": steps * rows * task.length,
+        }
+        own = {"optimizer.lr": subject.recipe.optimizer.lr, "seed": subject.recipe.seed, "evaluation.tokens": 0}
+        try:
+            trained = train(validate(ModelSpec, tree, "diagnostic"), change_recipe(load_recipe("probe"), how | own))
+        except Diverged:
+            found.append(row | {"reason": "the loss was no longer a number"})
+            continue
+        found.append(row | {"accuracy": accuracy(trained.model, task, rows_of(task))})
+    return found
