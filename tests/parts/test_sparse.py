@@ -98,6 +98,40 @@ def test_turned_keys_choose_alike_in_chunks_and_at_once(kind: str, scheme: dict[
     assert not torch.allclose(part("mixers", kind, **fields).run(tokens, rows(1, 13)), whole)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [*(("gqa", {**HEADS, "scores": {"blocks": b}}) for b in BLOCKS), ("nsa", NSA)],
+)
+def test_sequences_that_bring_unequal_numbers_of_tokens(kind: str, fields: dict[str, Any]) -> None:
+    """A chunk of 7 beside one of 2, after 4 and 9 tokens, in a view that is one row for both."""
+    c = part("mixers", kind, **fields)
+    c.modules.eval()
+    docs, lengths = (x(11, 1), x(11, 2)), ((4, 7), (9, 2))
+    cache, slots = open_cache(c, 2, 9)
+    told: list[list[Tensor]] = [[], []]
+    for number in (0, 1):
+        starts = [sum(n[:number]) for n in lengths]
+        index = torch.cat([torch.arange(at, at + n[number]) for at, n in zip(starts, lengths, strict=True)])
+        counts = torch.tensor([n[number] for n in lengths])
+        step = rows(1, len(index)).with_(
+            seq=torch.arange(2).repeat_interleave(counts),
+            index=index,
+            positions=index,
+            starts=F.pad(counts.cumsum(0), (1, 0)),
+            past=torch.tensor(starts),
+            horizon=torch.tensor([64, 64]),
+            grid=None,
+            longest=int(counts.max()),
+            saves=counts.cumsum(0) - 1,
+        )
+        new = torch.cat([d[at : at + n[number]] for d, at, n in zip(docs, starts, lengths, strict=True)])
+        y = c.run(new, step, cache.begin(slots, step))
+        for pieces, piece in zip(told, y.split(counts.tolist()), strict=True):
+            pieces.append(piece)
+    for pieces, doc in zip(told, docs, strict=True):
+        close(torch.cat(pieces), c.run(doc, rows(1, 11)), 1e-10)
+
+
 def alone(number: int, **fields: Any) -> Case:
     """NSA whose gates are exactly 1 for one branch and 0 for the others, when the first input is 1."""
     c = part("mixers", "nsa", **{**NSA, **fields})
