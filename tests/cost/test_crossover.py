@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from assay.cli.main import main
@@ -23,6 +23,7 @@ def between(one: ModelSpec, other: ModelSpec, ask: Question = ASK) -> int | None
 
 
 @given(one=layers, other=layers)
+@example(one=["window"] * 3, other=["linear", "full"])
 def test_is_what_a_walk_over_all_contexts_finds(one: list[str], other: list[str]) -> None:
     """No window here is longer than 6 and no constant is worth more than 30 tokens."""
     a, b = Sheet(small(one)), Sheet(small(other))
@@ -42,6 +43,8 @@ def test_a_constant_against_a_line() -> None:
     assert between(small(["linear", "full"]), small(["full", "full"])) == 10
     assert between(full, full) is None
     assert between(small(["window"]), full) == 6
+    below_above_below = small(["window"] * 3), small(["linear", "full"])
+    assert between(*below_above_below) == (3 * 5 * 64 - 576) // 64 + 1
 
 
 def test_ends_with_the_positions() -> None:
