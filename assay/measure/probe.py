@@ -21,7 +21,7 @@ from assay.train.outcome import Diverged, Status, TrainResult
 from assay.train.precision import Runner
 from assay.train.recipe import Recipe, change_recipe
 
-FACTORS = (2, 4)
+FACTORS = (1, 2, 4)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SYMBOLS, FEWEST = 1 << 15, 32
 """About how many symbols, and at least how many rows, an accuracy is measured on."""
@@ -30,13 +30,16 @@ Watch = Callable[[Status], None]
 
 @dataclass(frozen=True)
 class Probed:
-    """curve: (steps, accuracy on held-out rows). lengths: `factor, length, accuracy`, or a `reason` for none."""
+    """curve: (steps, accuracy on held-out rows). lengths: as `at_lengths` has them, the task's own first."""
 
     task: Task
-    accuracy: float
     curve: tuple[tuple[int, float], ...]
     lengths: tuple[dict[str, Any], ...]
     trained: TrainResult
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.lengths[0]["accuracy"])
 
     @property
     def state_bytes(self) -> int:
@@ -62,8 +65,7 @@ def probe(
         curve.append((status.step, accuracy(now.model, task, max(1, recipe.evaluation.tokens // task.length))))
 
     trained = train(spec, recipe, device=device, on_progress=on_progress, options=Options(on_validation=ask))
-    found = accuracy(trained.model, task, rows_of(task))
-    return Probed(task, found, tuple(curve), tuple(lengths(trained, task, found)), trained)
+    return Probed(task, tuple(curve), tuple(at_lengths(Subject.of(trained), task)), trained)
 
 
 def rows_of(task: Task) -> int:
@@ -88,22 +90,21 @@ def accuracy(model: LM, task: Task, rows: int) -> float:
     return right / asked
 
 
-def lengths(trained: TrainResult, task: Task, short: float) -> list[dict[str, Any]]:
-    """The accuracy on the task's longer forms, and the reason where the task has none or the model ends before; short:
-    that at its own length."""
-    subject = Subject.of(trained)
-    rows: list[dict[str, Any]] = [{"factor": 1, "length": task.length, "accuracy": short}]
-    for factor in FACTORS:
+def at_lengths(subject: Subject, task: Task, factors: Iterable[int] = FACTORS) -> list[dict[str, Any]]:
+    """Rows `factor, length, accuracy, floor`: the task's rows so many times as long. Without accuracy and with a
+    `reason` where the task has no such rows, or the model's positions end before."""
+    rows: list[dict[str, Any]] = []
+    for factor in factors:
         row: dict[str, Any] = {"factor": factor, "length": task.length * factor, "accuracy": None}
         try:
-            longer = task.longer(factor)
+            longer = task if factor == 1 else task.longer(factor)
         except ValueError as error:
             rows.append(row | {"reason": message(error)})
             continue
+        row |= {"length": longer.length, "floor": longer.floor}
         reason = subject.refusal(longer.length)
-        row["length"] = longer.length
         rows.append(
-            row | ({"reason": reason} if reason else {"accuracy": accuracy(trained.model, longer, rows_of(longer))})
+            row | ({"reason": reason} if reason else {"accuracy": accuracy(subject.model, longer, rows_of(longer))})
         )
     return rows
 

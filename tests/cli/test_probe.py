@@ -163,7 +163,7 @@ def test_a_model_whose_positions_end_is_not_asked_beyond_them(
 ) -> None:
     path = tmp_path / "learned.yaml"
     path.write_text(
-        "{d_model: 16, vocab: 256, layers: 1, positions: {p: {kind: learned}}, head: lm,"
+        "{d_model: 16, vocab: 256, context: 64, layers: 1, positions: {p: {kind: learned}}, head: lm,"
         " blocks: {b: {mixer: {kind: gqa, heads: 1, position: p}}}}"
     )
     longer = probed(capsys, str(path), "--steps", "1")["lengths"][1]
