@@ -31,7 +31,7 @@ MODELS: dict[str, tuple[Any, int, int, float]] = {
     "llama-11m": (lambda: load_model("llama-11m", {"layers": 2}), 1, 300, 0.01),
     "lab-64": (lambda: load_model("lab-64"), 2, 64, 0.01),
     "experts": (lambda: decoder(64, 2, (4, 2), 96, 100, ffn={"kind": "moe", "experts": 8}), 1, 100, 0.1),
-    **{name: (lambda name=name: small([name]), 1, 200, 0.1 if name == "linear" else 0.02) for name in MIXERS},
+    **{name: (lambda name=name: small([name]), 1, 200, 0.25 if name == "linear" else 0.02) for name in MIXERS},
 }
 
 
