@@ -66,10 +66,10 @@ def selective_scan(
     length = given.x.shape[1]
     fresh, h, ys = lanes.fresh(), past.to(given.x.dtype), []
     again = torch.is_grad_enabled() and length > chunk
-    for i in range(0, length, chunk):
-        part = slice(i, i + chunk)
-        here = tuple(t if t is given.rates else t[:, part] for t in given)
-        told = (here, h, None if fresh is None else fresh[:, part], zoh)
+    xs, dts, intos, outs = (t.split(chunk, 1) for t in (given.x, given.dt, given.into, given.out))
+    for i in range(len(xs)):
+        here = (xs[i], dts[i], given.rates, intos[i], outs[i])
+        told = (here, h, None if fresh is None else fresh[:, i * chunk : (i + 1) * chunk], zoh)
         if again:
             y, h = checkpoint(_selective, *told, use_reentrant=False, preserve_rng_state=False)
         else:
