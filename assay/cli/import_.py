@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,7 @@ def opened(source: str, dtype: str | None, folder: Path | None) -> tuple[Importe
     """The model and its tokenizer, which is read first: it is small, and what is missing is known at once."""
     import torch
 
+    from assay.data.settings import Generation
     from assay.hub.gguf import read_gguf
     from assay.hub.gguf_config import source_of
     from assay.hub.load import import_folder, load
@@ -72,6 +74,8 @@ def opened(source: str, dtype: str | None, folder: Path | None) -> tuple[Importe
         told = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         if path.is_dir():
             words = folder_tokenizer(folder or path)
+            if folder is not None:  # what a decoder begins with is the model's, not the vocabulary's
+                words = replace(words, starts=Generation.of(path).starts)
             return import_folder(path, dtype=kind, told=told), words
         file = read_gguf(path)
         words = folder_tokenizer(folder) if folder is not None else gguf_tokenizer(file.metadata, file.where)

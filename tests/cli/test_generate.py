@@ -118,6 +118,18 @@ def test_the_source_matters_to_its_last_token(
     assert asked(ours, capsys)["tokens"] != whole
 
 
+def test_the_first_tokens_are_the_models_whatever_vocabulary_is_given(
+    folders: tuple[Path, Path, Any], tmp_path: Path
+) -> None:
+    words, weights = tmp_path / "words", tmp_path / "weights"
+    for path in folders[0].iterdir():
+        place = words if path.name.startswith("tokenizer") else weights
+        place.mkdir(exist_ok=True)
+        (place / path.name).write_bytes(path.read_bytes())
+    assert main(["import", str(weights), "--tokenizer", str(words), "--out", str(tmp_path / "ours")]) == 0
+    assert load_checkpoint(tmp_path / "ours")[1].starts == load_checkpoint(folders[1])[1].starts != ()
+
+
 def test_chat_names_what_answers_instead(folders: tuple[Path, Path, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", str(folders[1])]) == 2
     assert "an encoder-decoder, which answers one text at a time: use assay generate" in capsys.readouterr().err
