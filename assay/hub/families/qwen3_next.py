@@ -86,14 +86,13 @@ def spec(c: Config) -> Tree:
     layers, every = c.integer("num_hidden_layers"), c.integer("full_attention_interval", 4)
     attention = c.each_layer("layer_types", layers, lambda i: LINEAR if (i + 1) % every else shared.FULL)
     step, dense = c.integer("decoder_sparse_step", 1), c.listed("mlp_only_layers", [])
-    experts = c.integer("num_experts", 512, least=0)
     norm = shared.rmsnorm(c, weight="plus_one")
     mixers = {LINEAR: delta(c), shared.FULL: attend(c, norm)}
     if unknown := sorted(set(attention) - mixers.keys()):
         raise ValueError(f"{c.where}: layer_types: {unknown[0]!r}; accepted: {', '.join(mixers)}")
     blocks, pattern = {}, []
     for i, kind in enumerate(attention):
-        sparse = experts > 0 and i not in dense and (i + 1) % step == 0
+        sparse = i not in dense and (i + 1) % step == 0
         name = f"{kind.removesuffix('_attention')}_{'moe' if sparse else 'mlp'}"
         blocks[name] = {"mixer": mixers[kind], "ffn": mixture(c) if sparse else shared.gated(c), "norm": {"kind": norm}}
         pattern.append(name)
