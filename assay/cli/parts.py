@@ -7,6 +7,8 @@ your own; `assay parts --matrix` runs them on every shipped one and prints what 
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from assay.spec.base import PartSpec
 
 app = typer.Typer()
+ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 
 
 @app.callback(invoke_without_command=True)
@@ -113,7 +116,7 @@ def mark(outcomes: set[str]) -> str:
 
 
 def rows() -> list[dict[str, Any]]:
-    """One record a part, by slot and kind: slot, kind, title, paper, refuses, module."""
+    """One record a part, by slot and kind: slot, kind, name, title, paper, refuses, module."""
     from assay.spec import registry
     from assay.spec.base import SLOTS
 
@@ -121,11 +124,12 @@ def rows() -> list[dict[str, Any]]:
 
 
 def describe(slot: str, kind: str, spec: type[Any]) -> dict[str, Any]:
-    """A part's docstring is its title (the first line) and its paper (the rest)."""
+    """A part's docstring is its title (the first line) and its paper (the rest); its file's first line is its name."""
     title, _, rest = inspect.cleandoc(spec.__doc__ or "").partition("\n")
     return {
         "slot": slot,
         "kind": kind,
+        "name": (sys.modules[spec.__module__].__doc__ or title).strip().partition("\n")[0],
         "title": title,
         "paper": " ".join(rest.split()),
         "refuses": dict(spec.refuses),
@@ -134,17 +138,23 @@ def describe(slot: str, kind: str, spec: type[Any]) -> dict[str, Any]:
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    """A table on stdout: slot, kind, and below the title the paper and what is refused."""
+    """A table on stdout: slot, kind, name with what is refused, and the number of the paper."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("slot", "kind", "what it is", header_style="bold", pad_edge=False)
+    table = Table("slot", "kind", "what it is", "arXiv", header_style="bold", pad_edge=False)
     before = ""
     for row in found:
-        about = Text(row["title"]).append(f"\n{row['paper']}" if row["paper"] else "", style="dim")
+        about, paper = Text(row["name"]), ARXIV.search(f"{row['title']} {row['paper']}")
         for law, why in row["refuses"].items():
             about.append(f"\nrefuses {law}: {why}", style="yellow")
-        table.add_row("" if row["slot"] == before else row["slot"], Text(row["kind"], style="bold"), about)
+        table.add_row(
+            "" if row["slot"] == before else row["slot"],
+            Text(row["kind"], style="bold"),
+            about,
+            paper[0] if paper else "",
+        )
         before = row["slot"]
     Console(highlight=False).print(table)
+    print("Equations and fields: docs/mechanisms, or --json. --matrix: which laws each obeys.")
