@@ -123,7 +123,8 @@ def chunkwise(updates: Updates, past: Tensor, segment: Tensor | None, chunk: int
     form = by_head(reads, writes, u.log_decay) if u.by_head else by_channel(reads, writes, u.log_decay, u.late)
     if segment is not None:
         form = form.apart(segment, heads)
-    source, known = u.s, ()
+    source = u.s
+    known: tuple[Tensor, ...] = ()
     if u.v is not None:
         seen = form.mix[:, :, :, 1] @ u.v[:, :, None]
         known = (form.writes[:, :, 1].mT @ u.v).unbind(0)
