@@ -275,3 +275,13 @@ def test_an_invariant_recurrence_is_a_convolution(paired: bool) -> None:
     past = torch.zeros(ROWS, WIDTH, 4, dtype=power.dtype)
     mine, _ = invariant(x, System(power, into, out), past, Lanes(ROWS, length))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12 * float(theirs.abs().max()))
+
+
+def test_a_document_of_small_keys_behind_one_of_large_keys() -> None:
+    """Its maximum is its own: with the other's, every exponential of it would be 0 in float32, and the mean 0 / 0."""
+    lanes = Lanes(ROWS, 4, segment=torch.tensor([[0, 0, 1, 1]] * ROWS))
+    k = torch.tensor([60.0, 60.0, -60.0, -60.0])[None, :, None].expand(ROWS, 4, WIDTH)
+    v, zero = noise((ROWS, 4, WIDTH), 1).float(), torch.zeros(WIDTH)
+    y, _ = ops.wkv(zero, zero, k, v, nothing(torch.float32), lanes)
+    means = torch.stack([v[:, 0], v[:, :2].mean(1), v[:, 2], v[:, 2:].mean(1)], 1)
+    torch.testing.assert_close(y, means, rtol=0, atol=1e-5)
