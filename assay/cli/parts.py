@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from assay.cli.common import Json, Part, emit_json, load_parts, progress
+from assay.cli.common import Json, Part, emit_json, fail, load_parts, progress
 
 if TYPE_CHECKING:
     from assay.conform.suite import Finding
@@ -51,7 +51,10 @@ def check(file: Annotated[Path, typer.Argument(metavar="FILE.py")], json: Json =
     """The conformance suite on the mechanisms of your own file; exit 1 when a law is broken."""
     from assay.spec import registry
 
-    conclude(examine(registry.load_file(file)), json)
+    found = registry.load_file(file)
+    if not found:
+        fail(f"{file}: defines tasks only, and the laws are those of parts; assay probe --part {file} asks a task")
+    conclude(examine(found), json)
 
 
 def examine(kinds: list[type[PartSpec]]) -> list[Finding]:

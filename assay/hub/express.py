@@ -117,7 +117,8 @@ def stage_tree(spec: ModelSpec, site: Site, stage: StageSpec, named: tuple[int, 
         tree = settled(branch.part)
         if isinstance(branch.part, Gqa):
             tree |= attention(spec, branch.part, site.child(name))
-        norms = {f"{name}_norm": settled(branch.pre), f"{name}_post": settled(branch.post)}
+        around = {"norm": branch.pre, "conv": branch.conv, "post": branch.post}
+        norms = {f"{name}_{what}": settled(part) for what, part in around.items()}
         found |= {name: {**tree, "stage": number}, f"{name}_scale": branch.scale, **norms}
     return found
 

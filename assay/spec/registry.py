@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from assay.spec.base import SLOTS, NestedError, PartSpec
+from assay.spec.base import SLOTS, NestedError, PartSpec, Spec
 
 PARTS = Path(__file__).parent.parent / "parts"
+USER = "assay_user_"
+"""What the module of a user's file is called, before its own name."""
 
 
 @cache
@@ -63,12 +65,24 @@ def get(slot: str, kind: object) -> type[PartSpec]:
     raise NestedError(("kind",), f"unknown {slot} kind {kind!r}{hint}; accepted: {names(slot)}")
 
 
+def user_modules() -> list[ModuleType]:
+    """The users' own files that are loaded."""
+    return [module for name, module in list(sys.modules.items()) if name.startswith(USER)]
+
+
+def user_kinds(module: ModuleType) -> list[type[Spec]]:
+    """What a user's file defines under a kind that is no part: tasks, which this package does not know."""
+    own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    kinds = [v for v in own if issubclass(v, Spec) and not issubclass(v, PartSpec) and hasattr(v, "kind_name")]
+    return [v for v in kinds if "kind" in v.model_fields]
+
+
 def load_file(path: str | Path) -> list[type[PartSpec]]:
     """Import a user's own mechanism. This runs the file: it is code, which is why it is asked for by a flag."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--part: no file {path}")
-    name = f"assay_user_{path.stem}"
+    name = f"{USER}{path.stem}"
     if (before := sys.modules.get(name)) is not None and Path(str(before.__file__)).resolve() != path.resolve():
         raise ValueError(f"--part {path}: a file of this name is already loaded, {before.__file__}")
     spec = importlib.util.spec_from_file_location(name, path)
@@ -82,9 +96,12 @@ def load_file(path: str | Path) -> list[type[PartSpec]]:
         del sys.modules[name]
         raise ValueError(f"--part {path}: {type(error).__name__}: {error}") from error
     found = _specs_in(module)
-    if not found:
+    if not found and not user_kinds(module):
         del sys.modules[name]
-        raise ValueError(f"--part {path}: defines no part; it needs a class derived from one of {', '.join(SLOTS)}")
+        raise ValueError(
+            f"--part {path}: defines no part and no task; it needs a class derived from one of {', '.join(SLOTS)}, or "
+            "from assay.data.tasks.base.Task"
+        )
     for part in found:
         other = table(part.slot).get(part.kind_name(), part)
         same = [p for p in found if (p.slot, p.kind_name()) == (part.slot, part.kind_name())]

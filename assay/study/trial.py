@@ -45,7 +45,7 @@ def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
 
 def _run(job: dict[str, Any], progress: Progress, room: Room) -> list[dict[str, Any]]:
     for path in job.get("parts", ()):
-        if Path(path).stem not in {name.removeprefix("assay_user_") for name in sys.modules}:
+        if Path(path).stem not in {name.removeprefix(registry.USER) for name in sys.modules}:
             registry.load_file(path)
     start_peak()
     spec = validate(ModelSpec, job["spec"], "spec")

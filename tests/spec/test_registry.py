@@ -27,7 +27,7 @@ def _forgotten() -> Iterator[None]:
     yield
     registry._user_parts.cache_clear()
     for name in set(sys.modules) - before:
-        if name.startswith("assay_user_"):
+        if name.startswith(registry.USER):
             del sys.modules[name]
 
 

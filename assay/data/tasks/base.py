@@ -22,6 +22,7 @@ from pydantic import Field
 from assay.data.draws import scatter
 from assay.data.packing import IGNORED
 from assay.spec.base import NestedError, Spec
+from assay.spec.registry import user_kinds, user_modules
 
 Ids = NDArray[np.int64]
 Solver = Callable[[Ids], Ids]
@@ -137,8 +138,7 @@ def place_in(rows: Ids, wanted: Ids) -> Ids:
 
 
 @cache
-def tasks() -> Mapping[str, type[Task]]:
-    """kind -> task, for every file of this folder."""
+def _shipped() -> Mapping[str, type[Task]]:
     table: dict[str, type[Task]] = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         module = importlib.import_module(f"assay.data.tasks.{path.stem}")
@@ -146,6 +146,18 @@ def tasks() -> Mapping[str, type[Task]]:
             if issubclass(found, Task) and found.__module__ == module.__name__ and "kind" in found.model_fields:
                 if found.kind_name() in table:
                     raise ValueError(f"{path}: kind {found.kind_name()!r} is already taken")
+                table[found.kind_name()] = found
+    return MappingProxyType(table)
+
+
+def tasks() -> Mapping[str, type[Task]]:
+    """kind -> task, for every file of this folder, and for the users' files that are loaded (--part)."""
+    table = dict(_shipped())
+    for module in user_modules():
+        for found in user_kinds(module):
+            if issubclass(found, Task):
+                if found.kind_name() in table:
+                    raise ValueError(f"--part {module.__file__}: kind {found.kind_name()!r} is already taken")
                 table[found.kind_name()] = found
     return MappingProxyType(table)
 
