@@ -29,7 +29,10 @@ _GROUPS = (
     ),
     ("During training", (plots_during.during,)),
     ("Length and recall", (plots_learning.extrapolation, plots_learning.recovery, plots_learning.passkey)),
-    ("Speed and memory", (plots_machine.latency, plots_machine.memory, plots_machine.kernels)),
+    (
+        "Speed and memory",
+        (plots_machine.latency, plots_machine.memory, plots_machine.growth, plots_machine.kernels),
+    ),
     ("Inside the model", (plots_inside.attention, plots_inside.lens, plots_inside.wavelengths)),
 )
 

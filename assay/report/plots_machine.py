@@ -1,13 +1,13 @@
-"""What the machine pays: latency, memory and kernels, against context, by batch."""
+"""What the machine pays: latency, memory, kernels and what grows with the context, by batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from assay.report.collect import Arm, Row, Stage, over_seeds
+from assay.report.collect import Arm, Point, Row, Stage, over_seeds
 from assay.report.figures import Canvas, Plot, Style, arms_with, series
-from assay.report.words import kind, label, number, unit
+from assay.report.words import join, kind, label, number, unit
 
 Styles = Mapping[str, Style]
 NO_CACHE = "no cache"
@@ -97,3 +97,56 @@ def kernels(stage: Stage, styles: Styles) -> list[Plot]:
         if canvas.traces:
             plots.append(canvas.plot(f"Kernels: {title}", "The same attention, by backend.", toggles="xy"))
     return plots
+
+
+GROWTH = (
+    ("decode_s", "Time of a decode step by context", "time of a step (s)"),
+    ("decode_held_bytes", "Memory of decoding by context", "state and working memory (bytes)"),
+    ("prefill_s", "Time of prefill by context", "time of prefill (s)"),
+    ("prefill_held_bytes", "Memory of prefill by context", "state and working memory (bytes)"),
+)
+
+
+def growth(stage: Stage, styles: Styles) -> list[Plot]:
+    """Time and memory of prefill and of a decode step against context, a view a batch, and where arms pass the base."""
+    arms, plots = arms_with(stage.arms, "growth"), []
+    for key, title, words in GROWTH:
+        canvas, notes = Canvas("context (tokens)", words, True, True, x_kind="binary", y_kind=kind(key)), []
+        for batch in _batches(stage, "growth"):
+            lines = [
+                (arm, over_seeds([r for r in arm.rows["growth"] if r["batch"] == batch], "context", key))
+                for arm in arms
+            ]
+            for arm, points in lines:
+                canvas.line(arm, styles[arm.name], points, f"batch {batch}")
+            notes.append(crossings(lines, batch))
+        if canvas.traces:
+            plots.append(canvas.plot(title, " ".join(filter(None, notes)), toggles="xy"))
+    return plots
+
+
+def crossings(lines: Sequence[tuple[Arm, Sequence[Point]]], batch: Any) -> str:
+    """From which context on each arm stays below the base arm, in words; nothing without a base arm's line."""
+    base = next(((arm, {p.x: p.mean for p in points}) for arm, points in lines if arm.is_base and points), None)
+    if base is None:
+        return ""
+    found: dict[float | None, list[str]] = {}
+    for arm, points in lines:
+        if not arm.is_base and any(p.x in base[1] for p in points):
+            found.setdefault(below(points, base[1]), []).append(arm.title)
+    places = sorted(((at, names) for at, names in found.items() if at is not None), key=lambda place: place[0])
+    said = [f"from {at:,.0f} tokens on {join(names)}" for at, names in places]
+    said += [f"never {join(found[None])}" if None in found else ""]
+    told = "; ".join(filter(None, said))
+    return f"Batch {batch}, below {base[0].title}: {told}." if told else ""
+
+
+def below(points: Sequence[Point], base: Mapping[float, float]) -> float | None:
+    """The first shared context from which on a line stays below the base's; None where its end is not below."""
+    first = None
+    for point in sorted(points, key=lambda p: p.x, reverse=True):
+        if point.x in base:
+            if point.mean >= base[point.x]:
+                break
+            first = point.x
+    return first

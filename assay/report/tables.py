@@ -46,6 +46,7 @@ PLOTTED = {
     "passkey": "length",
     "latency": "context",
     "memory": "context",
+    "growth": "context",
     "kernels": "length",
     "attention": "layer",
     "lens": "layer",
@@ -56,10 +57,13 @@ PLOTTED = {
 TITLES = {
     "decode_fit": "Time of a decode step, measured and fitted",
     "norms": "Time of the norms",
+    "growth": "How time, memory and FLOPs grow with the context",
     "kernels": "Kernels, summed up",
 }
 NOTES = {
-    "decode_fit": "The fit: a fixed time, a time for each sequence, and a time for each byte of state that is read."
+    "decode_fit": "The fit: a fixed time, a time for each sequence, and a time for each byte of state that is read.",
+    "growth": "A slope is p where a column is about c times context^p over the upper half of the contexts; that of the "
+    "mixers' FLOPs is what theory says.",
 }
 MOST_ROWS = 200
 

@@ -50,7 +50,7 @@ DURING = "training."
 """What the name of a measurement begins with that was made at several points of the training."""
 PLACES = (
     "layer", "ratio", "factor", "length", "floor", "distance", "context", "batch", "position", "dim", "head",
-    "variant", "tuned", "kind",
+    "variant", "tuned", "kind", "phase",
     "backend", "cache", "cell", "width", "tokens", "samples", "chance", "reason",
 )  # fmt: skip
 """Columns of a measurement that say where it was made, or how; the others are what was found."""

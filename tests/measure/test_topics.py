@@ -24,6 +24,9 @@ ROWS = {
     "latency": "batch context cache prefill_s ttft_s decode_tok_s itl_ms_p50 itl_ms_p99 roofline_tok_s",
     "decode_fit": "cell",
     "memory": "batch context state_bytes_predicted state_bytes_measured peak_memory_bytes",
+    "growth": "batch context state_bytes_predicted state_bytes_measured decode_tok_s prefill_s prefill_held_bytes "
+    "prefill_flops prefill_mixer_flops prefill_executed_flops decode_s decode_held_bytes decode_flops "
+    "decode_mixer_flops decode_executed_flops",
     "kernels": "backend length seconds peak_bytes traffic_bytes",
     "norms": "kind tokens width forward_s backward_s ratio forward_ratio",
     "attention": "layer tokens sink_mass entropy_nats max_logit",
@@ -39,6 +42,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "latency": {"batches": [1], "contexts": [8], "seconds": 0.05},
     "decode_fit": {"batches": [1, 2], "contexts": [4, 8], "seconds": 0.05},
     "memory": {"batches": [1], "contexts": [8]},
+    "growth": {"batches": [1], "contexts": [4, 8], "seconds": 0.02},
     "kernels": {"lengths": [64], "seconds": 0.02},
     "norms": {"seconds": 0.02},
     "steps_to_loss": {"losses": [9.0, 0.1], "over": 1},
