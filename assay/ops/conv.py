@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -20,18 +22,54 @@ def short_conv(
     """y_t = sum_j w_j x_(t - K + 1 + j), K - 1 earlier inputs in `past`; and those at the lane's end.
 
     The last tap is on the token itself, as in torch's Conv1d with padding on the left. Nothing crosses from one
-    document of a lane to the next. Elementwise products: for a handful of taps they cost less than a convolution's
-    rearrangement. Where a lane has segments, nothing was before it.
+    document of a lane to the next. Where a lane has segments, nothing was before it.
     """
-    taps, length = weight.shape[1], x.shape[1]
+    taps = weight.shape[1]
     whole = torch.cat([past.to(x.dtype), x], 1)
-    out = whole[:, taps - 1 :] * weight[:, -1]
+    return _ShortConv.apply(whole, weight, bias, near(lanes, taps, x.dtype)), lanes.tails(whole, taps - 1)
+
+
+def near(lanes: Lanes, taps: int, dtype: torch.dtype) -> Float[Tensor, "K1 L T 1"] | None:
+    """Whether the token 1, 2, ... K - 1 places before is of the same document: 1 or 0; None: always."""
+    if lanes.segment is None:
+        return None
+    now, found = lanes.segment, []
     for back in range(1, taps):
-        first = taps - 1 - back
-        term = whole[:, first : first + length] * weight[:, taps - 1 - back]
-        if lanes.segment is not None:
-            here, before = lanes.segment[:, back:], lanes.segment[:, : max(0, length - back)]
-            own = F.pad(here == before, (min(back, length), 0))
-            term = torch.where(own[..., None], term, 0.0)
-        out = out + term
-    return (out if bias is None else out + bias), lanes.tails(whole, taps - 1)
+        same = now[:, back:] == now[:, : max(0, lanes.length - back)]
+        found.append(F.pad(same, (min(back, lanes.length), 0)))
+    return torch.stack(found)[..., None].to(dtype)
+
+
+class _ShortConv(torch.autograd.Function):
+    """Elementwise products: for a handful of taps they cost less than a convolution's rearrangement. The gradient by
+    hand, since torch's own has for each tap zeros as large as the input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        whole: Float[Tensor, "L S C"],
+        weight: Float[Tensor, "C K"],
+        bias: Float[Tensor, "C"] | None,
+        near: Float[Tensor, "K1 L T 1"] | None,
+    ) -> Float[Tensor, "L T C"]:
+        ctx.save_for_backward(whole, weight, near)
+        ctx.biased = bias is not None
+        taps, length = weight.shape[1], whole.shape[1] - weight.shape[1] + 1
+        out = whole[:, taps - 1 :] * weight[:, -1]
+        for back in range(1, taps):
+            first = taps - 1 - back
+            term = whole[:, first : first + length]
+            out.addcmul_(term if near is None else term * near[back - 1], weight[:, first])
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        whole, weight, near = ctx.saved_tensors
+        taps, length, grad = weight.shape[1], grads[0].shape[1], grads[0]
+        by_input, by_weight = torch.zeros_like(whole), []
+        for first in range(taps):
+            back = taps - 1 - first
+            reached = grad if near is None or back == 0 else grad * near[back - 1]
+            by_input[:, first : first + length].addcmul_(reached, weight[:, first])
+            by_weight.append((reached * whole[:, first : first + length]).sum((0, 1)))
+        return by_input, torch.stack(by_weight, 1), grad.sum((0, 1)) if ctx.biased else None, None

@@ -107,9 +107,11 @@ class Chunks(NamedTuple):
         update = (self.k.mT @ written).unflatten(-1, (each, -1))
         now = state.unflatten(1, (groups, each)).transpose(2, 3)
         before = []
-        for i in range(update.shape[1]):
+        # Unbound, not indexed: the gradient of each index would be zeros of the whole's size.
+        stays = [None] * update.shape[1] if self.stays is None else self.stays.unbind(1)
+        for left, added in zip(stays, update.unbind(1), strict=True):
             before.append(now)
-            now = (now if self.stays is None else now * self.stays[:, i]) + update[:, i]
+            now = now + added if left is None else torch.addcmul(added, now, left)
         carried = (self.q @ torch.stack(before, 1).flatten(4)).unflatten(-1, (each, -1)).transpose(3, 4)
         carried = carried if self.reads is None else carried * self.reads[..., None]
         return carried + self.mix @ v, now.transpose(2, 3).flatten(1, 2)
