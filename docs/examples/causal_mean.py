@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from assay.ops.here import Here
-from assay.ops.scan import additive
+from assay.ops.scan import decayed as ops
 from assay.ops.step import Step
-from assay.parts.base import Mixer
+from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, MixerSpec, Site, StateField
 
 
@@ -36,8 +36,8 @@ class CausalMean(MixerSpec):
         return (StateField("sum", "sequence", (self.width,), "float32", split=0),)
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
-        """One addition and one product a number; executed as the masked square of `additive` with a key of size 1."""
-        return Cost(2 * self.width * new, 2 * (1 + self.width) * new * new)
+        """One addition and one product a number; executed as the products of `decayed` with a key of size 1."""
+        return Cost(2 * self.width * new, ops.cost(new, 1, (1, self.width), 1, ops.CHUNK).executed)
 
     def build(self, site: Site) -> CausalMeanMixer:
         return CausalMeanMixer(self, site)
@@ -48,18 +48,18 @@ class CausalMean(MixerSpec):
         yield cls(width=5)
 
 
-class CausalMeanMixer(Mixer):
+class CausalMeanMixer(Recurrent):
     """[N, D] -> [N, D]. `v` and `out` exist because the spec declares them."""
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        v = self.v(x, step)[:, None]  # [N, 1, width]: one head
-        one = torch.ones_like(v[..., :1])
-        past = here.state.load("sum", step).read()[:, None, None]  # [B, 1, 1, width]
-        total, end = additive(one, one, v, past, step, keeps=here.state.keeps)
+        lanes = step.table(self)  # tokens in order of time: [N, ...] <-> [L, T, ...]
+        v, one = (lanes.lay(t)[:, :, None] for t in (self.v(x, step), torch.ones_like(x[:, :1])))  # one head
+        past = lanes.start(here.state.load("sum", step))[:, None, None]  # [L, 1, 1, width]
+        total, end = ops.decayed(one, one, v, None, past, lanes)
         if end is not None:
-            here.state.store(step, sum=end[:, 0, 0])
-        count = (step.index + 1).to(v.dtype)[:, None]
-        return self.out(here.tap("mix", total[:, 0] / count), step)
+            here.state.store(step, sum=lanes.ends(end[:, 0, 0], step))
+        count = (step.index + 1).to(x.dtype)[:, None]
+        return self.out(here.tap("mix", lanes.flat(total[:, :, 0]) / count), step)
 
 
 def reference(spec: CausalMean, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def test_a_file_adds_a_task(tmp_path: Path) -> None:
     done = probe("--task", "echo", "--part", str(path), "--steps", "40", "recipe.batch.rows=8", "task.length=6")
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["task"] == {"kind": "echo", "length": 6}
-    assert found["accuracy"] == 1.0 and found["floor"] == 0.25
+    assert found["accuracy"] > 0.99 and found["floor"] == 0.25
     without = probe("--task", "echo")
     assert without.returncode == 2 and "unknown task 'echo'" in without.stderr
 

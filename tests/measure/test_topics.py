@@ -34,7 +34,9 @@ ROWS = {
     "steps_to_loss": "loss_nats steps tokens",
     "wavelengths": "dim wavelength completes",
     "failures": "metric score prompt text why",
+    "diagnostic": "task accuracy floor steps",
 }
+OF_TASKS = {"task"}  # what only a model that was trained on a task has: tests/measure/test_diagnostic.py
 QUICK: dict[str, dict[str, Any]] = {
     "extrapolation": {"ratios": [1, 2], "windows": 2},
     "recovery": {"ratios": [1, 2], "windows": 2},
@@ -47,11 +49,12 @@ QUICK: dict[str, dict[str, Any]] = {
     "norms": {"seconds": 0.02},
     "steps_to_loss": {"losses": [9.0, 0.1], "over": 1},
     "failures": {"prompts": 2, "new_tokens": 80},
+    "diagnostic": {"tasks": ["parity"], "steps": 1, "rows": 2},
 }
 
 
 def test_the_folder_is_the_list() -> None:
-    assert set(topics()) == set(ROWS)
+    assert set(topics()) == set(ROWS) | OF_TASKS
     assert topics()["latency"] == ("batches", "contexts", "cache", "seconds")
 
 

@@ -1,5 +1,6 @@
 """Every shipped study: it loads, plans at every budget, and its arms are the models that their titles name."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -121,11 +122,69 @@ TITLES: dict[tuple[str, str], Callable[[ModelSpec, Stages], bool]] = {
 }
 
 
+KINDS = {  # how a title begins, and the kind of all its mixers; the longest that fits counts
+    "Attention": "gqa", "Window of": "gqa", "Strided": "gqa", "Linear": "linear", "RetNet": "retnet", "GLA": "gla",
+    "DeltaNet": "deltanet", "DeltaProduct": "deltanet", "Gated DeltaNet": "gated_deltanet", "Mamba": "mamba",
+    "Kimi Delta Attention": "kda", "RWKV-7": "rwkv7", "Mamba-2": "mamba2", "RG-LRU": "rglru", "minGRU": "mingru",
+    "LSTM": "lstm", "Gated convolution": "gated_conv",
+}  # fmt: skip
+NUMBERS: dict[str, Callable[[Any], Any]] = {  # a number in a title, and the field that has it
+    r"Window of (\d+)": lambda m: m.sees.window,
+    r"(\d+) features": lambda m: m.features or m.head_dim or 64,
+    r"state (\d+)": lambda m: getattr(m, "state_size", None) or m.state_dim,
+    r"(?:RetNet|DeltaNet), (\d+)$": lambda m: m.head_dim,
+    r"GLA, (\d+)$": lambda m: m.key_dim,
+    r"(\d+) steps": lambda m: m.steps,
+    r"beta in \(0, (\d)\)": lambda m: 2 if m.negative else 1,
+}
+PLACES = {
+    "first": {0},
+    "second": {1},
+    "second of 4": {1},
+    "last": {3},
+    "second and fourth": {1, 3},
+    "only": set(range(4)),
+}
+
+
+def _mixed(stages: Stages, title: str) -> bool:
+    """Hybrids: attention stands where the title says, in four layers, and everything else is recurrent."""
+    found = {i for i, m in enumerate(_mixers(stages)) if m.kind == "gqa"}
+    rest = {m.kind for m in _mixers(stages)} - {"gqa"}
+    if "place of attention" in title:
+        return found == {1} and {m.sees.window for m in _mixers(stages) if m.kind == "gqa"} == {32}
+    own = {"gated_deltanet"} if title.startswith("Gated DeltaNet") else {"mamba2"}
+    if title.endswith(" only") and not title.startswith("Attention"):
+        return not found and rest == own
+    where = re.search(r"[Aa]ttention (first|second and fourth|second of 4|second|last|only)", title)
+    return where is not None and found == PLACES[where[1]] and rest == (own if found != PLACES["only"] else set())
+
+
+def _says(model: ModelSpec, stages: Stages, title: str) -> bool:
+    """What a title says by its words: the mixers' kind, their numbers, their positions."""
+    begins = max((name for name in KINDS if title.startswith(name)), key=len)
+    schemes = {p.kind_name() for p in model.positions.values()}
+    wanted = {n.lower() for n in ("RoPE", "ALiBi") if n in title}
+    told = all(
+        {read(m) for m in _mixers(stages)} == {int(match[1])}
+        for pattern, read in NUMBERS.items()
+        if (match := re.search(pattern, title))
+    )
+    return {m.kind for m in _mixers(stages)} == {KINDS[begins]} and told and wanted <= schemes
+
+
 @pytest.mark.parametrize("name,arm", _arms())
 def test_every_arm_is_what_its_title_says(name: str, arm: str) -> None:
-    tree, _ = _plan(name).stages[0].models[arm]
-    model = ModelSpec.model_validate(tree)
-    assert TITLES[name, arm](model, list(model.expand()))
+    plan = _plan(name)
+    tree, _ = plan.stages[0].models[arm]
+    model, title = ModelSpec.model_validate(tree), plan.stages[0].study.all_arms[arm].title
+    stages = list(model.expand())
+    if (name, arm) in TITLES:
+        assert TITLES[name, arm](model, stages)
+    elif name.startswith("hybrid-") or "second of 4" in title:
+        assert _mixed(stages, title.replace("RoPE", "").rstrip(", "))
+    else:
+        assert _says(model, stages, title)
 
 
 @pytest.mark.parametrize("name", ["kv-sharing", "windows"])

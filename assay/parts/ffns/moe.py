@@ -69,8 +69,10 @@ class Moe(FfnSpec):
             raise ValueError(f"`clamp` is made for gated silu; `act` is {self.act!r}, `gated` {self.gated}")
         if self.norm is not None and self.norm.refuses:
             raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
-        for child, place in self.children(site).values():
+        for name, (child, place) in self.children(site).items():
             child.check(place)
+            if child.state(place):
+                raise ValueError(f"`{name}` {child.kind_name()!r} remembers tokens; accepted: a part without a state")
 
     def inner(self, site: Site) -> int:
         """The width at which the experts read and write."""
