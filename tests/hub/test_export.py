@@ -103,6 +103,7 @@ def test_a_family_is_written_as_transformers_reads_it(name: str, tmp_path: Path)
         ({"blocks__only__mixer__scores": {"dropout": 0.1}, "blocks__only__dropout": 0.1, "init__std": 0.5}, "llama"),
         ({"blocks__only__mixer__gate": "head"}, None),
         ({"positions__turn__scaling": {"kind": "ntk", "factor": 2.0}}, None),
+        ({"blocks__only__conv": "conv"}, None),
     ],
 )
 def test_the_first_family_that_has_a_model_is_taken(changes: dict[str, Any], family: str | None) -> None:
