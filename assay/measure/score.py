@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from assay.model.lm import LM
+from assay.ops.precision import high
 from assay.ops.step import Step
 from assay.train.evaluate import LOGITS
 
@@ -129,9 +130,9 @@ def together(model: LM, rows: Sequence[Ids], asked: Sequence[Sequence[Ids]]) -> 
 
 def compared(logits: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log probabilities (float64) of targets by the logits at their places, and whether they are the likeliest."""
-    high = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    at, targets = at.to(high.device), targets.to(high.device)
-    nats = (high[at, targets] - high.logsumexp(-1)[at]).double()
+    logits = high(logits)
+    at, targets = at.to(logits.device), targets.to(logits.device)
+    nats = (logits[at, targets] - logits.logsumexp(-1)[at]).double()
     if bool(nats.isnan().any()):
         raise ValueError("the model returned logits that are not numbers (NaN): its weights are damaged or it diverged")
-    return nats, high.argmax(-1)[at] == targets
+    return nats, logits.argmax(-1)[at] == targets

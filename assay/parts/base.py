@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from assay.ops.attend import Bias
 from assay.ops.here import Here
+from assay.ops.lanes import Lanes, lanes
 from assay.ops.state import State
 from assay.ops.step import Step, View
 from assay.spec.base import PartSpec, Site, Weight, linear_at
@@ -81,6 +82,17 @@ class Mixer(Part):
         raise NotImplementedError
 
 
+class InLanes(Part):
+    """A part that runs over lanes: `step.table(self)` is the step's `Lanes`, made once for all such parts."""
+
+    def prepare_key(self) -> object:
+        return Lanes
+
+    def prepare(self, step: Step, state: State | None) -> Lanes:
+        assert state is not None
+        return lanes(step, state.keeps)
+
+
 class Ffn(Part):
     """Acts on each token: [N, D] -> [N, D]. It may still declare state (a token shift)."""
 
@@ -107,6 +119,29 @@ class Position(Part):
 
     def bias(self) -> Bias | None:
         return None
+
+
+class Placed(Mixer):
+    """A mixer whose spec names a `position` of the stack: `scheme` holds it once it is bound, or nothing."""
+
+    def __init__(self, spec: Any, site: Site) -> None:
+        super().__init__(spec, site)
+        self.scheme: tuple[Position, ...] = ()  # a tuple: the stack owns the module, and torch does not register it
+
+    @property
+    def scheme_dim(self) -> int:
+        """How many dimensions of a head the scheme is told of."""
+        return int(self.spec.size(self.site))
+
+    def bind(self, positions: Mapping[str, Position]) -> None:
+        self.scheme = (positions[self.spec.position],) if self.spec.position is not None else ()
+        for scheme in self.scheme:
+            scheme.serve(self.spec.heads, self.scheme_dim)
+
+    def check_bound(self) -> None:
+        """ValueError where the stack has not given the scheme that the spec names."""
+        if self.spec.position is not None and not self.scheme:
+            raise ValueError(f"{self.name}: position {self.spec.position!r} is not a scheme of this stack")
 
 
 class Selector(Part):

@@ -12,6 +12,7 @@ from torch import Tensor
 from assay.data.loader import Batch
 from assay.data.tokenizers import bits_per_byte
 from assay.model.lm import LM
+from assay.ops.precision import high
 from assay.ops.step import Step, training_step
 from assay.train.precision import Runner
 
@@ -86,8 +87,7 @@ def token_losses(model: LM, batch: Batch, precision: str = "float32") -> Tensor:
 def _piece(runner: Runner, batch: Batch) -> Tensor:
     logits = runner(step_of(batch)).logits
     assert logits is not None
-    high = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return F.cross_entropy(high, batch.targets, ignore_index=-1, reduction="none").float()
+    return F.cross_entropy(high(logits), batch.targets, ignore_index=-1, reduction="none").float()
 
 
 def evaluate(model: LM, batches: Iterable[Batch], precision: str = "float32") -> Evaluation:

@@ -15,6 +15,7 @@ from assay.ops.activations import reference as reference_activation
 from assay.ops.grouped import grouped
 from assay.ops.here import Here
 from assay.ops.step import Step
+from assay.parts._checks import token_by_token
 from assay.parts.base import Ffn
 from assay.parts.ffns import dense, gated
 from assay.parts.routers import topk
@@ -67,8 +68,7 @@ class Moe(FfnSpec):
     def check(self, site: Site) -> None:
         if self.clamp is not None and (self.act != "silu" or not self.gated):
             raise ValueError(f"`clamp` is made for gated silu; `act` is {self.act!r}, `gated` {self.gated}")
-        if self.norm is not None and self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        token_by_token("norm", self.norm)
         for name, (child, place) in self.children(site).items():
             child.check(place)
             if child.state(place):

@@ -15,6 +15,7 @@ from assay.ops.activations import Activation, activate
 from assay.ops.activations import reference as reference_activation
 from assay.ops.here import Here
 from assay.ops.step import Step
+from assay.parts._checks import token_by_token
 from assay.parts.base import Ffn
 from assay.parts.norms.rmsnorm import RmsNorm
 from assay.spec.base import Fan, FfnSpec, Init, NormSpec, PartSpec, Site, Weight
@@ -40,8 +41,7 @@ class PerLayer(FfnSpec):
             raise ValueError(
                 f"`vocab`: {self.vocab} in layer {site.layer}; layer 0 has the table, the others have none"
             )
-        if self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        token_by_token("norm", self.norm)
         if self.vocab is None and self.norm != RmsNorm():
             raise ValueError("`norm` stands in layer 0, beside `vocab`")
 

@@ -11,11 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from assay.ops.here import Here
-from assay.ops.lanes import Lanes, lanes
 from assay.ops.scan.elementwise import shift
-from assay.ops.state import State
 from assay.ops.step import Step
-from assay.parts.base import Ffn
+from assay.parts.base import Ffn, InLanes
 from assay.spec.base import Cost, Fan, FfnSpec, Init, Site, StateField, Weight
 
 
@@ -58,13 +56,8 @@ class RwkvChannel(FfnSpec):
         yield cls(width=17)
 
 
-class RwkvChannelFfn(Ffn):
-    def prepare_key(self) -> object:
-        return Lanes
-
-    def prepare(self, step: Step, state: State | None) -> Lanes:
-        assert state is not None
-        return lanes(step, state.keeps)
+class RwkvChannelFfn(InLanes, Ffn):
+    """[N, D] -> [N, D']."""
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         lanes = step.table(self)

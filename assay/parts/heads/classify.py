@@ -13,6 +13,7 @@ from torch import Tensor
 
 from assay.ops.activations import Activation, activate
 from assay.ops.step import Step
+from assay.parts._checks import token_by_token
 from assay.parts.base import Head
 from assay.parts.heads._pool import Pool, pool
 from assay.spec.base import Cost, Fan, HeadSpec, NormSpec, PartSpec, Site
@@ -36,8 +37,7 @@ class Classify(HeadSpec):
     def check(self, site: Site) -> None:
         if self.act is None and not self.dense_bias:
             raise ValueError("`dense_bias: false` says nothing beside `act: null`, which leaves the dense map out")
-        if self.norm is not None and self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        token_by_token("norm", self.norm)
 
     def linears(self, site: Site) -> dict[str, Fan]:
         dense = {} if self.act is None else {"dense": Fan(site.d_in, site.d_in, self.dense_bias)}

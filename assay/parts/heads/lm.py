@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from assay.ops.precision import high
 from assay.ops.step import Step
 from assay.parts.base import Head
 from assay.spec.base import Cost, Fan, HeadSpec, Init, Site, Weight
@@ -81,8 +82,7 @@ class LmHeadPart(Head):
         return total
 
     def _piece(self, x: Tensor, targets: Tensor, step: Step, table: Tensor, options: LossOptions) -> dict[str, Any]:
-        logits = self(x, step, table)
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        logits = high(self(x, step, table))
         nll = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         count = (targets >= 0).sum()
         objective = nll

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from assay.ops.conv import short_conv
 from assay.ops.here import Here
+from assay.ops.precision import high
 from assay.ops.scan.delta import CHUNK, Updates, executed, run
 from assay.ops.step import Step
+from assay.parts._checks import token_by_token, whole_heads
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, Site, StateField, Weight
 
@@ -60,10 +62,8 @@ class DeltaSpec(MixerSpec):
         return {}
 
     def check(self, site: Site) -> None:
-        if self.head_dim is None and site.d_in % self.heads:
-            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
-        if self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        whole_heads(self.heads, self.head_dim, site)
+        token_by_token("norm", self.norm)
         for child, place in self.children(site).values():
             child.check(place)
 
@@ -136,11 +136,6 @@ class DeltaMixer(Recurrent):
             here.state.store(step, s=lanes.ends(end, step))
         normed: Tensor = self.norm(lanes.flat(mix[:, rounds - 1 :: rounds]))
         return normed
-
-
-def high(x: Tensor) -> Tensor:
-    """Half precision to float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def unit(x: Tensor) -> Tensor:

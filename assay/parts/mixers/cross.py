@@ -15,6 +15,7 @@ from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Step
+from assay.parts._checks import whole_heads
 from assay.parts.base import Mixer
 from assay.spec.base import Cost, Fan, MixerSpec, Site, StateField
 
@@ -48,8 +49,7 @@ class Cross(MixerSpec):
     def check(self, site: Site) -> None:
         if self.heads % self.groups:
             raise ValueError(f"`heads` ({self.heads}) is not a multiple of `kv_heads` ({self.groups})")
-        if self.head_dim is None and site.d_in % self.heads:
-            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
+        whole_heads(self.heads, self.head_dim, site)
 
     def recalls(self, d_memory: int, site: Site) -> None:
         if (self.d_memory or site.d_in) != d_memory:

@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from assay.ops.here import Here
+from assay.ops.precision import high
 from assay.ops.scan.decayed import shared
 from assay.ops.scan.delta import delta_rule
 from assay.ops.step import Step
-from assay.parts.mixers._delta import DeltaMixer, DeltaSpec, high
+from assay.parts.mixers._delta import DeltaMixer, DeltaSpec
 from assay.spec.base import Cost, Fan, Init, Site, Weight
 
 

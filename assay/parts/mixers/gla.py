@@ -14,11 +14,12 @@ from torch import Tensor
 from assay.ops.here import Here
 from assay.ops.scan import decayed as ops
 from assay.ops.step import Step
-from assay.parts.mixers._recurrent import Recurrent
-from assay.spec.base import Cost, Fan, MixerSpec, NormSpec, PartSpec, Site, StateField
+from assay.parts._checks import token_by_token
+from assay.parts.mixers._decayed import DecayedMixer, Retention
+from assay.spec.base import Cost, Fan, NormSpec, Site
 
 
-class Gla(MixerSpec):
+class Gla(Retention):
     """out(silu(x W_r) * norm_h(o)), o_t = q_t S_t, S_t = Diag(a_t) S_(t-1) + k_t v_t^T, with a decay for each channel
     of the keys, a = sigmoid(x W_1 W_2 + b)^(1/16).
 
@@ -29,14 +30,11 @@ class Gla(MixerSpec):
     """
 
     kind: Literal["gla"] = "gla"
-    heads: int = Field(ge=1)
     key_dim: int | None = Field(default=None, ge=1)
     value_dim: int | None = Field(default=None, ge=1)
     rank: int = Field(default=16, ge=1)
     temperature: float = Field(default=16.0, gt=0.0)
     norm: NormSpec = Field(default="rmsnorm", validate_default=True)
-    gate: bool = True
-    chunk: int = Field(default=ops.CHUNK, ge=1)
 
     def refusals(self) -> Mapping[str, str]:
         return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
@@ -56,25 +54,13 @@ class Gla(MixerSpec):
                 raise ValueError(
                     f"d_model ({site.d_in}) is not a multiple of {parts}, for {self.heads} heads; give `{name}`"
                 )
-        if self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        token_by_token("norm", self.norm)
         ops.power_of_two("chunk", self.chunk)
 
     def linears(self, site: Site) -> dict[str, Fan]:
-        keys, values = self.heads * self.key_size(site), self.heads * self.value_size(site)
-        table = {"q": Fan(site.d_in, keys, split=0), "k": Fan(site.d_in, keys, split=0)}
-        table |= {"v": Fan(site.d_in, values, split=0)}
-        table |= {"decay_down": Fan(site.d_in, self.rank), "decay_up": Fan(self.rank, keys, True, split=0)}
-        table |= {"gate_map": Fan(site.d_in, values, split=0)} if self.gate else {}
-        return table | {"out": Fan(values, site.d_out, out=True, split=1)}
-
-    def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
-        v = self.value_size(site)
-        return {"norm": (self.norm, site.child("norm", v, v))}
-
-    def state(self, site: Site) -> tuple[StateField, ...]:
-        shape = (self.heads, self.key_size(site), self.value_size(site))
-        return (StateField("s", "sequence", shape, "float32", split=0),)
+        keys = self.heads * self.key_size(site)
+        maps = {"decay_down": Fan(site.d_in, self.rank), "decay_up": Fan(self.rank, keys, True, split=0)}
+        return super().linears(site) | maps
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         sizes = (self.key_size(site), self.value_size(site))
@@ -90,24 +76,17 @@ class Gla(MixerSpec):
         yield cls.model_validate({"heads": 2, "rank": 2, "norm": "layernorm", "chunk": 2})
 
 
-class GlaMixer(Recurrent):
+class GlaMixer(DecayedMixer):
     """[N, D] -> [N, D]."""
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        spec, lanes = self.spec, step.table(self)
-        size = spec.key_size(self.site)
+        spec, size = self.spec, self.spec.key_size(self.site)
         q, k = (m(x, step).unflatten(-1, (-1, size)) for m in (self.q, self.k))
         v = self.v(x, step).unflatten(-1, (-1, spec.value_size(self.site)))
         rate = self.decay_up(self.decay_down(x, step), step)
         rate = F.logsigmoid(rate.to(torch.promote_types(x.dtype, torch.float32))) / spec.temperature
-        q, k, rate = here.tap("q", q * size**-0.5), here.tap("k", k), rate.unflatten(-1, (-1, size))
-        past = lanes.start(here.state.load("s", step))
-        laid = [lanes.lay(t) for t in (q, k, v, rate)]
-        y, end = ops.decayed(laid[0], laid[1], laid[2], laid[3], past, lanes, spec.chunk)
-        if end is not None:
-            here.state.store(step, s=lanes.ends(end, step))
-        y = self.norm(here.tap("mix", lanes.flat(y))).flatten(1)
-        return self.out(F.silu(self.gate_map(x, step)) * y if spec.gate else y, step)
+        decay = step.table(self).lay(rate.unflatten(-1, (-1, size)))
+        return self.closed(self.recall(q * size**-0.5, k, v, decay, step, here), x, step)
 
 
 def reference(spec: Gla, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Step, View
-from assay.parts.base import Mixer, Position
+from assay.parts._checks import token_by_token, whole_heads
+from assay.parts.base import Placed
 from assay.parts.norms.rmsnorm import RmsNorm
 from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, PositionSpec, Site, Spec, StateField, Weight
 
@@ -119,12 +120,10 @@ class Gqa(MixerSpec):
         qk = self.qk_norm.norm if self.qk_norm is not None else None
         norms = {"qk_norm.norm": qk, "values.norm": self.values.norm}
         for name, norm in norms.items():
-            if norm is not None and norm.refuses:
-                raise ValueError(f"`{name}` {norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+            token_by_token(name, norm)
         if self.takes is not None and self.values != Values():
             raise ValueError(f"`values`: this layer takes its values from {self.takes!r} as they are")
-        if self.head_dim is None and site.d_in % self.heads:
-            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
+        whole_heads(self.heads, self.head_dim, site)
 
     def meets(self, scheme: PositionSpec, site: Site) -> None:
         scheme.fits(self.heads, self.size(site))
@@ -209,25 +208,15 @@ class Gqa(MixerSpec):
         yield cls(heads=2, bias="qkv", qk_norm=QkNorm(norm=plain), values=Values(tied=True, norm=RmsNorm()))
 
 
-class GqaMixer(Mixer):
+class GqaMixer(Placed):
     """[N, D] -> [N, D]. Head counts are read from the tensors, so a shard of the heads runs the same lines."""
-
-    def __init__(self, spec: Gqa, site: Site) -> None:
-        super().__init__(spec, site)
-        self.scheme: tuple[Position, ...] = ()  # a tuple: the stack owns the module, and torch does not register it
-
-    def bind(self, positions: Mapping[str, Position]) -> None:
-        self.scheme = (positions[self.spec.position],) if self.spec.position is not None else ()
-        for scheme in self.scheme:
-            scheme.serve(self.spec.heads, self.spec.size(self.site))
 
     def prepare_key(self) -> object:
         return ("attend", self.spec.sees, self.spec.takes)
 
     def prepare(self, step: Step, state: State | None) -> Any:
         assert state is not None
-        if self.spec.position is not None and not self.scheme:
-            raise ValueError(f"{self.name}: position {self.spec.position!r} is not a scheme of this stack")
+        self.check_bound()
         # Borrowed keys stand where their giver stored them, which this part's own (empty) state does not know.
         return None if self.spec.takes is not None else ops.plan(step, state.layout(step), self.spec.sees)
 

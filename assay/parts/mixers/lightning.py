@@ -15,7 +15,8 @@ from assay.ops.activations import reference as reference_activation
 from assay.ops.here import Here
 from assay.ops.scan import decayed as ops
 from assay.ops.step import Step
-from assay.parts.mixers._recurrent import Recurrent
+from assay.parts._checks import token_by_token, whole_heads
+from assay.parts.mixers._decayed import DecayedMixer
 from assay.spec.base import Cost, Fan, MixerSpec, NormSpec, PartSpec, Site, StateField
 
 
@@ -45,10 +46,8 @@ class Lightning(MixerSpec):
         return [2.0 ** (-8 * (h + 1) / self.heads) * depth for h in range(self.heads)]
 
     def check(self, site: Site) -> None:
-        if self.head_dim is None and site.d_in % self.heads:
-            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
-        if self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        whole_heads(self.heads, self.head_dim, site)
+        token_by_token("norm", self.norm)
 
     def linears(self, site: Site) -> dict[str, Fan]:
         width = self.heads * self.size(site)
@@ -77,21 +76,17 @@ class Lightning(MixerSpec):
         yield cls(heads=3, head_dim=4, act="gelu", gate=False, chunk=8)
 
 
-class LightningMixer(Recurrent):
+class LightningMixer(DecayedMixer):
     """[N, D] -> [N, D]."""
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        spec, lanes = self.spec, step.table(self)
+        spec = self.spec
         maps = {"q": self.q, "k": self.k, "v": self.v}
         made = {n: activate(spec.act, m(x, step)).unflatten(-1, (spec.heads, -1)) for n, m in maps.items()}
-        q, k, v = here.tap("q", made["q"]), here.tap("k", made["k"]), made["v"]
         high = torch.promote_types(x.dtype, torch.float32)
-        decay = ops.constant(-torch.tensor(spec.slopes(self.site), device=x.device, dtype=high), lanes)
-        past = lanes.start(here.state.load("s", step))
-        y, end = ops.decayed(lanes.lay(q), lanes.lay(k), lanes.lay(v), decay, past, lanes, spec.chunk)
-        if end is not None:
-            here.state.store(step, s=lanes.ends(end, step))
-        y = self.norm(here.tap("mix", lanes.flat(y)).flatten(1))
+        decay = ops.constant(-torch.tensor(spec.slopes(self.site), device=x.device, dtype=high), step.table(self))
+        mix = self.recall(made["q"], made["k"], made["v"], decay, step, here)
+        y = self.norm(mix.flatten(1))
         return self.out(torch.sigmoid(self.gate_map(x, step)) * y if spec.gate else y, step)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from assay.ops.here import Here
 from assay.ops.scan import decayed as ops
 from assay.ops.step import Step
+from assay.parts._checks import whole_heads
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, MixerSpec, Site, StateField
 
@@ -53,8 +54,7 @@ class LinearAttention(MixerSpec):
         return 1 + f + f * f if self.feature == "taylor" else f
 
     def check(self, site: Site) -> None:
-        if self.head_dim is None and site.d_in % self.heads:
-            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
+        whole_heads(self.heads, self.head_dim, site)
         if self.normalise and self.feature == "identity":
             raise ValueError(
                 "`feature` 'identity' has weights below 0, whose sum is no norm; accepted: normalise: false"

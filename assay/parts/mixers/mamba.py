@@ -17,6 +17,7 @@ from assay.ops.conv import short_conv
 from assay.ops.here import Here
 from assay.ops.scan.elementwise import Selective, selective_scan
 from assay.ops.step import Step
+from assay.parts._checks import token_by_token
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, Site, StateField, Weight
 
@@ -50,8 +51,7 @@ class Mamba(MixerSpec):
         return value
 
     def check(self, site: Site) -> None:
-        if self.norm is not None and self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        token_by_token("norm", self.norm)
 
     def channels(self, site: Site) -> int:
         return 2 * site.d_in if self.width is None else self.width

@@ -19,7 +19,8 @@ from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Step, View
-from assay.parts.base import Mixer, Position
+from assay.parts._checks import token_by_token
+from assay.parts.base import Placed
 from assay.parts.norms.rmsnorm import RmsNorm
 from assay.parts.selectors import indexer
 from assay.parts.selectors.indexer import Indexer
@@ -74,8 +75,7 @@ class Mla(MixerSpec):
         return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
 
     def check(self, site: Site) -> None:
-        if self.norm is not None and self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        token_by_token("norm", self.norm)
 
         for child, place in self.children(site).values():
             child.check(place)
@@ -153,26 +153,23 @@ class Asked:
     here: Here
 
 
-class MlaMixer(Mixer):
+class MlaMixer(Placed):
     """[N, D] -> [N, D]. Head counts are read from the tensors, so a shard of the heads runs the same lines."""
 
     def __init__(self, spec: Mla, site: Site) -> None:
         super().__init__(spec, site)
-        self.scheme: tuple[Position, ...] = ()  # a tuple: the stack owns the module, and torch does not register it
         self.folds = spec.absorbs(site)
 
-    def bind(self, positions: Mapping[str, Position]) -> None:
-        self.scheme = (positions[self.spec.position],) if self.spec.position is not None else ()
-        for scheme in self.scheme:
-            scheme.serve(self.spec.heads, self.spec.rope_dim)
+    @property
+    def scheme_dim(self) -> int:
+        return int(self.spec.rope_dim)
 
     def prepare_key(self) -> object:
         return ("attend", CAUSAL, None)
 
     def prepare(self, step: Step, state: State | None) -> Any:
         assert state is not None
-        if self.spec.position is not None and not self.scheme:
-            raise ValueError(f"{self.name}: position {self.spec.position!r} is not a scheme of this stack")
+        self.check_bound()
         return ops.plan(step, state.layout(step), CAUSAL)
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:

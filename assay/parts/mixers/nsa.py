@@ -20,7 +20,8 @@ from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Layout, Step, View
-from assay.parts.base import Mixer, Position
+from assay.parts._checks import whole_heads
+from assay.parts.base import Placed, Position
 from assay.spec.base import Cost, Fan, MixerSpec, PositionSpec, Site, Spec, StateField, Weight
 
 CAUSAL = Sees()
@@ -85,8 +86,7 @@ class Nsa(MixerSpec):
     def check(self, site: Site) -> None:
         if self.heads % self.groups:
             raise ValueError(f"`heads` ({self.heads}) is not a multiple of `kv_heads` ({self.groups})")
-        if self.head_dim is None and site.d_in % self.heads:
-            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
+        whole_heads(self.heads, self.head_dim, site)
         length, stride = self.compress.size, self.compress.stride
         if length % stride or self.size % stride or length > self.size:
             raise ValueError(
@@ -149,18 +149,20 @@ class Nsa(MixerSpec):
         yield cls(heads=2, compress=Compress(size=2, stride=2), size=2, keep=4, initial=1, local=2, window=4)
 
 
-class NsaMixer(Mixer):
+class NsaMixer(Placed):
     """[N, D] -> [N, D]. Head counts are read from the tensors, so a shard of the heads runs the same lines."""
 
     def __init__(self, spec: Nsa, site: Site) -> None:
         super().__init__(spec, site)
-        self.scheme: tuple[Position, ...] = ()  # a tuple: the stack owns the module, and torch does not register it
         self.blocks, self.near = spec.blocks, Sees(window=spec.window)
 
+    @property
+    def scheme_dim(self) -> int:
+        return int(self.spec.dim(self.site))
+
     def bind(self, positions: Mapping[str, Position]) -> None:
-        self.scheme = (positions[self.spec.position],) if self.spec.position is not None else ()
+        super().bind(positions)
         for scheme in self.scheme:
-            scheme.serve(self.spec.heads, self.spec.dim(self.site))
             if scheme.bias() is not None:
                 raise ValueError(f"{self.name}: position {self.spec.position!r} adds a bias, and blocks have no place")
 
@@ -170,8 +172,7 @@ class NsaMixer(Mixer):
     def prepare(self, step: Step, state: State | None) -> Any:
         """The plans of the tokens that are before a query, and of those in its window."""
         assert state is not None
-        if self.spec.position is not None and not self.scheme:
-            raise ValueError(f"{self.name}: position {self.spec.position!r} is not a scheme of this stack")
+        self.check_bound()
         layout = state.layout(step)
         return ops.plan(step, layout, CAUSAL), ops.plan(step, layout, self.near)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -16,12 +15,13 @@ from assay.ops.lanes import Lanes
 from assay.ops.scan import decayed as ops
 from assay.ops.state import State
 from assay.ops.step import Step
-from assay.parts.base import Position
-from assay.parts.mixers._recurrent import Recurrent
-from assay.spec.base import Cost, Fan, MixerSpec, NormSpec, PartSpec, PositionSpec, Site, StateField
+from assay.parts._checks import token_by_token, whole_heads
+from assay.parts.base import Placed
+from assay.parts.mixers._decayed import DecayedMixer, Retention
+from assay.spec.base import Cost, NormSpec, PositionSpec, Site
 
 
-class RetNet(MixerSpec):
+class RetNet(Retention):
     """out(silu(x W_g) * norm_h(o)), o_t = q_t S_t, S_t = gamma_h S_(t-1) + k_t v_t^T, gamma_h = 1 - 2^(-5-h).
 
     Sun et al. 2023, arXiv 2307.08621, eqs. 1-8; k is divided by sqrt(head_dim).
@@ -31,26 +31,24 @@ class RetNet(MixerSpec):
     """
 
     kind: Literal["retnet"] = "retnet"
-    heads: int = Field(ge=1)
     head_dim: int | None = Field(default=None, ge=1)
     value_dim: int | None = Field(default=None, ge=1)
     position: str | None = None
     norm: NormSpec = Field(default={"kind": "layernorm", "weight": False, "bias": False}, validate_default=True)
-    gate: bool = True
-    chunk: int = Field(default=ops.CHUNK, ge=1)
     refuses = {"split": "how fast a head forgets follows from its number among all heads"}
 
     def size(self, site: Site) -> int:
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads
 
+    def key_size(self, site: Site) -> int:
+        return self.size(site)
+
     def value_size(self, site: Site) -> int:
         return self.value_dim if self.value_dim is not None else 2 * self.size(site)
 
     def check(self, site: Site) -> None:
-        if self.head_dim is None and site.d_in % self.heads:
-            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
-        if self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        whole_heads(self.heads, self.head_dim, site)
+        token_by_token("norm", self.norm)
 
     def meets(self, scheme: PositionSpec, site: Site) -> None:
         if scheme.kind_name() != "rope" or scheme.reads:
@@ -59,21 +57,6 @@ class RetNet(MixerSpec):
                 "accepted: null, or a scheme of kind rope with `turns: write`"
             )
         scheme.fits(self.heads, self.size(site))
-
-    def linears(self, site: Site) -> dict[str, Fan]:
-        keys, values = self.heads * self.size(site), self.heads * self.value_size(site)
-        table = {"q": Fan(site.d_in, keys, split=0), "k": Fan(site.d_in, keys, split=0)}
-        table |= {"v": Fan(site.d_in, values, split=0)}
-        table |= {"gate_map": Fan(site.d_in, values, split=0)} if self.gate else {}
-        return table | {"out": Fan(values, site.d_out, out=True, split=1)}
-
-    def children(self, site: Site) -> dict[str, tuple[PartSpec, Site]]:
-        v = self.value_size(site)
-        return {"norm": (self.norm, site.child("norm", v, v))}
-
-    def state(self, site: Site) -> tuple[StateField, ...]:
-        shape = (self.heads, self.size(site), self.value_size(site))
-        return (StateField("s", "sequence", shape, "float32", split=0),)
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         sizes = (self.size(site), self.value_size(site))
@@ -89,38 +72,22 @@ class RetNet(MixerSpec):
         yield cls(heads=2, gate=False, chunk=4)
 
 
-class RetNetMixer(Recurrent):
+class RetNetMixer(Placed, DecayedMixer):
     """[N, D] -> [N, D]."""
 
-    def __init__(self, spec: RetNet, site: Site) -> None:
-        super().__init__(spec, site)
-        self.scheme: tuple[Position, ...] = ()  # a tuple: the stack owns the module, and torch does not register it
-
-    def bind(self, positions: Mapping[str, Position]) -> None:
-        self.scheme = (positions[self.spec.position],) if self.spec.position is not None else ()
-        for scheme in self.scheme:
-            scheme.serve(self.spec.heads, self.spec.size(self.site))
-
     def prepare(self, step: Step, state: State | None) -> Lanes:
-        if self.spec.position is not None and not self.scheme:
-            raise ValueError(f"{self.name}: position {self.spec.position!r} is not a scheme of this stack")
+        self.check_bound()
         return super().prepare(step, state)
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        spec, lanes = self.spec, step.table(self)
-        size, value_size = spec.size(self.site), spec.value_size(self.site)
+        spec, size = self.spec, self.spec.size(self.site)
         q, k = (m(x, step).unflatten(-1, (-1, size)) for m in (self.q, self.k))
         if self.scheme:
             q, k = self.scheme[0].on_qk(q, k, step)
-        q, k, v = here.tap("q", q), here.tap("k", k * size**-0.5), self.v(x, step).unflatten(-1, (-1, value_size))
+        v = self.v(x, step).unflatten(-1, (-1, spec.value_size(self.site)))
         numbers = torch.arange(spec.heads, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        decay = ops.constant(torch.log1p(-torch.exp2(-5 - numbers)), lanes)
-        past = lanes.start(here.state.load("s", step))
-        y, end = ops.decayed(lanes.lay(q), lanes.lay(k), lanes.lay(v), decay, past, lanes, spec.chunk)
-        if end is not None:
-            here.state.store(step, s=lanes.ends(end, step))
-        y = self.norm(here.tap("mix", lanes.flat(y))).flatten(1)
-        return self.out(F.silu(self.gate_map(x, step)) * y if spec.gate else y, step)
+        decay = ops.constant(torch.log1p(-torch.exp2(-5 - numbers)), step.table(self))
+        return self.closed(self.recall(q, k * size**-0.5, v, decay, step, here), x, step)
 
 
 def reference(spec: RetNet, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from assay.ops.here import Here
+from assay.ops.precision import high
 from assay.ops.scan.delta import CHUNK, executed, rank_one, run
 from assay.ops.step import Step
+from assay.parts._checks import whole_heads
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, Site, Spec, StateField, Weight
 
@@ -57,8 +59,7 @@ class Rwkv7(MixerSpec):
         return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
 
     def check(self, site: Site) -> None:
-        if self.head_dim is None and site.d_in % self.heads:
-            raise ValueError(f"d_model ({site.d_in}) is not a multiple of `heads` ({self.heads}); give `head_dim`")
+        whole_heads(self.heads, self.head_dim, site)
         if self.gives is not None and self.takes is not None:
             raise ValueError(f"`gives` ({self.gives}) and `takes` ({self.takes}): what is taken is not given again")
 
@@ -133,8 +134,7 @@ class Rwkv7Mixer(Recurrent):
         mixed = {name: x + getattr(self, f"mu_{name}") * change for name in ("r", "w", "k", "v", "a", "g")}
 
         def heads(y: Tensor) -> Tensor:
-            y = y.unflatten(-1, (-1, size))
-            return y.float() if y.dtype in (torch.bfloat16, torch.float16) else y
+            return high(y.unflatten(-1, (-1, size)))
 
         r, k, v = (heads(m(mixed[n], step)) for n, m in (("r", self.r), ("k", self.k), ("v", self.v)))
         decay = heads(self.decay_up(torch.tanh(self.decay_down(mixed["w"], step)), step) + self.decay_bias)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assay.ops.precision import high
 from assay.ops.step import Step
 from assay.parts.base import Norm
 from assay.spec.base import Init, NormSpec, Site, Weight
@@ -45,10 +46,10 @@ class LayerNormPart(Norm):
     """[..., D] -> [..., D]; statistics and scale in float32 or better, then the input's dtype."""
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
-        high = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        w = self.weight.to(high.dtype) if self.spec.weight else None
-        b = self.bias.to(high.dtype) if self.spec.bias else None
-        return F.layer_norm(high, x.shape[-1:], w, b, self.spec.eps).to(x.dtype)
+        wide = high(x)
+        w = self.weight.to(wide.dtype) if self.spec.weight else None
+        b = self.bias.to(wide.dtype) if self.spec.bias else None
+        return F.layer_norm(wide, x.shape[-1:], w, b, self.spec.eps).to(x.dtype)
 
 
 def reference(spec: LayerNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:

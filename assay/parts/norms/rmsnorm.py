@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.ops.norm import rms_norm
+from assay.ops.precision import high
 from assay.ops.step import Step
 from assay.parts.base import Norm
 from assay.spec.base import Init, NormSpec, Site, Weight
@@ -43,11 +44,11 @@ class RmsNormPart(Norm):
     """[..., D] -> [..., D]; statistics and scale in float32 or better, then the input's dtype."""
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
-        high = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        wide = high(x)
         mode = self.spec.weight
-        w = None if mode == "none" else self.weight.to(high.dtype)
+        w = None if mode == "none" else self.weight.to(wide.dtype)
         w = w + 1 if mode == "plus_one" and w is not None else w
-        return rms_norm(high, w, self.spec.eps).to(x.dtype)
+        return rms_norm(wide, w, self.spec.eps).to(x.dtype)
 
 
 def reference(spec: RmsNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:

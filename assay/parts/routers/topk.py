@@ -12,6 +12,7 @@ from torch import Tensor
 
 from assay.ops.here import Here
 from assay.ops.step import Step
+from assay.parts._checks import token_by_token
 from assay.parts.base import Part
 from assay.spec.base import Fan, Init, NormSpec, PartSpec, RouterSpec, Site, Spec, Weight
 
@@ -79,8 +80,7 @@ class TopK(RouterSpec):
             raise ValueError(f"`k` ({self.k}) is more than the {site.d_out} experts")
         if self.groups is not None:
             self.groups.check(site.d_out, self.k)
-        if self.norm is not None and self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        token_by_token("norm", self.norm)
 
     def linears(self, site: Site) -> dict[str, Fan]:
         return {"map": Fan(site.d_in, site.d_out, self.bias)}

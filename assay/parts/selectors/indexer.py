@@ -16,6 +16,7 @@ from torch import Tensor
 
 from assay.ops.sees import Sees
 from assay.ops.step import Step, View
+from assay.parts._checks import token_by_token
 from assay.parts.base import Selector, Turn
 from assay.parts.norms.layernorm import LayerNorm
 from assay.spec.base import Cost, Fan, NormSpec, PartSpec, SelectorSpec, Site, StateField
@@ -38,8 +39,7 @@ class Indexer(SelectorSpec):
     norm: NormSpec = Field(default={"kind": "layernorm", "eps": 1e-6}, validate_default=True)
 
     def check(self, site: Site) -> None:
-        if self.norm.refuses:
-            raise ValueError(f"`norm` {self.norm.kind_name()!r} mixes tokens; accepted: rmsnorm, layernorm")
+        token_by_token("norm", self.norm)
 
     def turns(self, dim: int) -> None:
         if self.head_dim < dim:
