@@ -204,6 +204,21 @@ class Shaped(Rule):
         return [ours[0].reshape(self.shape)]
 
 
+@dataclass(frozen=True)
+class Depthwise(Fused):
+    """Filters of one channel each, as torch's Conv1d has them: [channels, 1, taps]; those of several convolutions
+    stand one under the other."""
+
+    def shapes(self, place: Place) -> list[Shape]:
+        return [(sum(place.rows), 1, place.shapes[0][1])]
+
+    def read(self, tensors: Sequence[Tensor], place: Place) -> list[Tensor]:
+        return super().read([tensors[0].squeeze(1)], place)
+
+    def write(self, ours: Sequence[Tensor], place: Place) -> list[Tensor]:
+        return [super().write(ours, place)[0].unsqueeze(1)]
+
+
 def heads_of(part: Any) -> int:
     return int(part.heads)
 

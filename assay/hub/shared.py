@@ -8,6 +8,7 @@ from typing import Any
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Experts
+from assay.spec.model import ModelSpec
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -41,6 +42,11 @@ SKIP = {
     "model.layers.*.self_attn.rotary_emb.inv_freq": "RoPE's frequencies follow from the configuration",
 }
 SAME = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def layers_with(model: ModelSpec, kind: str) -> list[int]:
+    """The layers that have a mixer of this kind: where its tensors have names of their own."""
+    return [i for i in range(model.layers) if any(b.part.kind_name() == kind for _, _, b in model.branches(i))]
 
 
 def over(own: Names, base: Names = LLAMA) -> Names:

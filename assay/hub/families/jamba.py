@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from assay.hub import shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
-from assay.hub.rules import Experts, Fused, Shaped
+from assay.hub.rules import Depthwise, Experts, Fused
 from assay.spec.model import ModelSpec
 
 TYPES = ("jamba",)
@@ -16,21 +14,18 @@ MIXER, MAMBA, FFN = "blocks.*.mixer", "model.layers.*.mamba", "model.layers.*.fe
 
 
 def names(model: ModelSpec) -> Names:
-    mixers: list[Any] = [next(b.mixer for _, _, b in model.branches(i) if b.mixer) for i in range(model.layers)]
-    inside = [i for i, mixer in enumerate(mixers) if mixer.kind_name() == "mamba"]
-    taps = mixers[inside[0]].conv if inside else 1
     own: Names = {
         "blocks.*.mixer_norm.*": "model.layers.*.input_layernorm.*",
         f"{MIXER}.{{x,z}}.*": Fused(f"{MAMBA}.in_proj.*"),
         f"{MIXER}.select.*": f"{MAMBA}.x_proj.*",
-        f"{MIXER}.conv": Shaped(f"{MAMBA}.conv1d.weight", (-1, 1, taps)),
+        f"{MIXER}.conv": Depthwise(f"{MAMBA}.conv1d.weight"),
         f"{MIXER}.conv_bias": f"{MAMBA}.conv1d.bias",
         f"{MIXER}.dt_weight": f"{MAMBA}.dt_proj.weight",
         f"{MIXER}.dt_bias": f"{MAMBA}.dt_proj.bias",
         f"{MIXER}.a_log": f"{MAMBA}.A_log",
         f"{MIXER}.d": f"{MAMBA}.D",
         **{f"{MIXER}.{n}_norm.*": f"{MAMBA}.{n}_layernorm.*" for n in ("dt", "b", "c")},
-        **{f"blocks.{i}.mixer.out.*": f"model.layers.{i}.mamba.out_proj.*" for i in inside},
+        **{f"blocks.{i}.mixer.out.*": f"model.layers.{i}.mamba.out_proj.*" for i in shared.layers_with(model, "mamba")},
         "blocks.*.ffn_norm.*": "model.layers.*.pre_ff_layernorm.*",
         "blocks.*.ffn.router.map.*": f"{FFN}.router.*",
         **{f"blocks.*.ffn.{n}": Experts(f"{FFN}.experts.#.{n}_proj.weight") for n in ("gate", "up", "down")},

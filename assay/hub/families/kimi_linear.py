@@ -8,8 +8,7 @@ from assay.hub import shared
 from assay.hub.config import Config, Tree
 from assay.hub.families import deepseek_v3, glm4_moe
 from assay.hub.family import Names
-from assay.hub.rules import Experts, Shaped
-from assay.spec.model import ModelSpec
+from assay.hub.rules import Depthwise, Experts, Shaped
 
 TYPES = ("kimi_linear",)
 LINEAR = "linear_attention"
@@ -24,14 +23,8 @@ MLA = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "k
 MLA |= {"q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"}
 
 
-def names(model: ModelSpec) -> Names:
-    mixers: list[Any] = [b.mixer for i in range(model.layers) for _, _, b in model.branches(i) if b.mixer is not None]
-    taps = {mixer.conv for mixer in mixers if mixer.kind == "kda"}
-    filters = {f"blocks.*.mixer.{x}_conv": Shaped(f"{ATTENTION}.{x}_conv1d.weight", (-1, 1, *taps)) for x in "qkv"}
-    return shared.over({**filters, **NAMES})
-
-
-NAMES: Names = {
+OWN: Names = {
+    **{f"blocks.*.mixer.{x}_conv": Depthwise(f"{ATTENTION}.{x}_conv1d.weight") for x in "qkv"},
     **{f"blocks.*.mixer.{ours}.*": f"{ATTENTION}.{theirs}.*" for ours, theirs in {**KDA, **MLA}.items()},
     "blocks.*.mixer.a_log": Shaped(f"{ATTENTION}.A_log", (1, 1, -1, 1)),
     "blocks.*.mixer.dt_bias": Shaped(f"{ATTENTION}.dt_bias", (-1,)),
@@ -44,6 +37,7 @@ NAMES: Names = {
     "blocks.*.ffn.up": Experts(f"{MOE}.experts.#.w3.weight"),
     "blocks.*.ffn.down": Experts(f"{MOE}.experts.#.w2.weight"),
 }
+NAMES = shared.over(OWN)
 
 
 def spec(c: Config) -> Tree:

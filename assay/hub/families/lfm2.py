@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from assay.hub import shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
-from assay.hub.rules import Fused, Shaped
+from assay.hub.rules import Depthwise, Fused
 from assay.spec.model import ModelSpec
 
 TYPES = ("lfm2",)
@@ -16,14 +14,12 @@ MIXER, CONV, ATTENTION = "blocks.*.mixer", "model.layers.*.conv", "model.layers.
 
 
 def names(model: ModelSpec) -> Names:
-    mixers: list[Any] = [next(b.mixer for _, _, b in model.branches(i) if b.mixer) for i in range(model.layers)]
-    convs = [i for i, mixer in enumerate(mixers) if mixer.kind_name() == "gated_conv"]
-    taps = mixers[convs[0]].size if convs else 1
+    convs = shared.layers_with(model, "gated_conv")
     own: Names = {
         "blocks.*.mixer_norm.*": "model.layers.*.operator_norm.*",
         **{f"blocks.{i}.mixer.out.*": f"model.layers.{i}.conv.out_proj.*" for i in convs},
         f"{MIXER}.{{b,c,value}}.*": Fused(f"{CONV}.in_proj.*"),
-        f"{MIXER}.weight": Shaped(f"{CONV}.conv.weight", (-1, 1, taps)),
+        f"{MIXER}.weight": Depthwise(f"{CONV}.conv.weight"),
         f"{MIXER}.shift": f"{CONV}.conv.bias",
         "blocks.*.ffn_norm.*": "model.layers.*.ffn_norm.*",
         "blocks.*.ffn.gate.*": "model.layers.*.feed_forward.w1.*",

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
-from assay.hub.rules import Fused, Shaped
-from assay.spec.model import ModelSpec
+from assay.hub.rules import Depthwise, Fused
 
 TYPES = ("mamba", "falcon_mamba")
 SAME = {"lm_head.weight": "backbone.embeddings.weight"}
 OTHERWISE = (("backbone.embeddings.", "backbone.embedding."),)
 CONTEXT = 2048  # what Mamba was trained on; a recurrence sets no end, and its configurations name none
 MIXER = "backbone.layers.*.mixer"
-
-
-def names(model: ModelSpec) -> Names:
-    part: Any = next(branch.part for _, _, branch in model.branches(0))
-    return {
-        "embed.weight": "backbone.embeddings.weight",
-        "blocks.*.mixer_norm.*": "backbone.layers.*.norm.*",
-        "blocks.*.mixer.{x,z}.*": Fused(f"{MIXER}.in_proj.*"),
-        "blocks.*.mixer.conv": Shaped(f"{MIXER}.conv1d.weight", (-1, 1, part.conv)),
-        "blocks.*.mixer.conv_bias": f"{MIXER}.conv1d.bias",
-        "blocks.*.mixer.select.*": f"{MIXER}.x_proj.*",
-        "blocks.*.mixer.dt_weight": f"{MIXER}.dt_proj.weight",
-        "blocks.*.mixer.dt_bias": f"{MIXER}.dt_proj.bias",
-        "blocks.*.mixer.a_log": f"{MIXER}.A_log",
-        "blocks.*.mixer.d": f"{MIXER}.D",
-        "blocks.*.mixer.out.*": f"{MIXER}.out_proj.*",
-        "final_norm.*": "backbone.norm_f.*",
-        "head.out.*": "lm_head.*",
-    }
+NAMES: Names = {
+    "embed.weight": "backbone.embeddings.weight",
+    "blocks.*.mixer_norm.*": "backbone.layers.*.norm.*",
+    "blocks.*.mixer.{x,z}.*": Fused(f"{MIXER}.in_proj.*"),
+    "blocks.*.mixer.conv": Depthwise(f"{MIXER}.conv1d.weight"),
+    "blocks.*.mixer.conv_bias": f"{MIXER}.conv1d.bias",
+    "blocks.*.mixer.select.*": f"{MIXER}.x_proj.*",
+    "blocks.*.mixer.dt_weight": f"{MIXER}.dt_proj.weight",
+    "blocks.*.mixer.dt_bias": f"{MIXER}.dt_proj.bias",
+    "blocks.*.mixer.a_log": f"{MIXER}.A_log",
+    "blocks.*.mixer.d": f"{MIXER}.D",
+    "blocks.*.mixer.out.*": f"{MIXER}.out_proj.*",
+    "final_norm.*": "backbone.norm_f.*",
+    "head.out.*": "lm_head.*",
+}
 
 
 def spec(c: Config) -> Tree:

@@ -8,30 +8,26 @@ from typing import Any
 from assay.hub import outward
 from assay.hub.config import Config, Tree, is_number
 from assay.hub.family import Names
-from assay.hub.rules import Fused, Shaped
+from assay.hub.rules import Depthwise, Fused
 from assay.spec.model import ModelSpec
 
 TYPES = ("mamba2",)
 SAME = {"lm_head.weight": "backbone.embeddings.weight"}
 CONTEXT = 2048  # what the published ones were trained on; nothing ends there, and configurations name no length
-
-
-def names(spec: ModelSpec) -> Names:
-    taps: int = outward.part(spec, "mixer", "mamba2").conv
-    return {
-        "embed.weight": "backbone.embeddings.weight",
-        "blocks.*.mixer_norm.*": "backbone.layers.*.norm.*",
-        "blocks.*.mixer.{z,x,b,c,dt}.*": Fused("backbone.layers.*.mixer.in_proj.*"),
-        "blocks.*.mixer.conv": Shaped("backbone.layers.*.mixer.conv1d.weight", shape=(-1, 1, taps)),
-        "blocks.*.mixer.conv_bias": "backbone.layers.*.mixer.conv1d.bias",
-        "blocks.*.mixer.A_log": "backbone.layers.*.mixer.A_log",
-        "blocks.*.mixer.D": "backbone.layers.*.mixer.D",
-        "blocks.*.mixer.dt_bias": "backbone.layers.*.mixer.dt_bias",
-        "blocks.*.mixer.norm": "backbone.layers.*.mixer.norm.weight",
-        "blocks.*.mixer.out.*": "backbone.layers.*.mixer.out_proj.*",
-        "final_norm.*": "backbone.norm_f.*",
-        "head.out.*": "lm_head.*",
-    }
+NAMES: Names = {
+    "embed.weight": "backbone.embeddings.weight",
+    "blocks.*.mixer_norm.*": "backbone.layers.*.norm.*",
+    "blocks.*.mixer.{z,x,b,c,dt}.*": Fused("backbone.layers.*.mixer.in_proj.*"),
+    "blocks.*.mixer.conv": Depthwise("backbone.layers.*.mixer.conv1d.weight"),
+    "blocks.*.mixer.conv_bias": "backbone.layers.*.mixer.conv1d.bias",
+    "blocks.*.mixer.A_log": "backbone.layers.*.mixer.A_log",
+    "blocks.*.mixer.D": "backbone.layers.*.mixer.D",
+    "blocks.*.mixer.dt_bias": "backbone.layers.*.mixer.dt_bias",
+    "blocks.*.mixer.norm": "backbone.layers.*.mixer.norm.weight",
+    "blocks.*.mixer.out.*": "backbone.layers.*.mixer.out_proj.*",
+    "final_norm.*": "backbone.norm_f.*",
+    "head.out.*": "lm_head.*",
+}
 
 
 def spec(c: Config) -> Tree:

@@ -11,7 +11,7 @@ from assay.hub import shared
 from assay.hub.config import Config, Tree
 from assay.hub.families import glm4_moe
 from assay.hub.family import Names
-from assay.hub.rules import Experts, Fused, Shaped
+from assay.hub.rules import Depthwise, Experts, Fused
 from assay.spec.model import ModelSpec
 
 TYPES = ("nemotron_h",)
@@ -30,13 +30,11 @@ LAYER = "backbone.layers.*.mixer"
 
 
 def names(model: ModelSpec) -> Names:
-    parts: list[Any] = [next(b.part for _, _, b in model.branches(i)) for i in range(model.layers)]
-    state = [part for part in parts if part.kind_name() == "mamba2"]
     found: dict[str, Any] = {
         "embed.weight": "backbone.embeddings.weight",
         **{f"blocks.*.{name}_norm.*": "backbone.layers.*.norm.*" for name in ("mixer", "ffn")},
         "blocks.*.mixer.{z,x,b,c,dt}.*": Fused(f"{LAYER}.in_proj.*"),
-        "blocks.*.mixer.conv": Shaped(f"{LAYER}.conv1d.weight", (-1, 1, state[0].conv if state else 1)),
+        "blocks.*.mixer.conv": Depthwise(f"{LAYER}.conv1d.weight"),
         "blocks.*.mixer.conv_bias": f"{LAYER}.conv1d.bias",
         **{f"blocks.*.mixer.{name}": f"{LAYER}.{name}" for name in ("A_log", "D", "dt_bias")},
         "blocks.*.mixer.norm": f"{LAYER}.norm.weight",
@@ -52,10 +50,9 @@ def names(model: ModelSpec) -> Names:
         found[f"blocks.*.ffn.{name}"] = Experts(f"{LAYER}.experts.#.{name}_proj.weight")
         found[f"blocks.*.ffn.{name}.*"] = f"{LAYER}.{name}_proj.*"
         found[f"blocks.*.ffn.shared.{name}.*"] = f"{LAYER}.shared_experts.{name}_proj.*"
-    for layer, part in enumerate(parts):
-        theirs = "out_proj" if part.kind_name() == "mamba2" else "o_proj"
-        found[f"blocks.{layer}.mixer.out.*"] = f"backbone.layers.{layer}.mixer.{theirs}.*"
-    return found
+    for layer in shared.layers_with(model, "mamba2"):
+        found[f"blocks.{layer}.mixer.out.*"] = f"backbone.layers.{layer}.mixer.out_proj.*"
+    return found | {"blocks.*.mixer.out.*": f"{LAYER}.o_proj.*"}
 
 
 def spec(c: Config) -> Tree:

@@ -14,7 +14,7 @@ from torch import Tensor
 from assay.hub import shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
-from assay.hub.rules import Fused, FusedHeads, Place, Shape
+from assay.hub.rules import Depthwise, Fused, FusedHeads, Place
 from assay.spec.model import ModelSpec
 
 TYPES = ("qwen3_next",)
@@ -36,19 +36,6 @@ class KeyHeads(Fused):
         return [torch.cat([m.unflatten(0, (part.key_heads, -1)) for m in ours], 1).flatten(0, 1)]
 
 
-class Filters(Fused):
-    """The filters of several convolutions one under the other, as torch's Conv1d has them: [channels, 1, taps]."""
-
-    def shapes(self, place: Place) -> list[Shape]:
-        return [(sum(place.rows), 1, place.shapes[0][1])]
-
-    def read(self, tensors: Sequence[Tensor], place: Place) -> list[Tensor]:
-        return super().read([tensors[0].squeeze(1)], place)
-
-    def write(self, ours: Sequence[Tensor], place: Place) -> list[Tensor]:
-        return [super().write(ours, place)[0].unsqueeze(1)]
-
-
 def names(model: ModelSpec) -> Names:
     found: dict[str, Any] = {}
     for layer in range(model.layers):
@@ -65,7 +52,7 @@ def recurrent(ours: str, theirs: str) -> Names:
     return {
         f"{ours}.{{q,k,v,gate}}.weight": KeyHeads(f"{theirs}.in_proj_qkvz.weight"),
         f"{ours}.{{beta,decay}}.weight": KeyHeads(f"{theirs}.in_proj_ba.weight"),
-        f"{ours}.{{q_conv,k_conv,v_conv}}": Filters(f"{theirs}.conv1d.weight"),
+        f"{ours}.{{q_conv,k_conv,v_conv}}": Depthwise(f"{theirs}.conv1d.weight"),
         f"{ours}.a_log": f"{theirs}.A_log",
         f"{ours}.dt_bias": f"{theirs}.dt_bias",
         f"{ours}.norm.weight": f"{theirs}.norm.weight",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from assay.hub import shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
-from assay.hub.rules import Shaped
+from assay.hub.rules import Depthwise
 from assay.spec.model import ModelSpec
 
 TYPES = ("recurrent_gemma",)
@@ -20,17 +18,15 @@ TIME, CHANNEL = "model.layers.*.temporal_block", "model.layers.*.mlp_block"
 
 
 def names(model: ModelSpec) -> Names:
-    mixers: list[Any] = [next(b.mixer for _, _, b in model.branches(i) if b.mixer) for i in range(model.layers)]
-    recurrent = [i for i, mixer in enumerate(mixers) if mixer.kind_name() == "rglru"]
-    taps = mixers[recurrent[0]].conv if recurrent else 1
-    outs = {f"blocks.{i}.mixer.out.*": f"model.layers.{i}.temporal_block.linear_out.*" for i in recurrent}
+    layers = shared.layers_with(model, "rglru")
+    outs = {f"blocks.{i}.mixer.out.*": f"model.layers.{i}.temporal_block.linear_out.*" for i in layers}
     return {
         **shared.EMBED,
         "blocks.*.mixer_norm.*": "model.layers.*.temporal_pre_norm.*",
         **outs,
         "blocks.*.mixer.x.*": f"{TIME}.linear_x.*",
         "blocks.*.mixer.y.*": f"{TIME}.linear_y.*",
-        "blocks.*.mixer.conv": Shaped(f"{TIME}.conv_1d.weight", (-1, 1, taps)),
+        "blocks.*.mixer.conv": Depthwise(f"{TIME}.conv_1d.weight"),
         "blocks.*.mixer.conv_bias": f"{TIME}.conv_1d.bias",
         "blocks.*.mixer.rate": f"{TIME}.rg_lru.recurrent_param",
         "blocks.*.mixer.input": f"{TIME}.rg_lru.input_gate_weight",
