@@ -89,20 +89,21 @@ def parse_changes(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def model_for(model: str, task: Task, changes: dict[str, Any]) -> ModelSpec:
     """The model over the task's symbols."""
+    from assay.measure.probe import symbols_of
     from assay.spec.load import load_model
 
     for name, why in (("vocab", f"the task has {task.vocab} symbols"), ("context", f"its rows have {task.length}")):
         if f"model.{name}" in changes:
             fail(f"model.{name}: comes from the task: {why}; leave it out, or change the task's sizes")
-    return load_model(model, {"model.vocab": task.vocab, "model.context": task.length, **changes})
+    return load_model(model, {**symbols_of(task), **changes})
 
 
 def recipe_for(
     name: str, task: Task, steps: int | None, rate: float | None, seed: int, changes: dict[str, Any]
 ) -> Recipe:
     """The recipe with the task as its data; rate: where nobody says another one."""
-    from assay.spec.load import dump
-    from assay.train.recipe import change_recipe, load_recipe
+    from assay.measure.probe import on_task
+    from assay.train.recipe import load_recipe
 
     given = {k: v for k, v in changes.items() if k.startswith("recipe.")}
     for path, instead in {
@@ -114,9 +115,7 @@ def recipe_for(
         if any(f"{key}.".startswith(f"recipe.{path}.") for key in given):
             fail(f"recipe.{path}: {instead} says it here")
     read = load_recipe(name, ({} if rate is None else {"optimizer.lr": rate}) | given | {"seed": seed})
-    count = read.steps(0) if steps is None else steps
-    tokens = count * read.batch.rows * task.length
-    return change_recipe(read, {"data": dump(task), "batch.length": task.length, "tokens": tokens})
+    return on_task(read, task, read.steps(0) if steps is None else steps)
 
 
 def watching(rate: float) -> Callable[[Status], None]:

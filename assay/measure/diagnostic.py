@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from assay.data.tasks.base import task_class
-from assay.measure.probe import accuracy, rows_of
+from assay.measure.probe import accuracy, on_task, rows_of, symbols_of
 from assay.measure.subject import Subject
-from assay.spec.load import dump, validate
-from assay.spec.model import ModelSpec
+from assay.spec.load import change, validate
 from assay.train.loop import train
 from assay.train.outcome import Diverged
-from assay.train.recipe import change_recipe, load_recipe
+from assay.train.recipe import load_recipe
 
 SECONDS = 20.0
 
@@ -33,16 +32,10 @@ def measure(
         if reason := subject.refusal(task.length):
             found.append(row | {"reason": reason})
             continue
-        tree = dump(subject.spec) | {"vocab": task.vocab, "context": task.length}
-        how = {
-            "data": dump(task),
-            "batch.length": task.length,
-            "batch.rows": rows,
-            "tokens": steps * rows * task.length,
-        }
         own = {"optimizer.lr": subject.recipe.optimizer.lr, "seed": subject.recipe.seed, "evaluation.tokens": 0}
+        recipe = on_task(load_recipe("probe", own | {"batch.rows": rows}), task, steps)
         try:
-            trained = train(validate(ModelSpec, tree, "diagnostic"), change_recipe(load_recipe("probe"), how | own))
+            trained = train(change(subject.spec, symbols_of(task), "diagnostic"), recipe)
         except Diverged:
             found.append(row | {"reason": "the loss was no longer a number"})
             continue

@@ -13,7 +13,7 @@ from assay.data.task_rows import HELD_OUT, batch_of
 from assay.data.tasks.base import Task
 from assay.measure.subject import Subject
 from assay.model.lm import LM
-from assay.spec.load import read_mapping, shelf
+from assay.spec.load import dump, read_mapping, shelf
 from assay.spec.model import ModelSpec
 from assay.train.evaluate import LOGITS, step_of
 from assay.train.loop import Options, train
@@ -52,6 +52,17 @@ def task_of(recipe: Recipe) -> Task:
     if not isinstance(recipe.data, Task):
         raise ValueError(f"recipe.data: {recipe.data.kind!r}; a probe trains on a task")
     return recipe.data
+
+
+def symbols_of(task: Task) -> dict[str, int]:
+    """The changes that make a model one over the task's symbols and rows."""
+    return {"model.vocab": task.vocab, "model.context": task.length}
+
+
+def on_task(recipe: Recipe, task: Task, steps: int) -> Recipe:
+    """The recipe with the task as its data, for so many steps of its batches."""
+    tokens = steps * recipe.batch.rows * task.length
+    return change_recipe(recipe, {"data": dump(task), "batch.length": task.length, "tokens": tokens})
 
 
 def probe(

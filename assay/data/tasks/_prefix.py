@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Self
 
-from assay.data.tasks._tools import resized
 from assay.data.tasks.base import Dice, Examples, Ids, Task
 
 
@@ -19,6 +17,3 @@ class Prefix(Task):
     def draw(self, rows: int, seed: int, first: int = 0) -> Examples:
         inputs = Dice(rows, first, self.kind_name(), seed).below("symbols", self.length, self.vocab)
         return Examples(inputs, self.targets(inputs))
-
-    def longer(self, factor: int) -> Self:
-        return resized(self, length=self.length * factor)

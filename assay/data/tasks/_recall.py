@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, earlier, followed, resized
+from assay.data.tasks._tools import always, earlier, followed
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -71,10 +71,6 @@ class Recall(Task):
         asked = sum(1 - (1 - here) ** pairs for pairs in range(1, self.length // 2))
         same = here * (self.length // 2 - 1) / asked
         return same + (1 - same) * self.floor
-
-    def longer(self, factor: int) -> Self:
-        """More pairs of the same keys."""
-        return resized(self, length=self.length * factor)
 
 
 def _before(inputs: Ids) -> Ids:

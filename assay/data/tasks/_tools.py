@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
 import numpy as np
 from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
 from assay.data.packing import IGNORED
-from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
+from assay.data.tasks.base import Dice, Examples, Ids, Shortcut
 
 Column = Int64[NDArray[np.int64], "R 1"]
 Some = Int64[NDArray[np.int64], "R n"]
-
-T = TypeVar("T", bound=Task)
-
-
-def resized(task: T, **changes: Any) -> T:
-    """The task with other sizes, which are checked as if they had been given."""
-    return type(task).model_validate({**task.model_dump(), **changes})
 
 
 def at_least(name: str, value: int, least: int, what: str) -> None:

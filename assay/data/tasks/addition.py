@@ -13,7 +13,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import always, at_least, laid_out, next_symbol, resized
+from assay.data.tasks._tools import always, at_least, laid_out, next_symbol
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 BASE, PLUS, EQUALS, BLANK = 10, 10, 11, 12
@@ -82,7 +82,7 @@ class Addition(Task):
     def longer(self, factor: int) -> Self:
         """Numbers that are longer than all of this task's."""
         least = self.least if factor == 1 else self.most + 1
-        return resized(self, length=self.length * factor, least=least)
+        return self.resized(length=self.length * factor, least=least)
 
 
 def _numbers(row: list[int]) -> tuple[int, list[int], list[int]]:

@@ -88,8 +88,13 @@ class Task(Spec):
 
     def longer(self, factor: int) -> Self:
         """The task with rows `factor` times as long over the same symbols: what a model that was trained on this one is
-        asked to generalise to. ValueError where the symbols do not suffice."""
-        raise NotImplementedError(f"{type(self).__name__} needs longer")
+        asked to generalise to. ValueError where the symbols do not suffice. What grows besides the rows, a task says
+        itself."""
+        return self.resized(length=self.length * factor)
+
+    def resized(self, **changes: Any) -> Self:
+        """The task with other sizes, which are checked as if they had been given."""
+        return type(self).model_validate({**self.model_dump(), **changes})
 
     @classmethod
     def kind_name(cls) -> str:

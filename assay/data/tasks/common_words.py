@@ -13,7 +13,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import always, at_least, resized, told
+from assay.data.tasks._tools import always, at_least, told
 from assay.data.tasks._words import answered, first_word
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
@@ -85,6 +85,4 @@ class CommonWords(Task):
 
     def longer(self, factor: int) -> Self:
         """The same number of words, each as many times as often."""
-        return resized(
-            self, length=self.length * factor, times=self.times * factor, rare_times=self.rare_times * factor
-        )
+        return self.resized(length=self.length * factor, times=self.times * factor, rare_times=self.rare_times * factor)

@@ -8,13 +8,13 @@ Random symbols do not compress: n of them take n x log2(symbols) bits of state.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, resized, told
+from assay.data.tasks._tools import always, told
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -57,7 +57,3 @@ class Compression(Task):
             "always 0": always(0, self.floor),
             "last symbol of all": Shortcut(lambda x: told(x[:, [self.told - 1]], x), one),
         }
-
-    def longer(self, factor: int) -> Self:
-        """More symbols to keep."""
-        return resized(self, length=self.length * factor)

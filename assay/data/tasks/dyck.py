@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, resized
+from assay.data.tasks._tools import always
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -79,7 +79,3 @@ class Dyck(Task):
             "always the same kind": always(self.kinds, self.floor),
             "the kind that was closed": Shortcut(lambda x: x, self.floor),
         }
-
-    def longer(self, factor: int) -> Self:
-        """Longer words of the same depth."""
-        return resized(self, length=self.length * factor)

@@ -14,7 +14,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import always, at_least, resized, told
+from assay.data.tasks._tools import always, at_least, told
 from assay.data.tasks._words import answered, first_word
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
@@ -88,7 +88,3 @@ class FrequentWords(Task):
             "always 0": always(0, self.floor),
             "first word": Shortcut(lambda x: told(first_word(x, self.symbols), x), once),
         }
-
-    def longer(self, factor: int) -> Self:
-        """More of the words, and further ones."""
-        return resized(self, length=self.length * factor)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import always, laid_out, next_symbol, resized
+from assay.data.tasks._tools import always, laid_out, next_symbol
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -105,7 +105,3 @@ class FuzzyRecall(Task):
 
     def shortcuts(self) -> dict[str, Shortcut]:
         return {"always the same symbol": always(self.symbols, self.floor)}
-
-    def longer(self, factor: int) -> Self:
-        """More pairs of the same keys."""
-        return resized(self, length=self.length * factor)

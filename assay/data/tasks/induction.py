@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, at_least, followed, resized, told
+from assay.data.tasks._tools import always, at_least, followed, told
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -79,7 +79,3 @@ class Induction(Task):
     def _first(self) -> float:
         """How often a block begins anew behind an asked place."""
         return self._over_sizes({p: self.length // p - 1 for p in range(self.least, self.most + 1)})
-
-    def longer(self, factor: int) -> Self:
-        """More repetitions of blocks of the same sizes."""
-        return resized(self, length=self.length * factor)

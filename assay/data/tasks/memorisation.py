@@ -6,7 +6,7 @@ mixed across places: what counts is how much the weights hold, so wide ffns and 
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
@@ -15,7 +15,7 @@ from pydantic import Field
 
 from assay.data.draws import permutation
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, resized
+from assay.data.tasks._tools import always
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -67,7 +67,3 @@ class Memorisation(Task):
             "always the same value": always(self.pairs, self.floor),
             "the value of the key's number": Shortcut(lambda x: self.pairs + np.roll(x, 1, 1), own),
         }
-
-    def longer(self, factor: int) -> Self:
-        """More of the same keys."""
-        return resized(self, length=self.length * factor)

@@ -180,4 +180,4 @@ class Mqar(Task):
     def longer(self, factor: int) -> Self:
         """As many times the pairs."""
         sizes = {name: getattr(self, name) * factor for name in ("length", "pairs", "rewrites")}
-        return type(self)(**{**self.model_dump(), **sizes})
+        return self.resized(**sizes)

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, at_least, behind, laid_out, resized
+from assay.data.tasks._tools import always, at_least, behind, laid_out
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task, place_in
 
 
@@ -83,7 +83,3 @@ class Needle(Task):
         if self.keys > 1:
             found["first value"] = Shortcut(lambda x: behind(x, self.vocab - 2, 2), 1 / self.keys)
         return found
-
-    def longer(self, factor: int) -> Self:
-        """As many needles in more noise."""
-        return resized(self, length=self.length * factor)

@@ -11,7 +11,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import Column, always, at_least, different, next_symbol, resized
+from assay.data.tasks._tools import Column, always, at_least, different, next_symbol
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 DIGITS = 10
@@ -98,7 +98,3 @@ class Phonebook(Task):
     def _last(self) -> float:
         """The digit before; behind the name stands a letter."""
         return (self.digits - 1) / self.digits * self.floor
-
-    def longer(self, factor: int) -> Self:
-        """More entries."""
-        return resized(self, length=self.length * factor)

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import Some, always, at_least, resized, told
+from assay.data.tasks._tools import Some, always, at_least, told
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -74,7 +74,3 @@ class SelectiveCopy(Task):
             # A blank is never an answer, and only this share of the places has something else.
             f"{lag} places back": Shortcut(lambda x: np.roll(x, lag, 1), self.copies / self._room),
         }
-
-    def longer(self, factor: int) -> Self:
-        """As many symbols among more blanks."""
-        return resized(self, length=self.length * factor)

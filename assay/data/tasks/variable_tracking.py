@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import always, at_least, behind, laid_out, resized
+from assay.data.tasks._tools import always, at_least, behind, laid_out
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -109,7 +109,3 @@ class VariableTracking(Task):
             (inputs == self.vocab - 2)[:, None] & (np.roll(inputs, -1, 1)[:, None] == inputs[:, :, None]), 2
         )
         return np.take_along_axis(set_to, place, 1)
-
-    def longer(self, factor: int) -> Self:
-        """As many statements among more blanks."""
-        return resized(self, length=self.length * factor)
