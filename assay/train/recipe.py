@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from assay.spec.base import NestedError, Spec, first_error
 from assay.spec.load import apply_changes, digest, dump, find, read_mapping, validate
 
 Precision = Literal["auto", "float32", "bfloat16"]
+CORPORA = get_args(CorpusSpec.model_fields["kind"].annotation)
 Share = float
 """A length of the schedule: below 1, a share of the run; from 1 on, a number of steps."""
 
@@ -152,6 +153,16 @@ class EvaluationSpec(Spec):
     points: int = Field(4, ge=1)
 
 
+def data_class(kind: Any) -> type[CorpusSpec | Task]:
+    """What a recipe's `data` of this kind is. A corpus imports no task. ValueError with the accepted kinds."""
+    if kind is None or kind in CORPORA:
+        return CorpusSpec
+    if isinstance(kind, str) and kind in tasks():
+        return tasks()[kind]
+    accepted = f"{', '.join(CORPORA)}, or a task: {', '.join(sorted(tasks()))}"
+    raise NestedError(("kind",), f"{kind!r}; accepted: {accepted}")
+
+
 class Recipe(Spec):
     """What is held fixed while architectures are compared.
 
@@ -182,7 +193,7 @@ class Recipe(Spec):
         if not isinstance(value, Mapping):
             return value
         try:
-            return tasks().get(str(value.get("kind")), CorpusSpec).model_validate(value)
+            return data_class(value.get("kind")).model_validate(value)
         except ValidationError as error:
             raise NestedError(*first_error(error)) from None
 
