@@ -11,7 +11,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from tests.model.hf import VOCAB, randomised
+from assay.hub.load import import_folder
+from tests.model.hf import VOCAB, differences, randomised
 
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -192,3 +193,11 @@ def reference(model: Any, ids: Tensor, new: int = 8) -> dict[str, Tensor]:
         logits = model(input_ids=rows, attention_mask=mask, use_cache=False, **place).logits
         found |= {f"{side}pad.{k}": v for k, v in (("input_ids", rows), ("attention_mask", mask), ("logits", logits))}
     return found
+
+
+@torch.no_grad()
+def flipped(folder: Path, name: str, theirs: Any) -> dict[str, float]:
+    """How far the imported model is from theirs, by quantity, once one of its weights is turned upside down."""
+    mine = import_folder(folder).model
+    mine.get_parameter(name).copy_(mine.get_parameter(name).flip(0))
+    return differences(mine, theirs)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jaxtyping import config as shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -150,14 +149,6 @@ DEFECTS = [
     Defect("mixtral", 0, "ffn", "blocks.0.ffn.gate and blocks.0.ffn.up are exchanged", edit=exchanged),
     field("mixtral", 0, "ffn", "blocks.block.ffn.router.renormalise", False, "false here; true"),
 ]
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """A search runs some hundred variants of a model; that their shapes are right is seen in every other test."""
-    shapes.update("jaxtyping_disable", True)
-    yield
-    shapes.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jaxtyping import config as shapes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -110,14 +109,6 @@ PLANTED: list[tuple[str, dict[str, Any], Edit | None, tuple[int | None, str, str
     ),
     ("modernbert", {"blocks.sliding.stages.0.branches.0.mixer.sees.band": [3, 2]}, None, (1, "mixer.scores", None)),
 ]
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """As in test_parity: a search runs many variants."""
-    shapes.update("jaxtyping_disable", True)
-    yield
-    shapes.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from assay.measure.rotary import scalings, sizes
-from tests.measure.test_parity import Case, Defect, Weights, asked, case, field, spoiled, unchecked
+from tests.measure.test_parity import Case, Defect, Weights, asked, case, field, spoiled
 
-__all__ = ["case", "unchecked"]
+__all__ = ["case"]
 LLAMA3 = "llama3 (factor 4, original 8, low_freq_factor 1, high_freq_factor 4)"
 
 

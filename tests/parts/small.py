@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from assay.conform.cases import Case, case, noise
+from assay.conform.stored import feed, open_cache
 from assay.ops.step import Step, rows_step
 from assay.spec import registry
 
@@ -31,6 +32,17 @@ def put(c: Case, **values: Tensor) -> None:
     """Set parameters by name, `__` for a dot."""
     for name, value in values.items():
         c.part.get_parameter(name.replace("__", ".")).copy_(value)
+
+
+def stored(c: Case, tokens: Tensor, chunks: tuple[int, ...]) -> Tensor:
+    """One sequence [T, D] in chunks, against a cache."""
+    c.modules.eval()
+    cache, slots = open_cache(c, 1, max(chunks))
+    pieces, past = [], 0
+    for size in chunks:
+        pieces.append(feed(c, cache, slots, tokens[None, past : past + size], past)[0])
+        past += size
+    return torch.cat(pieces)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:

@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from assay.cache import Cache, Size
 from assay.conform.cases import Case
-from assay.conform.stored import feed, open_cache
+from assay.conform.stored import feed
 from assay.parts.positions import rope
 from assay.spec import registry
 from assay.spec.base import Site
 from assay.spec.load import validate
 from assay.spec.model import ModelSpec
-from tests.parts.small import close, part, put, rows, x
+from tests.parts.small import close, part, put, rows, stored, x
 
 SIZES: dict[str, Any] = {"heads": 4, "kv_rank": 10, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
 YARN = {"kind": "yarn", "factor": 4.0, "original": 8, "beta_fast": 2.0, "beta_slow": 0.25}
@@ -36,17 +36,6 @@ def mla(scheme: dict[str, Any] | None = None, **fields: Any) -> Case:
         made = registry.get("positions", "rope").model_validate({"kind": "rope", **scheme})
         c.part.bind({"p": made.build(Site("positions.p"))})
     return c
-
-
-def stored(c: Case, tokens: Tensor, chunks: tuple[int, ...]) -> Tensor:
-    """One sequence [T, D] in chunks, against a cache."""
-    c.modules.eval()
-    cache, slots = open_cache(c, 1, max(chunks))
-    pieces, past = [], 0
-    for size in chunks:
-        pieces.append(feed(c, cache, slots, tokens[None, past : past + size], past)[0])
-        past += size
-    return torch.cat(pieces)
 
 
 @pytest.mark.parametrize(

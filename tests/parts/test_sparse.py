@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.conform.cases import Case
-from assay.conform.stored import feed, open_cache
+from assay.conform.stored import open_cache
 from assay.parts.mixers.gqa import Gqa
 from assay.parts.mixers.nsa import Nsa
 from assay.spec import registry
 from assay.spec.base import Site
 from assay.spec.load import validate
 from assay.spec.model import ModelSpec
-from tests.parts.small import close, part, put, rows, x
+from tests.parts.small import close, part, put, rows, stored, x
 
 HEADS: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6}
 NSA: dict[str, Any] = {
@@ -37,17 +37,6 @@ def bound(kind: str, scheme: dict[str, Any], **fields: Any) -> Case:
     made = registry.get("positions", "rope").model_validate({"kind": "rope", "theta": 100.0, **scheme})
     c.part.bind({"p": made.build(Site("positions.p"))})
     return c
-
-
-def stored(c: Case, tokens: Tensor, chunks: tuple[int, ...]) -> Tensor:
-    """One sequence [T, D] in chunks, against a cache."""
-    c.modules.eval()
-    cache, slots = open_cache(c, 1, max(chunks))
-    pieces, past = [], 0
-    for size in chunks:
-        pieces.append(feed(c, cache, slots, tokens[None, past : past + size], past)[0])
-        past += size
-    return torch.cat(pieces)
 
 
 def heard(c: Case, tokens: Tensor, name: str) -> Tensor:
