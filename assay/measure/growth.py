@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -65,7 +66,7 @@ def measure(
     rows: list[Row] = []
     for place, batch in enumerate(dict.fromkeys(batches)):
         cells = [Cell(models[n], batch, n) for n in lengths if n not in refused and batch * n <= cached]
-        found: list[Row] = [{"batch": batch, "context": cell.context} | cell.stored() for cell in cells]
+        found: list[Row] = [{"batch": batch, "context": cell.context} | cell.stored for cell in cells]
         if place == 0:
             add(found, PREFILL, prefills(cells, seconds / 2))
         add(found, (*DECODE, "decode_tok_s"), decodes(cells, seconds / 2 / len(set(batches))))
@@ -108,6 +109,7 @@ class Cell:
     batch: int
     context: int
 
+    @cached_property
     def stored(self) -> Row:
         """State by the bill, and of the tensors of a cache without headroom."""
         weight = next(self.model.parameters())
@@ -128,7 +130,7 @@ class Cell:
         with Held() as held, FlopCounterMode(display=False) as counter:
             run()
         whole, mixers = self.needed(phase)
-        kept = self.stored()["state_bytes_measured"]
+        kept = self.stored["state_bytes_measured"]
         return seconds, kept + held.peak, whole, mixers, counter.get_total_flops()
 
 
