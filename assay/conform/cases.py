@@ -132,7 +132,11 @@ class Case:
             asked, entries = part.read(x, x, step, lambda q, k: (q, k))
             view = here.state.append(step, **entries)
             seen = visible(step, view.layout, Sees())
-            return part.choose(asked, view, seen).flatten(0, 1).to(x.dtype)
+            kept = part.choose(asked, view, seen)
+            if part.training:
+                even = torch.zeros_like(kept, dtype=x.dtype).masked_fill(~kept, float("-inf"))
+                part.learn(asked, view, even[:, None], here)
+            return kept.flatten(0, 1).to(x.dtype)
         return part(x, step, here)
 
 

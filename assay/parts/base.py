@@ -158,6 +158,9 @@ class Selector(Part):
         """Those of the visible entries that stay visible; at least one where there is one."""
         raise NotImplementedError
 
+    def learn(self, asked: tuple[Tensor, ...], view: View, logits: Float[Tensor, "R H T S"], here: Here) -> None:
+        """In training: what it makes of the mixer's logits (-inf where it does not look), which have no gradient."""
+
 
 class Residual(Part):
     """How a stage's branches join the stream."""

@@ -166,6 +166,49 @@ def test_a_choice_has_no_gradient() -> None:
     assert all((g is None) == n.startswith("select.") for n, g in grads.items())
 
 
+@pytest.mark.parametrize("keep", [3, 16])
+def test_what_an_indexer_learns_from(keep: int) -> None:
+    """The divergence of torch, token by token, over what is attended to; padding is counted nowhere."""
+    c = mla({}, q_rank=14, select={**INDEX, "keep": keep, "align": 0.5})
+    tokens, taps = x(16), dict[str, Tensor]()
+    step = rows(2, 8, listen=frozenset(["*.scores"]))
+    padding = torch.arange(16) >= 13
+    c.run(tokens, step.with_(seq=step.seq.masked_fill(padding, -1)), taps=taps)
+    w, scheme, losses = {n.removeprefix("select."): t for n, t in c.weights().items()}, c.part.scheme[0], []
+    scheme_step = step.with_(tables={scheme.name: scheme.prepare(step, None)})
+    k = F.layer_norm(tokens @ w["k.weight"].T, (5,), w["k_norm.weight"], w["k_norm.bias"], 1e-6)
+    latent = F.rms_norm(tokens @ w["q_down.weight"].T, (14,), w["q_norm.weight"], 1e-6)
+    q = (latent @ w["q.weight"].T).view(16, 3, 5)
+    turned = scheme.on_qk(q[..., :4], k[:, None, :4], scheme_step)
+    q, k = torch.cat([turned[0], q[..., 4:]], -1), torch.cat([turned[1][:, 0], k[:, 4:]], -1)
+    for t in range(13):
+        z, first = taps["part.scores"][t], t // 8 * 8
+        seen = z[0].isfinite().nonzero()[:, 0]
+        assert len(seen) == min(keep, t - first + 1)
+        sums = ((tokens[t] @ w["weigh.weight"].T)[:, None] * F.relu(q[t] @ k[first : first + 8].T)).sum(0) / 15**0.5
+        p = z[:, seen].softmax(-1).mean(0)
+        losses.append(F.kl_div(sums[seen].log_softmax(-1), p, reduction="sum"))
+    close(taps["part.select.loss.align"], 0.5 * torch.stack(losses).mean())
+
+
+def test_an_indexer_learns_alone() -> None:
+    """Its loss reaches no other weight and not the input; what the model learns from reaches none of its own."""
+    tokens, taps = x(8).requires_grad_(), dict[str, Tensor]()
+    c = mla({}, q_rank=14, select={**INDEX, "keep": 3, "align": 0.5})
+    y = c.run(tokens, rows(1, 8), taps=taps)
+    own = {n for n, _ in c.part.named_parameters() if n.startswith("select.")}
+    taps["part.select.loss.align"].backward(retain_graph=True)
+    assert {n for n, p in c.part.named_parameters() if p.grad is not None and p.grad.any()} == own
+    assert tokens.grad is None
+    c.part.zero_grad()
+    y.square().sum().backward()
+    assert {n for n, p in c.part.named_parameters() if p.grad is None} == own
+    c.modules.eval()
+    taps.clear()
+    c.run(tokens, rows(1, 8), taps=taps)
+    assert not taps
+
+
 @pytest.mark.parametrize(("new", "seen"), [(9, 0), (1, 3), (1, 8), (5, 2), (2, 6)])
 def test_pairs_that_are_left(new: int, seen: int) -> None:
     spec = registry.get("selectors", "indexer").model_validate({**INDEX, "keep": 4})

@@ -1,13 +1,13 @@
 """Attention over a view: one interface, several backends, the oracle first."""
 
-from assay.ops.attend.api import attend, attend_lse, plan
-from assay.ops.attend.blocks import Blocks, Runs, best, entered, looked_into, products, runs, within
+from assay.ops.attend.api import attend, attend_lse, logits, plan
+from assay.ops.attend.blocks import Blocks, Runs, best, chosen, entered, looked_into, products, runs, within
 from assay.ops.attend.merge import merge
 from assay.ops.attend.plan import BACKENDS, Plan, aligned, executed_pairs, materialised, narrowed
 from assay.ops.attend.rule import Bias, DistanceBias, Scores, softmax
 
 __all__ = [
     "BACKENDS", "Bias", "Blocks", "DistanceBias", "Plan", "Runs", "Scores", "aligned", "attend", "attend_lse", "best",
-    "entered", "executed_pairs", "looked_into", "materialised", "merge", "narrowed", "plan", "products", "runs",
-    "softmax", "within",
+    "chosen", "entered", "executed_pairs", "logits", "looked_into", "materialised", "merge", "narrowed", "plan",
+    "products", "runs", "softmax", "within",
 ]  # fmt: skip

@@ -81,6 +81,13 @@ def attend(
     return out.reshape(q.shape[0], q.shape[1], out.shape[-1])
 
 
+def logits(
+    q: Float[Tensor, "N H K"], view: View, step: Step, sees: Sees, scores: Scores, made: Plan | None = None
+) -> Float[Tensor, "R H T S"]:
+    """What `attend` takes the softmax of, in rows of the grid: -inf where a token does not see."""
+    return matmul.square(_call(q, view, step, sees, scores, made)[0].masked())
+
+
 def publish(call: Call, here: Here) -> None:
     """Taps of [N, H, S] over the entries of the view. `scores`: the logits, -inf where a token does not see. `probs`:
     their softmax, without the sink's share and before dropout.

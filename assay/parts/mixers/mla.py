@@ -5,8 +5,9 @@ Legend: N tokens, R x S entries of the view, H heads, C latent width, E = nope +
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -141,16 +142,17 @@ class Mla(MixerSpec):
         yield cls(**sizes, bias=True, scale=0.4)
         yield cls(**sizes, q_rank=9, bias=True, norm=RmsNorm(eps=1e-2))
         yield cls(**{**sizes, "value_dim": 7}, q_rank=8, norm=None)
-        yield cls(**sizes, q_rank=14, select=Indexer(heads=3, head_dim=5, keep=4))
+        yield cls(**sizes, q_rank=14, select=Indexer(heads=3, head_dim=5, keep=4, align=0.5))
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The call that a form answers."""
+    """The call that a form answers. learn: what a selector makes of the logits, in training."""
 
     step: Step
     plan: ops.Plan | None
     here: Here
+    learn: Callable[[Float[Tensor, "R H T S"]], None] | None = None
 
 
 class MlaMixer(Placed):
@@ -180,15 +182,17 @@ class MlaMixer(Placed):
         latent, k = self.kv_down(x, step).split([spec.kv_rank, spec.rope_dim], -1)
         turned, k = self.turned(q[..., spec.nope_dim :], k[:, None], step)
         q = torch.cat([q[..., : spec.nope_dim], turned], -1)
-        entry, plan = torch.cat([self.normed("kv_norm", latent), k[:, 0]], -1), step.table(self)
+        entry, asked = torch.cat([self.normed("kv_norm", latent), k[:, 0]], -1), Asked(step, step.table(self), here)
         if spec.select is None:
             view = here.state.append(step, latent=entry)
         else:
-            asked, more = self.select.read(x, read, step, lambda q, k: self.leading(q, k, step))
+            given, more = self.select.read(x, read, step, lambda q, k: self.leading(q, k, step))
             view = here.state.append(step, latent=entry, **more)
-            plan = self.narrowed(plan, asked, view, step)
+            trains = self.training and torch.is_grad_enabled()
+            learn = partial(self.select.learn, given, view, here=here["select"]) if trains else None
+            asked = Asked(step, self.narrowed(asked.plan, given, view, step), here, learn)
         form = self.absorbed if self.folds and step.longest == 1 else self.expanded
-        mix = here.tap("mix", form(here.tap("q", q), self.on_read(view, step), Asked(step, plan, here)))
+        mix = here.tap("mix", form(here.tap("q", q), self.on_read(view, step), asked))
         return self.out(mix.flatten(1), step)
 
     def normed(self, name: str, latent: Tensor) -> Tensor:
@@ -244,11 +248,18 @@ class MlaMixer(Placed):
         mix = self.mixed(q, View({"k": entries, "v": entries[..., : spec.kv_rank]}, view.layout), asked)
         return torch.einsum("nhc,hvc->nhv", mix, up_v)
 
-    def mixed(self, q: Tensor, view: View, asked: Asked) -> Tensor:
+    def rule(self) -> ops.Scores:
+        """How q.k becomes a logit."""
         spec = self.spec
         scale = (spec.nope_dim + spec.rope_dim) ** -0.5 if spec.scale is None else spec.scale
-        scores = ops.Scores(scale, bias=self.scheme[0].bias() if self.scheme else None)
-        return ops.attend(q, view, asked.step, CAUSAL, scores, asked.plan, asked.here)
+        return ops.Scores(scale, bias=self.scheme[0].bias() if self.scheme else None)
+
+    def mixed(self, q: Tensor, view: View, asked: Asked) -> Tensor:
+        if asked.learn is not None:
+            with torch.no_grad():
+                logits = ops.logits(q, view, asked.step, CAUSAL, self.rule(), asked.plan)
+            asked.learn(logits)
+        return ops.attend(q, view, asked.step, CAUSAL, self.rule(), asked.plan, asked.here)
 
 
 def reference(spec: Mla, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:

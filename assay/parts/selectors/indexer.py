@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
+from assay.ops.attend import softmax
+from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.step import Step, View
 from assay.parts._checks import token_by_token
@@ -28,8 +30,13 @@ class Indexer(SelectorSpec):
     """The `keep` keys with the largest sums of w * relu(q k) over the heads. DeepSeek-AI 2025, arXiv 2512.02556, eq. 1.
 
     One key of `head_dim` dimensions a token serves all heads; it is normed, and kept. Its leading dimensions are turned
-    as the mixer's are. Of equal sums the earlier key is chosen. A choice has no gradient: these weights come trained
-    from elsewhere, or stay as they are.
+    as the mixer's are. Of equal sums the earlier key is chosen.
+
+    A choice has no gradient, so these weights learn by a loss of their own: `align` times the Kullback-Leibler
+    divergence of the softmax of the sums from the attention of all heads together, over the keys that are attended to
+    (section 2.1.1, equations 3 and 4; with a `keep` that nothing exceeds it is the dense warm-up). Its gradient goes to
+    the indexer alone. In this softmax the sums are divided by sqrt(heads head_dim), as in the released code;
+    what the loss itself costs is no part of the bill. 0: the weights come trained from elsewhere, or stay as they are.
     """
 
     kind: Literal["indexer"] = "indexer"
@@ -37,6 +44,7 @@ class Indexer(SelectorSpec):
     head_dim: int = Field(default=128, ge=1)
     keep: int = Field(default=2048, ge=1)
     norm: NormSpec = Field(default={"kind": "layernorm", "eps": 1e-6}, validate_default=True)
+    align: float = Field(default=0.0, ge=0.0)
 
     def check(self, site: Site) -> None:
         token_by_token("norm", self.norm)
@@ -76,7 +84,7 @@ class Indexer(SelectorSpec):
 
     @classmethod
     def tiny(cls) -> Iterator[Self]:
-        yield cls(heads=3, head_dim=6, keep=4)
+        yield cls(heads=3, head_dim=6, keep=4, align=0.5)
         yield cls(heads=2, head_dim=5, keep=1, norm=LayerNorm(eps=1e-2))
 
 
@@ -84,6 +92,7 @@ class IndexerSelector(Selector):
     def read(
         self, x: Float[Tensor, "N D"], queries: Float[Tensor, "N C"], step: Step, turn: Turn
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        x, queries = x.detach(), queries.detach()
         q = self.q(queries, step).unflatten(-1, (self.spec.heads, -1))
         q, k = turn(q, self.k_norm(self.k(x, step))[:, None])
         return (q, self.weigh(x, step)), {"index": k[:, 0]}
@@ -94,6 +103,21 @@ class IndexerSelector(Selector):
         # A stable sort and not `topk`, whose choice among equals depends on the shape: many sums of relus are 0.
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.spec.keep]
         return torch.zeros_like(seen).scatter_(-1, best, True) & seen
+
+    def learn(self, asked: tuple[Tensor, ...], view: View, logits: Float[Tensor, "R H T S"], here: Here) -> None:
+        """Publish `loss.align`, the mean over the tokens. logits: those of the mixer, -inf where it does not look."""
+        if self.spec.align:
+            here.add("loss.align", self.spec.align * self.divergence(asked, view, logits.detach()))
+
+    def divergence(self, asked: tuple[Tensor, ...], view: View, logits: Float[Tensor, "R H T S"]) -> Float[Tensor, ""]:
+        """Nats a token, of those that see something: KL(p || softmax(sums)), p the mean of the heads' attention."""
+        p, seen = softmax(logits, None).mean(1), logits[:, 0] > float("-inf")
+        sums = self.scores(asked, view, seen) * (self.spec.heads * self.spec.head_dim) ** -0.5
+        # A token that sees nothing looks everywhere, so that nothing is divided by 0, and is counted nowhere.
+        alive = seen.any(-1)
+        guess = torch.log_softmax(sums.masked_fill(~seen & alive[..., None], float("-inf")), -1).masked_fill(~seen, 0.0)
+        each = (torch.xlogy(p, p) - p * guess).sum(-1)
+        return each.masked_fill(~alive, 0.0).sum() / alive.sum().clamp(min=1)
 
     def scores(self, asked: tuple[Tensor, ...], view: View, seen: Bool[Tensor, "R T S"]) -> Float[Tensor, "R T S"]:
         """In float32 or better: near ties decide what is seen."""
