@@ -16,8 +16,8 @@ from assay.data.tokenizers import Tokenizer
 from assay.engine.request import Request
 from assay.engine.sampler import Settings, sample, uniform
 from assay.engine.text import Reply
-from assay.model.lm import LM, state_table
-from assay.ops.step import Step
+from assay.model.lm import LM, Output, state_table
+from assay.ops.step import Piece, Step, joined
 from assay.spec.model import ModelSpec
 
 CHUNK = 512  # tokens of a prompt that one step takes: bounds the scores' memory and a window's headroom
@@ -107,6 +107,15 @@ def right_padded(rows: Sequence[Ids], past: Sequence[int], horizon: Sequence[int
     )
 
 
+@dataclass(frozen=True)
+class Work:
+    """Tokens that a sequence gets in a step, and whether the logits after the last of them are wanted."""
+
+    slot: Slot
+    ids: Ids
+    emit: bool = True
+
+
 class Runner:
     """A model, its cache, and the horizon of each open sequence. Puts the model into evaluation mode."""
 
@@ -140,25 +149,54 @@ class Runner:
     @torch.inference_mode()
     def feed(self, slots: Sequence[Slot], rows: Sequence[Ids]) -> Float[Tensor, "E V"]:
         """Append `rows[i]` to `slots[i]`, in chunks; logits after the last token of each row that has tokens."""
-        busy = [i for i, ids in enumerate(rows) if ids]
-        slots, rows = slots[busy[0] : busy[-1] + 1], rows[busy[0] : busy[-1] + 1]
         chunk = self.cache.size.chunk
+        left = {i: ids for i, ids in enumerate(rows) if ids}
         found: dict[int, Tensor] = {}
-        for at in range(0, max(len(ids) for ids in rows), chunk):
-            pieces = [ids[at : at + chunk] for ids in rows]
-            logits = self._step(slots, pieces)
-            found |= dict(zip((i for i, piece in enumerate(pieces) if piece), logits.unbind(), strict=True))
+        while left:
+            work = [Work(slots[i], ids[:chunk], len(ids) <= chunk) for i, ids in left.items()]
+            logits = self.step(work)
+            done = [i for i, ids in left.items() if len(ids) <= chunk]
+            found |= dict(zip(done, logits.unbind() if done else (), strict=True))
+            left = {i: ids[chunk:] for i, ids in left.items() if len(ids) > chunk}
         return torch.stack([found[i] for i in sorted(found)])
 
-    def _step(self, slots: Sequence[Slot], rows: Sequence[Ids]) -> Tensor:
-        past = [self.cache.length(slot) for slot in slots]
-        step = right_padded(rows, past, [self.horizons[slot] for slot in slots], self.device)
-        step = step.with_(encode=self._unread(slots))
-        logits = self.model(step, self.cache.begin(slots, step)).logits
+    @torch.inference_mode()
+    def step(self, work: Sequence[Work]) -> Float[Tensor, "E V"]:
+        """One step for any mix of prompts' chunks and single tokens; logits after the last token of each work that
+        asks for them, in the order of `work`."""
+        logits = self.output(work).logits
         assert logits is not None
-        for slot in slots:
-            self.sources.pop(slot, None)
-        return logits
+        order = sorted(range(len(work)), key=lambda i: len(work[i].ids))  # as `output` has them
+        told = [i for i in order if work[i].emit]
+        return logits if told == sorted(told) else logits[sorted(range(len(told)), key=told.__getitem__)]
+
+    def output(self, work: Sequence[Work], listen: frozenset[str] = frozenset()) -> Output:
+        """What the model says of such a step. Works of one length are a piece of it, and short ones come first, in
+        the order of `work`."""
+        groups: dict[int, list[Work]] = {}
+        for one in work:
+            groups.setdefault(len(one.ids), []).append(one)
+        pieces, first = [], 0
+        for length in sorted(groups):
+            step = self._grid(groups[length]).with_(listen=listen)
+            pieces.append(Piece(first, step, self.cache.begin([w.slot for w in groups[length]], step)))
+            first += step.tokens
+        if len(pieces) == 1:
+            out = self.model(pieces[0].step, pieces[0].states)
+        else:
+            out = self.model(joined(pieces).with_(listen=listen))
+        for one in work:
+            self.sources.pop(one.slot, None)
+        return out
+
+    def _grid(self, group: Sequence[Work]) -> Step:
+        """Works of one length as the rows of a grid."""
+        past = [self.cache.length(w.slot) for w in group]
+        step = right_padded([w.ids for w in group], past, [self.horizons[w.slot] for w in group], self.device)
+        if not all(w.emit for w in group):
+            assert step.emit is not None
+            step = step.with_(emit=step.emit[[i for i, w in enumerate(group) if w.emit]])
+        return step.with_(encode=self._unread([w.slot for w in group]))
 
     def _unread(self, slots: Sequence[Slot]) -> Step | None:
         """The sources that the encoder has yet to read; None where it has read them all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,10 +67,37 @@ class Block(nn.Module):
         total: Tensor | None = None
         for name, branch in zip(self.names[number], stage.branches, strict=True):
             y = getattr(self, f"{name}_norm")(x, step) if branch.pre is not None else x
-            y = getattr(self, f"{name}_conv")(y, step, here[f"{name}_conv"]) if branch.conv is not None else y
-            y = getattr(self, name)(y, step, here[name])
+            y = self._run(f"{name}_conv", y, step, here) if branch.conv is not None else y
+            y = self._run(name, y, step, here)
             y = getattr(self, f"{name}_post")(y, step) if branch.post is not None else y
             y = y if branch.scale == 1.0 else y * branch.scale
             total = y if total is None else total + y
         assert total is not None
         return F.dropout(total, stage.dropout, self.training)
+
+    def _run(self, name: str, x: Tensor, step: Step, here: Here) -> Tensor:
+        """One part on all tokens or, where it has a memory and the step has pieces, on one piece after another."""
+        part, here = getattr(self, name), here[name]
+        if not step.pieces or not part.by_piece:
+            return part(x, step, here)
+        if GIVEN not in here.given:  # what mixers give to later ones is given a piece
+            here.given[GIVEN] = ({},) * len(step.pieces)
+        places = [here.piece(p.states, dict(g)) for p, g in zip(step.pieces, here.given[GIVEN], strict=True)]
+        found = [part(x[p.tokens], p.step, own) for p, own in zip(step.pieces, places, strict=True)]
+        here.given[GIVEN] = tuple(own.given for own in places)
+        here.taps.update(together([own.taps for own in places]))
+        return torch.cat(found)
+
+
+GIVEN = "pieces"
+
+
+def together(taps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the pieces of a step published, as of all its tokens. ValueError where their shapes do not join."""
+    found = {}
+    for name in taps[0]:
+        values = [t[name] for t in taps]
+        if len({v.shape[1:] for v in values}) > 1:
+            raise ValueError(f"tap {name}: the pieces of this step have {[tuple(v.shape) for v in values]}")
+        found[name] = torch.cat(values)
+    return found

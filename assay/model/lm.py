@@ -56,6 +56,8 @@ class LM(nn.Module):
         keys: dict[object, int] = {}
         planned = [m for m in [*schemes.values(), *parts] if m.prepare_key() is not None]
         self._planned = [(m, keys.setdefault(m.prepare_key(), len(keys))) for m in planned]
+        apart = tuple(f"{m.name}." for m in parts if m.by_piece)
+        self._flat = [(m, number) for m, number in self._planned if not f"{m.name}.".startswith(apart)]
 
     def _site(self, name: str) -> Site:
         return prefixed(self.spec.root(name), self.prefix)
@@ -70,11 +72,16 @@ class LM(nn.Module):
         targets: Int[Tensor, "N"] | None = None,
         options: LossOptions | None = None,
     ) -> Output:
-        """One step through the stack. Without `states` nothing is remembered (training)."""
+        """One step through the stack. Without `states` nothing is remembered (training). The pieces of a step bring
+        their own."""
         taps: dict[str, Tensor] = {}
-        step = self._encoded(step, taps)
-        states = states if states is not None else self._stateless(step)
-        step = step.with_(tables=self._tables(step, states))
+        if step.pieces:
+            states = {}
+            pieces = tuple(replace(p, step=self._prepared(p.step, p.states, taps)) for p in step.pieces)
+            step = step.with_(pieces=pieces, tables=self._tables(step, states, self._flat))
+        else:
+            states = states if states is not None else self._stateless(step)
+            step = self._prepared(step, states, taps)
         x = self.embed(step)
         for name in self.spec.positions:
             x = cast(Position, self.positions[name]).on_embed(x, step)
@@ -94,6 +101,10 @@ class LM(nn.Module):
         h = h if step.emit is None else h.index_select(0, step.emit)
         return Output(self.head(h, step, self.embed.table()), None, taps)
 
+    def _prepared(self, step: Step, states: Mapping[str, State], taps: dict[str, Tensor]) -> Step:
+        step = self._encoded(step, taps)
+        return step.with_(tables=self._tables(step, states))
+
     def _encoded(self, step: Step, taps: dict[str, Tensor]) -> Step:
         """Run the encoder over `step.encode` and hand its features on as the memory."""
         if self.encoder is None or step.encode is None:
@@ -109,11 +120,13 @@ class LM(nn.Module):
             name: Stateless(f, weight.dtype, weight.device) for name, f in state_table(self.spec, self.prefix).items()
         }
 
-    def _tables(self, step: Step, states: Mapping[str, State]) -> dict[str, object]:
+    def _tables(
+        self, step: Step, states: Mapping[str, State], planned: Sequence[tuple[Part, int]] | None = None
+    ) -> dict[str, object]:
         """`prepare`, once for each distinct key; parts that share a key and a layout share the result."""
         made: dict[tuple[int, object], object] = {}
         tables: dict[str, object] = {}
-        for part, number in self._planned:
+        for part, number in self._planned if planned is None else planned:
             state = states.get(part.name)
             key = (number, getattr(state, "layout_key", None))
             if key not in made:

@@ -60,5 +60,9 @@ class Here:
         """Publish `loss.*` or `stat.*`: the training loop always reads these two prefixes."""
         self.taps[f"{self.name}.{name}"] = value
 
+    def piece(self, states: Mapping[str, State], given: dict[str, Any]) -> Here:
+        """The same place for one piece of the step: with its memory, what was given for it, and taps of its own."""
+        return Here(self.name, states, given, {}, self.listen)
+
     def __getitem__(self, child: str) -> Here:
         return Here(f"{self.name}.{child}", self.states, self.given, self.taps, self.listen)

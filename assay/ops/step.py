@@ -5,13 +5,16 @@ Legend: N tokens, B sequences, R x T rows and columns of the grid, S entries of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from assay.ops.state import State
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ class View:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A run of a flat step's tokens, from token `first` on, as a step of its own with its own memory: all sequences
+    that decode, or chunks of prompts of one length. Its sequences are numbered from 0."""
+
+    first: int
+    step: Step
+    states: Mapping[str, State]
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first, self.first + self.step.tokens)
+
+
+@dataclass(frozen=True)
 class Step:
     """What a layer is told about the tokens of this call; frozen and the same for all layers."""
 
@@ -70,6 +87,7 @@ class Step:
     adapters: Int[Tensor, "N"] | None = None
     listen: frozenset[str] = frozenset()
     tables: Mapping[str, Any] = field(default_factory=dict)
+    pieces: tuple[Piece, ...] = ()  # all tokens, in order: parts with a memory take them one by one, others the whole
 
     @property
     def ids(self) -> Int[Tensor, "N"]:
@@ -148,3 +166,32 @@ def prefixed(step: Step, lengths: Int[Tensor, "B"]) -> Step:
             f"{int(past[b])}; accepted: the whole prefix in the sequence's first step"
         )
     return step.with_(prefix=lengths.repeat_interleave(new))
+
+
+def joined(pieces: Sequence[Piece]) -> Step:
+    """The flat step of these pieces, which follow one another. Logits are of what each of them emits."""
+    steps = [piece.step for piece in pieces]
+    counts = [0, *(int(s.past.shape[0]) for s in steps)]
+    firsts = [sum(counts[: i + 1]) for i in range(len(steps))]
+
+    def cat(name: str) -> Tensor:
+        return torch.cat([getattr(s, name) for s in steps])
+
+    starts = [s.starts[:-1] + p.first for s, p in zip(steps, pieces, strict=True)]
+    emits = [
+        p.first + (s.emit if s.emit is not None else torch.arange(s.tokens, device=s.seq.device))
+        for s, p in zip(steps, pieces, strict=True)
+    ]
+    return Step(
+        {name: torch.cat([s.inputs[name] for s in steps]) for name in steps[0].inputs},
+        torch.cat([torch.where(s.seq >= 0, s.seq + n, -1) for s, n in zip(steps, firsts, strict=True)]),
+        cat("index"),
+        cat("positions"),
+        torch.cat([*starts, steps[-1].starts[-1:] + pieces[-1].first]),
+        cat("past"),
+        cat("horizon"),
+        decodes=steps[0].decodes,
+        longest=max(s.longest for s in steps),
+        emit=torch.cat(emits),
+        pieces=tuple(pieces),
+    )

@@ -30,11 +30,15 @@ def empty(weight: Weight) -> nn.Parameter:
 
 
 class Part(nn.Module):
-    """A built mechanism. `name` is its site's name; `spec` the data it was built from."""
+    """A built mechanism. `name` is its site's name; `spec` the data it was built from. by_piece: it mixes tokens or
+    remembers them, so that it takes the pieces of a step one by one."""
+
+    by_piece = False
 
     def __init__(self, spec: Any, site: Site) -> None:
         super().__init__()
         self.spec, self.site, self.name = spec, site, site.name
+        self.by_piece = spec.slot == "mixers" or (spec.slot == "ffns" and bool(spec.state(site)))
         for name, weight in spec.own(site).items():
             self.register_parameter(name, empty(weight))
         for name, fan in spec.linears(site).items():
