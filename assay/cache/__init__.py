@@ -1,6 +1,7 @@
 """Stores for the state that parts declare: allocation, tables of what stands where, bytes. No maths."""
 
-from assay.cache.cache import Cache, Slot
-from assay.cache.size import Bytes, Size, predict
+from assay.cache.cache import Cache
+from assay.cache.size import Bytes, PageSize, Size, predict, within
+from assay.cache.store import Slot, Swapped
 
-__all__ = ["Bytes", "Cache", "Size", "Slot", "predict"]
+__all__ = ["Bytes", "Cache", "PageSize", "Size", "Slot", "Swapped", "predict", "within"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from assay.cache.tables import Cut, Saving, Writing
+from assay.cache.tables import Reads, Saving, Writing
 from assay.ops.state import Rows
 from assay.ops.step import Layout, Step, View
 
@@ -19,7 +19,7 @@ class Stored:
     name: str
     pools: Mapping[str, Tensor]
     layout_key: tuple[str, int] | None
-    seen: tuple[Cut, Layout] | None
+    seen: tuple[Reads, Layout] | None
     writing: Writing | None
     saving: Saving | None
 
@@ -46,7 +46,7 @@ class Stored:
             raise ValueError(f"{self.name}: only memory fields are read without an append")
         return self._view(tuple(self.pools), *self.seen)
 
-    def _view(self, names: tuple[str, ...], cut: Cut, layout: Layout) -> View:
+    def _view(self, names: tuple[str, ...], cut: Reads, layout: Layout) -> View:
         return View({name: cut.of(self.pools[name]) for name in names}, layout)
 
     def load(self, name: str, step: Step) -> Rows:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Int
@@ -52,9 +53,16 @@ def one_a_row(step: Step, count: int) -> bool:
     return bool(((seq == own) | (seq < 0)).all())
 
 
+class Reads(Protocol):
+    """The part of a store that a step reads."""
+
+    def of(self, pool: Tensor) -> Tensor:
+        """[R or pages, C or page, ...] to [B, S, ...]."""
+
+
 @dataclass(frozen=True)
 class Cut:
-    """The part of a store that a step reads: a run of rows (a slice of the store itself) or picked rows (a copy)."""
+    """A run of rows (a slice of the store itself) or picked rows (a copy)."""
 
     rows: tuple[int, ...]
     entries: int
@@ -76,8 +84,18 @@ class Writing:
 
     arrival: Arrival
     place: Int[Tensor, "n"]
-    cut: Cut
+    cut: Reads
     layout: Layout
+
+
+@dataclass(frozen=True)
+class Book:
+    """What stands in one row of a store, on the host: its places, `low` to `high`, and their positions."""
+
+    index: Int[Tensor, "C"]
+    positions: Int[Tensor, "C"]
+    low: int
+    high: int
 
 
 class Entries:
@@ -122,6 +140,13 @@ class Entries:
         self.index[target], self.positions[target] = self.index[source], self.positions[source]
         self.low[target], self.high[target] = self.low[source], self.high[source]
 
+    def book(self, row: int) -> Book:
+        return Book(self.index[row].cpu(), self.positions[row].cpu(), self.low[row], self.high[row])
+
+    def write(self, row: int, book: Book) -> None:
+        self.index[row], self.positions[row] = book.index.to(self.index.device), book.positions.to(self.index.device)
+        self.low[row], self.high[row] = book.low, book.high
+
     def check(self, row: int, length: int | None) -> None:
         """Every place from `low` to `high` stands in its own entry, and nothing else stands anywhere."""
         assert length is None or self.high[row] == length, f"row {row}: {self.high[row]} entries, {length} tokens"
@@ -149,34 +174,40 @@ class Saves:
         self.lengths: list[list[int | None]] = [[None] * depth for _ in range(rows)]
         self.cursor = [0] * rows
 
-    def open(self, row: int) -> int:
-        """Start the row at length 0; returns the place that must hold the initial value."""
-        self.lengths[row], self.cursor[row] = [0] + [None] * (self.depth - 1), 0
+    def open(self, row: int, length: int = 0) -> int:
+        """Start the row at this length; returns the place that must hold its state (at length 0, the initial one)."""
+        self.lengths[row], self.cursor[row] = [length] + [None] * (self.depth - 1), 0
         return row * self.depth
 
+    def place(self, row: int) -> int:
+        """Where the current state of the row stands."""
+        return row * self.depth + self.cursor[row]
+
     def arrive(self, rows: Sequence[int], step: Step, lengths: Sequence[int]) -> Saving:
-        """`lengths[i]`: tokens of the step's sequence i once the step is done; each that grows must be saved there."""
+        """`lengths[i]`: tokens of the step's sequence i once the step is done; each that grows must be saved there.
+        ValueError otherwise, before anything has changed."""
         assert step.saves is not None
-        start = [row * self.depth + self.cursor[row] for row in rows]
+        start = [self.place(row) for row in rows]
         saved: dict[int, list[tuple[int, int]]] = {}
         places, seqs = (t.index_select(0, step.saves).tolist() for t in (step.index, step.seq))
         for number, (seq, place) in enumerate(zip(seqs, places, strict=True)):
             if seq >= 0:  # a sequence that rests in this step is padding
                 saved.setdefault(seq, []).append((number, place + 1))
+        for seq, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            last = saved[seq][-1][1] if seq in saved else self.lengths[row][self.cursor[row]]
+            if last != length:
+                raise ValueError(f"step.saves lacks the last token of sequence {seq}, place {length - 1}")
         chosen, place = [], []
         for seq, found in saved.items():
             for number, length in found[-self.depth :]:
                 chosen.append(number)
                 place.append(self._enter(rows[seq], length))
-        for seq, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            if self.lengths[row][self.cursor[row]] != length:
-                raise ValueError(f"step.saves lacks the last token of sequence {seq}, place {length - 1}")
         return Saving(*(torch.tensor(t, dtype=torch.long, device=self.device) for t in (start, chosen, place)))
 
     def _enter(self, row: int, length: int) -> int:
         self.cursor[row] = (self.cursor[row] + 1) % self.depth
         self.lengths[row][self.cursor[row]] = length
-        return row * self.depth + self.cursor[row]
+        return self.place(row)
 
     def has(self, row: int, length: int) -> bool:
         return length == 0 or length in self.lengths[row]
