@@ -7,6 +7,7 @@ last token was there, on the clock of arrival].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,54 +64,44 @@ def _request(row: dict[str, Any], where: str) -> tuple[Arrival, float, float]:
     return Arrival(at, whole(row, "prompt", where), whole(row, "new", where)), ttft, done - at
 
 
-def errors(cost: StepCost, log: Log) -> Fit:
-    """Of costs that were made elsewhere, on this log's steps."""
-    seconds = np.asarray([row["seconds"] for row in log.steps])
-    fitted = np.asarray([cost.seconds(work_of(row)) for row in log.steps])
-    spread = float(np.sum((seconds - seconds.mean()) ** 2))
-    r2 = 1 - float(np.sum((seconds - fitted) ** 2)) / spread if spread > 0 else 0.0
-    return Fit(cost, r2, tuple(float(e) for e in fitted / seconds - 1))
-
-
 def check(log: Log, fleet: Fleet, machine: Machine | None = None) -> dict[str, Any]:
     """steps: how well the costs say the time of the log's steps (fitted to all of them where no machine is given: then
     requests are the test, since no queue was fitted). ttft, latency: measured and simulated mean, p50 and p99, and
-    their errors, simulated / measured - 1; request_error: the mean of |error| over requests. work: tokens of prompts
-    and decodes that the log's steps and the simulated ones hold: where they differ, so did the scheduling."""
-    found = StepCost.fit(log.steps) if machine is None else errors(machine.step, log)
-    run = simulate(log.requests, Machine(name="fitted", step=found.cost) if machine is None else machine, fleet)
-    lost = [one.arrival.at for one in run.served if one.refused]
-    if lost:
-        raise ValueError(f"{len(lost)} requests of the log have no room on {machine.name if machine else 'it'}")
-    pairs = {
-        "ttft": (log.ttft, [one.ttft for one in run.served]),
-        "latency": (log.latency, [one.latency for one in run.served]),
-    }
+    their errors, simulated / measured - 1; request_error: the mean of |error| over requests. work: tokens of prompts,
+    decodes and steps of the log and of the simulation: where they differ, so did the scheduling."""
     logged = [work_of(row) for row in log.steps]
+    seconds = np.asarray([row["seconds"] for row in log.steps])
+    found = StepCost.fit(log.steps) if machine is None else Fit.of(machine.step, logged, seconds)
+    run = simulate(log.requests, machine or Machine(name="fitted", step=found.cost), fleet)
+    if lost := sum(one.refused for one in run.served):
+        raise ValueError(f"{lost} requests of the log have no room on a replica; accepted: a larger capacity")
+    simulated = [replica.total for replica in run.replicas]
     return {
         "fitted": machine is None,
         "steps": found.as_json(),
-        **{name: compare(np.asarray(real), np.asarray(made)) for name, (real, made) in pairs.items()},
-        "work": {"logged": _work(logged), "simulated": _expected(log)},
-        "simulated_steps": sum(replica.steps for replica in run.replicas),
+        "ttft": compare(log.ttft, [one.ttft for one in run.served]),
+        "latency": compare(log.latency, [one.latency for one in run.served]),
+        "work": {
+            "logged": _work(logged, len(logged)),
+            "simulated": _work(simulated, sum(replica.steps for replica in run.replicas)),
+        },
     }
 
 
-def compare(real: Any, made: Any) -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for name, ask in (("mean", np.mean), ("p50", np.median), ("p99", lambda x: np.percentile(x, 99))):
-        measured, simulated = float(ask(real)), float(ask(made))
-        rows[name] = {"measured": measured, "simulated": simulated, "error": simulated / measured - 1}
+def compare(measured: Sequence[float], simulated: Sequence[float]) -> dict[str, Any]:
+    real, made = np.asarray(measured), np.asarray(simulated)
+    points = {"mean": (real.mean(), made.mean())}
+    points |= {f"p{p}": (np.percentile(real, p), np.percentile(made, p)) for p in (50, 99)}
+    rows: dict[str, Any] = {
+        name: {"measured": float(a), "simulated": float(b), "error": float(b / a - 1)}
+        for name, (a, b) in points.items()
+    }
     return {**rows, "request_error": float(np.mean(np.abs(made / real - 1)))}
 
 
-def _work(works: list[Work]) -> dict[str, int]:
-    return {"prefill": sum(work.prefill for work in works), "decodes": sum(work.decodes for work in works)}
-
-
-def _expected(log: Log) -> dict[str, int]:
-    """Without a cache and without preemption: all prompts, and every token but a reply's first."""
+def _work(works: Sequence[Work], steps: int) -> dict[str, int]:
     return {
-        "prefill": sum(one.prompt for one in log.requests),
-        "decodes": sum(one.new - 1 for one in log.requests),
+        "prefill": sum(work.prefill for work in works),
+        "decodes": sum(work.decodes for work in works),
+        "steps": steps,
     }

@@ -38,6 +38,10 @@ class Work:
     def tokens(self) -> int:
         return self.prefill + self.decodes
 
+    def __add__(self, other: Work) -> Work:
+        pairs = self.pairs + other.pairs
+        return Work(self.prefill + other.prefill, self.decodes + other.decodes, self.context + other.context, pairs)
+
 
 def chunk_pairs(tokens: int, past: int = 0) -> float:
     """Pairs of a chunk of a prompt, `past` tokens of which were read before."""
@@ -87,6 +91,13 @@ class Fit:
     r2: float
     errors: tuple[float, ...]
 
+    @classmethod
+    def of(cls, cost: StepCost, works: Sequence[Work], seconds: Array) -> Fit:
+        fitted = np.asarray([cost.seconds(work) for work in works])
+        spread = float(np.sum((seconds - seconds.mean()) ** 2))
+        r2 = 1 - float(np.sum((seconds - fitted) ** 2)) / spread if spread > 0 else 0.0
+        return cls(cost, r2, tuple(float(e) for e in fitted / seconds - 1))
+
     def as_json(self) -> dict[str, Any]:
         size = np.abs(self.errors)
         names = ("mean_error", "p90_error", "worst_error", "bias")
@@ -110,10 +121,7 @@ def _fit(works: Sequence[Work], seconds: Array) -> Fit:
     knee = _least(lambda at: solve(at)[0], [0.0, *np.unique(tokens)])
     overhead, token, sequence, context, pair = solve(knee)[1]
     cost = StepCost(overhead=overhead, weights=token * knee, token=token, sequence=sequence, context=context, pair=pair)
-    fitted = np.asarray([cost.seconds(work) for work in works])
-    spread = float(np.sum((seconds - seconds.mean()) ** 2))
-    r2 = 1 - float(np.sum((seconds - fitted) ** 2)) / spread if spread > 0 else 0.0
-    return Fit(cost, r2, tuple(float(e) for e in fitted / seconds - 1))
+    return Fit.of(cost, works, seconds)
 
 
 def _least(miss: Callable[[float], float], at: Sequence[float]) -> float:

@@ -62,6 +62,7 @@ def summary(run: Run, slo: Slo) -> dict[str, Any]:
     done = [one for one in run.served if one.done]
     asked = sum(replica.asked for replica in run.replicas)
     return {
+        "machines": len(run.replicas),
         "requests": len(run.served),
         "refused": sum(one.refused for one in run.served),
         "rate": rate_of([one.arrival for one in run.served]),

@@ -97,7 +97,7 @@ class Replica:
         self.scheduler = Scheduler(self.room, config)
         self.plan: Plan | None = None
         self.preempted = self.steps = self.asked = self.hits = 0
-        self.busy = 0.0
+        self.busy, self.total = 0.0, Work(0, 0, 0, 0.0)
         self.link_free = 0.0
 
     @property
@@ -127,7 +127,9 @@ class Replica:
         if not plan.decodes and not plan.chunks:
             return None
         self.plan = plan
-        seconds = self.machine.step.seconds(self._work(plan)) + self.machine.swap(self.room.moved - moved)
+        work = self._work(plan)
+        seconds = self.machine.step.seconds(work) + self.machine.swap(self.room.moved - moved)
+        self.total += work
         self.busy += seconds
         self.steps += 1
         return seconds
