@@ -24,6 +24,7 @@ class Arrival:
 
     rows: tuple[int, ...]
     real: Int[Tensor, "n"] | None
+    seq: Int[Tensor, "n"]
     row: Int[Tensor, "n"]
     index: Int[Tensor, "n"]
     positions: Int[Tensor, "n"]
@@ -35,7 +36,7 @@ class Arrival:
         if real is not None:
             seq, index, positions = (t.index_select(0, real) for t in (seq, index, positions))
         row = torch.tensor(rows, device=seq.device).index_select(0, seq)
-        return cls(tuple(rows), real, row, index, positions)
+        return cls(tuple(rows), real, seq, row, index, positions)
 
     def pick(self, new: Tensor) -> Tensor:
         """The values of the real tokens among [N, ...]."""

@@ -1,0 +1,234 @@
+"""The pages of all token fields that stay visible equally long: which sequence has which, and what a step sees of them.
+
+Legend: P pages of the group, B sequences of the step, S entries of a view, n tokens that are stored.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from assay.cache.blocks import Blocks
+from assay.cache.size import PageSize
+from assay.cache.tables import ROUND, Arrival, Writing
+from assay.ops.step import Layout
+
+
+@dataclass
+class Table:
+    """The pages of one sequence, from its page number `base` on; what a window no longer shows is given back."""
+
+    base: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.base + len(self.pages)
+
+    def drop(self, before: int) -> list[int]:
+        """Leave out the pages below this number."""
+        out = self.pages[: max(0, before - self.base)]
+        self.pages, self.base = self.pages[len(out) :], self.base + len(out)
+        return out
+
+
+@dataclass(frozen=True)
+class PageCut:
+    """The pages that a step reads, `count` of each of its sequences: a run of pages (a slice of the store itself), or
+    picked ones (a copy)."""
+
+    pages: tuple[int, ...]
+    rows: int
+    run: bool
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[int]]) -> PageCut:
+        pages = tuple(page for row in rows for page in row)
+        return cls(pages, len(rows), pages == tuple(range(pages[0], pages[0] + len(pages))))
+
+    def table(self, device: torch.device) -> Int[Tensor, "B _"]:
+        return torch.tensor(self.pages, dtype=torch.long, device=device).view(self.rows, -1)
+
+    def of(self, pool: Tensor) -> Tensor:
+        """[P, page, ...] to [B, S, ...]."""
+        if self.run:
+            chosen = pool[self.pages[0] : self.pages[0] + len(self.pages)]
+        else:
+            chosen = pool.index_select(0, self.table(pool.device).view(-1))
+        return chosen.view(self.rows, -1, *pool.shape[2:])
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What must happen to the stored values before a step writes: pages to clear, then (from, to) pages to copy."""
+
+    clear: list[int]
+    copy: list[tuple[int, int]]
+
+
+class Group:
+    """Pages of fields with equal `keep`: a page's number is valid for all of them, in every layer."""
+
+    def __init__(self, keep: int | None, size: PageSize, device: torch.device) -> None:
+        self.keep, self.page, self.chunk = keep, size.page, size.chunk
+        self.span = None if keep is None else size.span(keep)
+        self.blocks = Blocks(size.pages_of(keep))
+        self.positions = torch.zeros(self.blocks.total, size.page, dtype=torch.long, device=device)
+        self.tables: dict[int, Table] = {}
+
+    def first(self, length: int) -> int:
+        """The first page that a token at place `length` sees."""
+        return 0 if self.keep is None else max(0, length - self.keep + 1) // self.page
+
+    def need(self, rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> int:
+        """How many pages more must be available before each sequence takes that many tokens more, in as many steps as
+        that needs; below 0: it gives some back. For one step it is exactly what `grow` does."""
+        grown = [(self.tables[r], n, n + c) for r, n, c in zip(rows, lengths, counts, strict=True) if c]
+        dropped, taken = Counter[int](), 0
+        for table, _, length in grown:
+            dropped.update(table.pages[: max(0, self._kept(length) - table.base)])
+        taken -= sum(count == self.blocks.refs[page] for page, count in dropped.items())
+        for table, past, length in grown:
+            kept = max(0, self._kept(length) - table.base)
+            new = -(-length // self.page) - table.end
+            taken += new if self.span is None else min(new, self.span - len(table.pages[kept:]))
+            last = table.pages[-1] if past % self.page and table.pages[kept:] else None
+            if last is not None and self.blocks.refs[last] - dropped[last] > 1:
+                dropped[last] += 1
+                taken += 1
+        return taken
+
+    def _kept(self, length: int) -> int:
+        """The first page that is kept at this length: as in a ring, `chunk` tokens can be taken back again."""
+        return 0 if self.keep is None else self.first(max(0, length - self.chunk))
+
+    def grow(self, rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> Moved:
+        """Pages for the new tokens of each sequence, none of them shared or under a name."""
+        moved = Moved([], [])
+        for row, length, count in zip(rows, lengths, counts, strict=True):
+            if count:
+                dropped = self.tables[row].drop(self._kept(length + count))
+                moved.clear.extend(page for page in dropped if self.blocks.drop(page))
+        for row, length, count in zip(rows, lengths, counts, strict=True):
+            table = self.tables[row]
+            if count and length % self.page:
+                self._own(table, moved)
+            for _ in range(-(-(length + count) // self.page) - table.end if count else 0):
+                self._take(table.pages, moved)
+        return moved
+
+    def _own(self, table: Table, moved: Moved) -> None:
+        """Before its last page is written: a copy if others refer to it, and no name, which would promise more."""
+        last = table.pages[-1]
+        if self.blocks.refs[last] == 1:
+            self.blocks.rename(last)
+            return
+        table.pages.pop()
+        moved.copy.append((last, self._take(table.pages, moved)))
+        self.blocks.drop(last)
+
+    def _take(self, pages: list[int], moved: Moved) -> int:
+        page, evicted = self.blocks.take(pages[-1] + 1 if pages else None)
+        if evicted:
+            moved.clear.append(page)
+        pages.append(page)
+        return page
+
+    def write(self, arrival: Arrival, lengths: Sequence[int], aligned: bool) -> Writing:
+        """Enter the step's tokens; `lengths[i]`: tokens of its sequence i, with them."""
+        cut = PageCut.of_rows(self._padded(arrival.rows))
+        base = torch.tensor([self.tables[row].base for row in arrival.rows], device=self.positions.device)
+        entry = arrival.index - base.index_select(0, arrival.seq) * self.page
+        pages = cut.table(base.device)[arrival.seq, torch.div(entry, self.page, rounding_mode="floor")]
+        place = pages * self.page + entry.remainder(self.page)
+        self.positions.view(-1).index_copy_(0, place, arrival.positions)
+        return Writing(arrival, place, cut, self._layout(cut, base, lengths, aligned))
+
+    def _layout(self, cut: PageCut, base: Tensor, lengths: Sequence[int], aligned: bool) -> Layout:
+        positions = cut.of(self.positions)
+        index = base[:, None] * self.page + torch.arange(positions.shape[1], device=base.device)
+        there = index < torch.tensor(lengths, device=base.device)[:, None]
+        own = torch.arange(cut.rows, device=base.device)[:, None]
+        return Layout(torch.where(there, own, -1), torch.where(there, index, -1), positions, aligned)
+
+    def _padded(self, rows: Sequence[int]) -> list[list[int]]:
+        """The pages of each row, as many for all of them: views grow by `ROUND` entries, so that shapes change seldom.
+        What is added is the free pages behind, all zeros, so that a run stays one; or else a page of the row's own."""
+        grow, most = max(1, ROUND // self.page), max(1, *(len(self.tables[row].pages) for row in rows), 1)
+        count, out = min(-(-most // grow) * grow, self.blocks.total), []
+        for row in rows:
+            pages = self.tables[row].pages or [0]
+            behind = range(pages[-1] + 1, pages[-1] + 1 + count - len(pages))
+            free = all(page in self.blocks.free for page in behind)
+            out.append([*pages, *(behind if free else pages[:1] * len(behind))])
+        return out
+
+    def has(self, row: int, length: int) -> bool:
+        """Whether the row can be cut back to `length`: every page that a token there would see is still there."""
+        return length == 0 or self.tables[row].base <= self.first(length)
+
+    def cut(self, row: int, length: int) -> list[int]:
+        """Forget the entries from place `length` on; the pages that nobody has any more."""
+        table = self.tables[row]
+        kept = max(0, -(-length // self.page) - table.base)
+        out, table.pages = table.pages[kept:], table.pages[:kept]
+        if not length:
+            table.base = 0
+        return self.blocks.drop_all(out)
+
+    def publish(self, row: int, number: int, name: bytes) -> list[int]:
+        """Name the row's full page of this number, if it is still there; the pages that nobody has any more, because
+        an equal one was known."""
+        table = self.tables[row]
+        if not table.base <= number < table.end:
+            return []
+        page = table.pages[number - table.base]
+        table.pages[number - table.base] = kept = self.blocks.publish(page, name)
+        return self.blocks.drop_all([page]) if kept != page else []
+
+    def known(self, names: Sequence[bytes]) -> list[bool]:
+        """For each length of whole pages, one page more each: whether a token there would find all that it sees."""
+        known, run, most = list[bool](), 0, len(names) if self.keep is not None else 0
+        for number, name in enumerate(names):
+            run = run + 1 if self.blocks.find(name) is not None else 0
+            known.append(number + 1 - run <= self.first((number + 1) * self.page))
+            if not known[-1] and not most:
+                break
+        return known
+
+    def attach(self, row: int, names: Sequence[bytes]) -> None:
+        """Open a row with these known pages, as far as a token behind them sees."""
+        base = self.first(len(names) * self.page)
+        found = [self.blocks.find(name) for name in names[base:]]
+        pages = [page for page in found if page is not None]
+        assert len(pages) == len(names) - base, "pages that are not known"
+        for page in pages:
+            self.blocks.share(page)
+        self.tables[row] = Table(base, pages)
+
+    def fork(self, row: int, made: int) -> None:
+        """The same pages, each with one reference more."""
+        table = self.tables[row]
+        self.tables[made] = Table(table.base, list(table.pages))
+        for page in table.pages:
+            self.blocks.share(page)
+
+    def close(self, row: int) -> list[int]:
+        """The pages that nobody has any more."""
+        return self.blocks.drop_all(self.tables.pop(row).pages)
+
+    def check(self, lengths: Mapping[int, int]) -> None:
+        """Tables hold what their sequences' lengths ask for, and the pages' references are theirs."""
+        assert self.tables.keys() == lengths.keys(), "tables of rows that are not open"
+        references: Iterable[int] = [page for table in self.tables.values() for page in table.pages]
+        self.blocks.check(references)
+        for row, table in self.tables.items():
+            length = lengths[row]
+            assert table.end == -(-length // self.page), f"row {row}: pages up to {table.end} for {length} tokens"
+            assert len(set(table.pages)) == len(table.pages), f"row {row}: a page stands twice"
+            assert self.has(row, length), f"row {row}: its window is not there"

@@ -1,0 +1,228 @@
+"""The cache of a server: token fields in pages, taken as sequences grow, shared and used again. Storage, no maths.
+
+Pages with tables and copies on write: Kwon et al. 2023, arXiv 2309.06180, section 4. A page is found again by a hash of
+everything before it, so that equal beginnings are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from assay.cache import prefix
+from assay.cache.groups import Group
+from assay.cache.size import Fields, Kind, PageSize
+from assay.cache.snapshots import Snapshots
+from assay.cache.store import Slot, Store
+from assay.cache.tables import Arrival, Writing
+from assay.ops.step import Step
+
+
+@dataclass
+class Text:
+    """The tokens of an open sequence, and the names of its settled pages. Not `plain`: what is stored depends on more
+    than the tokens and the key, so that its pages get no names."""
+
+    root: bytes
+    tokens: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    plain: bool = True
+
+    def copy(self) -> Text:
+        return replace(self, tokens=list(self.tokens), names=list(self.names))
+
+    def cut(self, length: int, page: int) -> None:
+        del self.tokens[length:], self.names[length // page :]
+
+
+@dataclass
+class Counts:
+    """What `open` was asked and could answer; tokens of prompts, and those of them that were stored already."""
+
+    hits: int = 0
+    misses: int = 0
+    tokens: int = 0
+    hit_tokens: int = 0
+
+
+class Paged(Store):
+    """Pages of declared state: the surface of `Cache`, and room that sequences share.
+
+    One group of pages for all token fields that stay visible equally long; memories and sequence fields have a row for
+    each sequence. `settle` after a step's forward gives full pages their names; `open` with a prompt starts from the
+    longest beginning of it that every field still has.
+    """
+
+    def __init__(self, fields: Fields, size: PageSize, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        super().__init__(fields, size, dtype, device)
+        self.size = size
+        tokens = {kind for kind in self.kinds.values() if kind is not None and kind[0] == "token"}
+        self.groups = {kind: Group(kind[1] or None, size, self.device) for kind in sorted(tokens)}
+        self.snapshots = None if self.saves is None else Snapshots(size.rows * size.saves, size.snapshots)
+        self.texts: dict[int, Text] = {}
+        self.counts = Counts()
+
+    @property
+    def border(self) -> int | None:
+        """Chunks of a prompt must end at multiples of it, at the prompt's end apart, for snapshots; None: anywhere."""
+        return self.size.page * self.size.border if self.snapshots is not None and self.size.snapshots else None
+
+    def open(self, tokens: Sequence[int] = (), key: bytes = b"") -> Slot:
+        """A row for a new sequence, with the longest beginning of `tokens`, the last apart, that is stored already
+        (`length` says how long it is). key: what else a stored state depends on, and who may share it. ValueError when
+        all rows are taken."""
+        text = Text(prefix.root(key), plain=not self.entries)
+        names = self._known(text.root, tokens) if text.plain else []
+        slot, start = self._take_row(), len(names) * self.size.page
+        for group in self.groups.values():
+            group.attach(slot.row, names)
+        if start and self.saves is not None and self.snapshots is not None:
+            self._copy_state(self.snapshots.find(names[-1]), self.saves.open(slot.row, start))
+        text.tokens, text.names = list(tokens[:start]), names
+        self.texts[slot.row], self.lengths[slot.row] = text, start
+        self._count(len(tokens), start)
+        return slot
+
+    def _known(self, root: bytes, tokens: Sequence[int]) -> list[bytes]:
+        """Names of the pages of the longest beginning of which all groups, and a snapshot, are there."""
+        names = list(prefix.names(root, tokens[: max(0, len(tokens) - 1)], self.size.page))
+        known = [group.known(names) for group in self.groups.values()]
+        if self.snapshots is not None:
+            known.append([name in self.snapshots for name in names])
+        whole = [all(there) for there in zip(*known, strict=False)]
+        return names[: max((i + 1 for i, there in enumerate(whole) if there), default=0)]
+
+    def _count(self, tokens: int, reused: int) -> None:
+        if tokens:
+            self.counts.tokens += tokens
+            self.counts.hit_tokens += reused
+            self.counts.hits += reused > 0
+            self.counts.misses += reused == 0
+
+    def _sequence_pools(self) -> Iterator[Tensor]:
+        return (pool for declared, pool in self.tensors() if declared.per == "sequence")
+
+    def _copy_state(self, source: int, target: int) -> None:
+        for pool in self._sequence_pools():
+            pool[target] = pool[source]
+
+    def _token_pools(self, kind: Kind) -> Iterator[Tensor]:
+        return (pool for part, own in self.kinds.items() if own == kind for pool in self._of(part))
+
+    def _of(self, part: str) -> Iterator[Tensor]:
+        return (self.pools[part][f.name] for f in self.fields[part] if f.per == "token")
+
+    def _clear(self, kind: Kind, pages: Sequence[int]) -> None:
+        """A free page is all zeros: what is not finite must not reach the next sequence."""
+        if pages:
+            index = torch.tensor(pages, device=self.device)
+            for pool in self._token_pools(kind):
+                pool.index_fill_(0, index, 0)
+
+    def fits(self, grow: Sequence[tuple[Slot, int]]) -> bool:
+        """Whether all of these sequences can take so many tokens more, all of them at once."""
+        return not self._lacking([self._row(slot) for slot, _ in grow], [count for _, count in grow])
+
+    def _lacking(self, rows: Sequence[int], counts: Sequence[int]) -> str:
+        """What is missing, in words; empty where there is room."""
+        lengths = [self.lengths[row] for row in rows]
+        for kind, group in self.groups.items():
+            need, available = group.need(rows, lengths, counts), group.blocks.available
+            if need > available:
+                what = f"with a window of {kind[1]}" if kind[1] else "that stay visible"
+                return f"{need} pages more are needed for fields {what}; {available} of {group.blocks.total} are free"
+        return ""
+
+    def _check(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        windows = any(group.keep is not None for group in self.groups.values())
+        for i, count in enumerate(counts):
+            if windows and count > self.size.chunk:
+                raise ValueError(
+                    f"sequence {i}: {count} new tokens; windows were allocated for {self.size.chunk} at once"
+                )
+        lacking = self._lacking(rows, counts)
+        if lacking:
+            raise ValueError(lacking)
+
+    def _tokens(self, arrival: Arrival, counts: Sequence[int], aligned: bool, step: Step) -> dict[Kind, Writing]:
+        past = [self.lengths[row] for row in arrival.rows]
+        lengths = [length + count for length, count in zip(past, counts, strict=True)]
+        made = {}
+        for kind, group in self.groups.items():
+            moved = group.grow(arrival.rows, past, counts)
+            self._clear(kind, moved.clear)
+            for source, target in moved.copy:
+                for pool in (*self._token_pools(kind), group.positions):
+                    pool[target] = pool[source]
+            made[kind] = group.write(arrival, lengths, aligned)
+        self._note(arrival, step)
+        return made
+
+    def _note(self, arrival: Arrival, step: Step) -> None:
+        """The step's tokens enter the texts. Those that are not told apart by their ids make the text not plain."""
+        plain = set(step.inputs) == {"ids"} and step.prefix is None and torch.equal(arrival.positions, arrival.index)
+        if not plain:
+            for row in set(arrival.row.tolist()):
+                self.texts[row].plain = False
+            return
+        for row, _, token in sorted(zip(*torch.stack([arrival.row, arrival.index, arrival.pick(step.ids)]).tolist())):
+            self.texts[row].tokens.append(token)
+
+    def settle(self, slots: Sequence[Slot]) -> None:
+        """The forward of these sequences' step has succeeded: full pages get their names, and where a sequence stands
+        at a border, its state is kept."""
+        for slot in slots:
+            row = self._row(slot)
+            text = self.texts[row]
+            if text.plain:
+                self._name(row, text)
+                self._keep_state(row, text)
+
+    def _name(self, row: int, text: Text) -> None:
+        done, page = len(text.names), self.size.page
+        parent = text.names[-1] if done else text.root
+        for number, name in enumerate(prefix.names(parent, text.tokens, page, done * page), done):
+            text.names.append(name)
+            self._publish(row, number, name)
+
+    def _publish(self, row: int, number: int, name: bytes) -> None:
+        for kind, group in self.groups.items():
+            self._clear(kind, group.publish(row, number, name))
+
+    def _keep_state(self, row: int, text: Text) -> None:
+        length = self.lengths[row]
+        if self.saves is None or self.snapshots is None or not length or length % (self.size.page * self.size.border):
+            return
+        place = self.snapshots.take(text.names[-1])
+        if place is not None:
+            self._copy_state(self.saves.place(row), place)
+
+    def _forked(self, row: int, made: int) -> None:
+        for group in self.groups.values():
+            group.fork(row, made)
+        self.texts[made] = self.texts[row].copy()
+
+    def _has(self, row: int, length: int) -> bool:
+        return all(group.has(row, length) for group in self.groups.values())
+
+    def _cut(self, row: int, length: int) -> None:
+        for kind, group in self.groups.items():
+            self._clear(kind, group.cut(row, length))
+        self.texts[row].cut(length, self.size.page)
+
+    def _closed(self, row: int) -> None:
+        for kind, group in self.groups.items():
+            self._clear(kind, group.close(row))
+        del self.texts[row]
+
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        for group in self.groups.values():
+            group.check(self.lengths)
+        if self.snapshots is not None:
+            self.snapshots.check()
+        for row, text in self.texts.items():
+            assert not text.plain or len(text.tokens) == self.lengths[row], f"row {row}: its text has another length"
