@@ -101,14 +101,13 @@ class Scheduler:
         chunked = self.config.policy == "chunked"
         if chunked:
             self._decode(grow, preempted)
-        decodes = tuple(grow)
         chunks = self._prefill(grow, admit=not preempted)
         if not chunks and not chunked:
             self._decode(grow, preempted)
-            decodes = tuple(grow)
         if not grow and self._running:
-            chunks = [self._force(preempted)]
-        return Plan(decodes, tuple(chunks), expired, tuple(preempted))
+            chunks = self._force(preempted)
+        decodes = tuple(id for id in grow if id not in chunks)
+        return Plan(decodes, tuple(chunks.items()), expired, tuple(preempted))
 
     def ran(self, plan: Plan, said: Mapping[int, bool]) -> None:
         """After the step: who said a token, True where it was the last one (those are closed).
@@ -163,26 +162,28 @@ class Scheduler:
             preempted.append(self._preempt())
             grow.pop(preempted[-1], None)
 
-    def _prefill(self, grow: dict[int, int], admit: bool) -> list[tuple[int, int]]:
+    def _prefill(self, grow: dict[int, int], admit: bool) -> dict[int, int]:
         """Chunks of prompts, of those who run and then of new ones, in what is left of the budget.
 
-        A chunk without room waits for decodes to end.
+        A chunk without room waits for decodes to end. Who comes back from a swap with its prompt read decodes again.
         """
         left = self.config.budget - len(grow)
-        chunks: list[tuple[int, int]] = []
+        chunks: dict[int, int] = {}
         batch = self.config.policy == "static"
         admit = admit and not (batch and self._running)
         for live in sorted((r for r in self._running.values() if not r.decodes), key=lambda r: r.rank):
             tokens = self._chunk(live, left)
             if tokens and self.room.fits({**grow, live.job.id: tokens}):
-                grow[live.job.id] = tokens
+                chunks[live.job.id] = grow[live.job.id] = tokens
                 left -= tokens
-                chunks.append((live.job.id, tokens))
         while admit and (batch or left >= (self.config.border or 1)) and (new := self._admit()) is not None:
-            if tokens := self._chunk(new, left):  # it fits: more was asked for when it was let in
-                grow[new.job.id] = tokens
-                left -= tokens
-                chunks.append((new.job.id, tokens))
+            if not new.decodes:
+                if tokens := self._chunk(new, left):  # it fits: more was asked for when it was let in
+                    chunks[new.job.id] = grow[new.job.id] = tokens
+                    left -= tokens
+            elif self.config.policy == "chunked":
+                grow[new.job.id] = 1
+                left -= 1
         return chunks
 
     def _chunk(self, live: _Live, left: int) -> int:
@@ -245,10 +246,10 @@ class Scheduler:
         self._refused = None
         return victim.job.id
 
-    def _force(self, preempted: list[int]) -> tuple[int, int]:
+    def _force(self, preempted: list[int]) -> dict[int, int]:
         """All who run are in their prompts and none fits: the others make room for the best one."""
         best = min(self._running.values(), key=lambda r: r.rank)
         tokens = self._chunk(best, self.config.budget)
         while not self.room.fits({best.job.id: tokens}):
             preempted.append(self._preempt())
-        return best.job.id, tokens
+        return {best.job.id: tokens}
