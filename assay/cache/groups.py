@@ -64,6 +64,14 @@ class PageCut:
 
 
 @dataclass(frozen=True)
+class PageBook:
+    """Which pages of its text a sequence has: from page number `base` on, and the positions of their entries."""
+
+    base: int
+    positions: Int[Tensor, "_ page"]
+
+
+@dataclass(frozen=True)
 class Moved:
     """What must happen to the stored values before a step writes: pages to clear, then (from, to) pages to copy."""
 
@@ -192,13 +200,11 @@ class Group:
         return self.blocks.drop_all([page]) if kept != page else []
 
     def known(self, names: Sequence[bytes]) -> list[bool]:
-        """For each length of whole pages, one page more each: whether a token there would find all that it sees."""
-        known, run, most = list[bool](), 0, len(names) if self.keep is not None else 0
-        for number, name in enumerate(names):
+        """For each number of whole pages, from one on: whether a token behind them would find all that it sees."""
+        known, run = list[bool](), 0
+        for count, name in enumerate(names, 1):
             run = run + 1 if self.blocks.find(name) is not None else 0
-            known.append(number + 1 - run <= self.first((number + 1) * self.page))
-            if not known[-1] and not most:
-                break
+            known.append(count - run <= self.first(count * self.page))
         return known
 
     def attach(self, row: int, names: Sequence[bytes]) -> None:
@@ -210,6 +216,38 @@ class Group:
         for page in pages:
             self.blocks.share(page)
         self.tables[row] = Table(base, pages)
+
+    def book(self, row: int) -> PageBook:
+        table = self.tables[row]
+        pages = torch.tensor(table.pages, dtype=torch.long, device=self.positions.device)
+        return PageBook(table.base, self.positions.index_select(0, pages).cpu())
+
+    def restore(self, row: int, book: PageBook) -> None:
+        """Open a row with pages of its own for what the book says."""
+        table = self.tables[row] = Table(book.base)
+        for positions in book.positions:
+            self._take(table.pages, Moved([], []))
+            self.positions[table.pages[-1]] = positions.to(self.positions.device)
+
+    def filled(self, lengths: Mapping[int, int]) -> int:
+        """Entries of referenced pages in which a token stands, shared ones counted once."""
+        most: dict[int, int] = {}
+        for row, table in self.tables.items():
+            for number, page in enumerate(table.pages, table.base):
+                most[page] = max(most.get(page, 0), min(self.page, lengths[row] - number * self.page))
+        return sum(most.values())
+
+    def report(self) -> dict[str, int | None]:
+        blocks, free, cached = self.blocks, len(self.blocks.free), len(self.blocks.cached)
+        used = blocks.total - free - cached
+        return {
+            "keep": self.keep,
+            "pages": blocks.total,
+            "used": used,
+            "free": free,
+            "cached": cached,
+            "evictions": blocks.evictions,
+        }
 
     def fork(self, row: int, made: int) -> None:
         """The same pages, each with one reference more."""

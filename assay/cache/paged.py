@@ -7,7 +7,8 @@ everything before it, so that equal beginnings are computed once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +17,9 @@ from assay.cache import prefix
 from assay.cache.groups import Group
 from assay.cache.size import Fields, Kind, PageSize
 from assay.cache.snapshots import Snapshots
-from assay.cache.store import Slot, Store
+from assay.cache.store import Slot, Store, Swapped
 from assay.cache.tables import Arrival, Writing
 from assay.ops.step import Step
-
-
-@dataclass
-class Text:
-    """The tokens of an open sequence, and the names of its settled pages. Not `plain`: what is stored depends on more
-    than the tokens and the key, so that its pages get no names."""
-
-    root: bytes
-    tokens: list[int] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
-    plain: bool = True
-
-    def copy(self) -> Text:
-        return replace(self, tokens=list(self.tokens), names=list(self.names))
-
-    def cut(self, length: int, page: int) -> None:
-        del self.tokens[length:], self.names[length // page :]
 
 
 @dataclass
@@ -62,7 +46,7 @@ class Paged(Store):
         tokens = {kind for kind in self.kinds.values() if kind is not None and kind[0] == "token"}
         self.groups = {kind: Group(kind[1] or None, size, self.device) for kind in sorted(tokens)}
         self.snapshots = None if self.saves is None else Snapshots(size.rows * size.saves, size.snapshots)
-        self.texts: dict[int, Text] = {}
+        self.texts: dict[int, prefix.Text] = {}
         self.counts = Counts()
 
     @property
@@ -74,7 +58,7 @@ class Paged(Store):
         """A row for a new sequence, with the longest beginning of `tokens`, the last apart, that is stored already
         (`length` says how long it is). key: what else a stored state depends on, and who may share it. ValueError when
         all rows are taken."""
-        text = Text(prefix.root(key), plain=not self.entries)
+        text = prefix.Text(prefix.root(key), plain=not self.entries)
         names = self._known(text.root, tokens) if text.plain else []
         slot, start = self._take_row(), len(names) * self.size.page
         for group in self.groups.values():
@@ -178,27 +162,46 @@ class Paged(Store):
             row = self._row(slot)
             text = self.texts[row]
             if text.plain:
-                self._name(row, text)
+                for number, name in text.settle(self.size.page):
+                    self._publish(row, number, name)
                 self._keep_state(row, text)
-
-    def _name(self, row: int, text: Text) -> None:
-        done, page = len(text.names), self.size.page
-        parent = text.names[-1] if done else text.root
-        for number, name in enumerate(prefix.names(parent, text.tokens, page, done * page), done):
-            text.names.append(name)
-            self._publish(row, number, name)
 
     def _publish(self, row: int, number: int, name: bytes) -> None:
         for kind, group in self.groups.items():
             self._clear(kind, group.publish(row, number, name))
 
-    def _keep_state(self, row: int, text: Text) -> None:
+    def _keep_state(self, row: int, text: prefix.Text) -> None:
         length = self.lengths[row]
         if self.saves is None or self.snapshots is None or not length or length % (self.size.page * self.size.border):
             return
         place = self.snapshots.take(text.names[-1])
         if place is not None:
             self._copy_state(self.saves.place(row), place)
+
+    def _pages(self, kind: Kind, row: int) -> list[int]:
+        return self.groups[kind].tables[row].pages
+
+    def swap_out(self, slot: Slot) -> Swapped:
+        row = self._row(slot)
+        tables = {kind: group.book(row) for kind, group in self.groups.items()}
+        text = self.texts[row].copy()
+        return replace(super().swap_out(slot), tables=tables, text=text)
+
+    def holds(self, swapped: Swapped) -> bool:
+        room = all(len(book.positions) <= self.groups[kind].blocks.available for kind, book in swapped.tables.items())
+        return room and super().holds(swapped)
+
+    def _unpack(self, row: int, swapped: Swapped) -> None:
+        assert swapped.text is not None
+        for kind, group in self.groups.items():
+            group.restore(row, swapped.tables[kind])
+        self.texts[row] = swapped.text.copy()
+
+    def swap_in(self, swapped: Swapped) -> Slot:
+        slot = super().swap_in(swapped)
+        for number, name in enumerate(self.texts[slot.row].names):
+            self._publish(slot.row, number, name)
+        return slot
 
     def _forked(self, row: int, made: int) -> None:
         for group in self.groups.values():
@@ -226,3 +229,36 @@ class Paged(Store):
             self.snapshots.check()
         for row, text in self.texts.items():
             assert not text.plain or len(text.tokens) == self.lengths[row], f"row {row}: its text has another length"
+
+    def report(self) -> dict[str, Any]:
+        """Pages of each group; what `open` was asked for and found; bytes. held: pages that open sequences refer to,
+        and their rows. filled: the part of it in which something of theirs stands; fragmentation: the other part."""
+        pools = [(f, self.kinds[part], p) for part, own in self.fields.items() for f, p in zip(own, self._all(part))]
+        held = filled = snapshot = 0
+        counts = {kind: (group.report(), group.filled(self.lengths)) for kind, group in self.groups.items()}
+        for declared, kind, pool in pools:
+            one = pool[:1].numel() * pool.element_size()
+            if declared.per == "token" and kind is not None:
+                held += (counts[kind][0]["used"] or 0) * one
+                filled += counts[kind][1] * one // self.size.page
+            elif declared.per == "memory" and kind is not None:
+                held += len(self.lengths) * one
+                filled += sum(self.entries[kind].high[row] for row in self.lengths) * one // max(kind[1], 1)
+            else:
+                held, filled = held + len(self.lengths) * self.size.saves * one, filled + len(self.lengths) * one
+                snapshot += 0 if self.snapshots is None else len(self.snapshots.places) * one
+        return {
+            "groups": [told for told, _ in counts.values()],
+            **asdict(self.counts),
+            "evictions": sum(group.blocks.evictions for group in self.groups.values()),
+            "snapshots": 0 if self.snapshots is None else len(self.snapshots.places),
+            "snapshot_evictions": 0 if self.snapshots is None else self.snapshots.evictions,
+            "snapshot_bytes": snapshot,
+            "reserved_bytes": self.reserved_bytes(),
+            "held_bytes": held,
+            "filled_bytes": filled,
+            "fragmentation": 1 - filled / held if held else 0.0,
+        }
+
+    def _all(self, part: str) -> list[Tensor]:
+        return [self.pools[part][f.name] for f in self.fields[part]]

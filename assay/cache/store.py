@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from assay.cache.groups import PageBook
+from assay.cache.prefix import Text
 from assay.cache.size import Fields, Kind, PageSize, Size
 from assay.cache.states import Stored
 from assay.cache.tables import Arrival, Book, Entries, Reads, Saves, Saving, Writing, one_a_row
@@ -36,7 +37,8 @@ class Swapped:
     tensors: dict[tuple[str, str], Tensor]  # by part and field
     books: dict[Kind, Book]
     saved: tuple[list[int | None], int] | None
-    more: dict[str, Any] = field(default_factory=dict)
+    tables: dict[Kind, PageBook] = field(default_factory=dict)
+    text: Text | None = None
 
     @property
     def bytes(self) -> int:
@@ -242,6 +244,51 @@ class Store:
         del self.lengths[row]
         self.births[row] += 1
 
+    def _places(self, part: str, declared: StateField, row: int) -> Tensor:
+        """Where in its store the field of this row stands."""
+        kind, depth = self.kinds[part], 0 if self.saves is None else self.saves.depth
+        if declared.per == "sequence":
+            places = list(range(row * depth, (row + 1) * depth))
+        else:
+            assert kind is not None
+            places = [row] if kind in self.entries else self._pages(kind, row)
+        return torch.tensor(places, dtype=torch.long, device=self.device)
+
+    def swap_out(self, slot: Slot) -> Swapped:
+        """Copy the sequence to the host and close it."""
+        row = self._row(slot)
+        tensors = {
+            (part, f.name): self.pools[part][f.name].index_select(0, self._places(part, f, row)).cpu()
+            for part, declared in self.fields.items()
+            for f in declared
+        }
+        books = {kind: entries.book(row) for kind, entries in self.entries.items()}
+        saved = None if self.saves is None else (list(self.saves.lengths[row]), self.saves.cursor[row])
+        swapped = Swapped(self.lengths[row], tensors, books, saved)
+        self.close(slot)
+        return swapped
+
+    def holds(self, swapped: Swapped) -> bool:
+        """Whether there is room for `swap_in` now."""
+        return len(self.lengths) < len(self.births)
+
+    def swap_in(self, swapped: Swapped) -> Slot:
+        """A slot for a sequence that was swapped out, as it was. ValueError where there is no room for it."""
+        if not self.holds(swapped):
+            raise ValueError(f"swap_in: there is no room for a sequence of {swapped.length} tokens")
+        slot = self._take_row()
+        self.lengths[slot.row] = swapped.length
+        self._unpack(slot.row, swapped)
+        for kind, entries in self.entries.items():
+            entries.write(slot.row, swapped.books[kind])
+        if self.saves is not None and swapped.saved is not None:
+            self.saves.lengths[slot.row], self.saves.cursor[slot.row] = list(swapped.saved[0]), swapped.saved[1]
+        for part, declared in self.fields.items():
+            for f in declared:
+                places = self._places(part, f, slot.row)
+                self.pools[part][f.name].index_copy_(0, places, swapped.tensors[part, f.name].to(self.device))
+        return slot
+
     def check_integrity(self) -> None:
         """AssertionError where tables, lengths and stores contradict each other."""
         for kind, entries in self.entries.items():
@@ -273,6 +320,13 @@ class Store:
 
     def _closed(self, row: int) -> None:
         """Token fields that do not stand in rows."""
+
+    def _pages(self, kind: Kind, row: int) -> list[int]:
+        """Where token fields that do not stand in rows stand."""
+        raise NotImplementedError
+
+    def _unpack(self, row: int, swapped: Swapped) -> None:
+        """Room for token fields that do not stand in rows."""
 
 
 def _kind(part: str, declared: tuple[StateField, ...], size: Size | PageSize) -> Kind | None:
