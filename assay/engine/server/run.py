@@ -1,0 +1,124 @@
+"""The server as a process: a socket, the loop, and an end that lets running replies finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from assay.engine.engine import Engine
+from assay.engine.server.app import create_app
+from assay.engine.server.config import ServerConfig
+from assay.engine.server.errors import ApiError
+from assay.engine.server.guard import Gate
+from assay.engine.server.logs import Log, Uvicorn
+from assay.engine.server.metrics import Metrics
+from assay.engine.server.worker import Worker
+
+GOING = "the server is shutting down"
+
+
+class Server:
+    """Answers on a bound socket. While the model loads, and while the last replies run, requests are told 503.
+
+    limit: replies that may run or wait at once.
+    """
+
+    def __init__(self, config: ServerConfig, make: Callable[[], Engine], limit: int, log: Log | None = None) -> None:
+        self.config, self.gate, self.log = config, Gate(), log or Log()
+        self.metrics = Metrics()
+        self.worker = Worker(make, limit, self.metrics, self.log)
+        self.app: FastAPI = create_app(config, self.worker, self.metrics, self.gate, self.log)
+        self.going = asyncio.Event()
+        self.now = asyncio.Event()
+
+    def leave(self) -> None:
+        """Take no more; finish what runs, up to the limit. Said a second time: at once."""
+        (self.now if self.going.is_set() else self.going).set()
+
+    async def run(self, listener: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
+        """Until `leave`. Raises what making the engine raised."""
+        http = _Http(uvicorn.Config(self.app, lifespan="off", access_log=False, log_config=None, server_header=False))
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        try:
+            if await self._ready():
+                self.gate.open()
+                ready()
+                await self.going.wait()
+                self.gate.close(GOING)
+                await self._drain()
+        finally:
+            http.should_exit = True
+            await serving
+            await self.worker.stop()
+
+    async def _ready(self) -> bool:
+        """Whether the engine came up before the server was told to leave."""
+        starting = asyncio.create_task(self.worker.start())
+        leaving = asyncio.create_task(self.going.wait())
+        done, _ = await asyncio.wait({starting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if starting not in done:
+            starting.cancel()
+            return False
+        starting.result()
+        return True
+
+    async def _drain(self) -> None:
+        """Wait for the replies under way; after the limit, end them."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.limits.drain_s):
+                while self.worker.under_way and not self.now.is_set():
+                    await asyncio.sleep(0.02)
+        self.log("leaving", cancelled=self.worker.under_way)
+        self.worker.abort(ApiError(503, GOING))
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its own idea of signals: it would close the port first and end with the signal's status."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. OSError where the port is taken or the host is not this machine's."""
+    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+        0
+    ]
+    listener = socket.socket(family, kind, proto)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _main(server: Server, listener: socket.socket, ready: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.leave)
+    await server.run(listener, ready)
+
+
+def serve(config: ServerConfig, make: Callable[[], Engine], limit: int, ready: Callable[[str], None]) -> None:
+    """Answer until SIGTERM or SIGINT. `ready` is told the URL once the first request can be answered."""
+    listener = listen(config.host, config.port)
+    server = Server(config, make, limit)
+    uvicorn_log = logging.getLogger("uvicorn")
+    uvicorn_log.handlers, uvicorn_log.propagate = [Uvicorn(server.log)], False
+    asyncio.run(_main(server, listener, lambda: ready(url(listener))))

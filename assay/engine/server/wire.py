@@ -1,0 +1,17 @@
+"""Bytes on the wire: JSON, and server-sent events."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+DONE = b"data: [DONE]\n\n"
+
+
+def dumps(value: Any) -> bytes:
+    """One line of strict JSON in ASCII, so that no text in it can end a line or fail to encode."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def event(value: Any) -> bytes:
+    return b"data: " + dumps(value) + b"\n\n"

@@ -1,0 +1,282 @@
+"""The one thread that owns the engine, and the way from the event loop to it and back.
+
+Commands go in through a thread-safe queue and are run between two steps; what a step said goes out in one call to the
+loop, into a queue for each call. Such a queue is never waited for, so a slow reader holds nobody up. It holds at most
+what its requests may say (`max_new` tokens of each choice), and `limit` bounds how many may be under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, Protocol, TypeVar
+
+from assay.engine.engine import Engine
+from assay.engine.request import Request
+from assay.engine.runner import Token
+from assay.engine.server.errors import ApiError
+
+T = TypeVar("T")
+Status = Literal["loading", "ready", "failed", "stopped"]
+Ending = Literal["cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Said:
+    """A token of request `index` of a call, and when the engine had it (time.monotonic)."""
+
+    index: int
+    token: Token
+    at: float
+
+
+class Observer(Protocol):
+    """Who is told what happens, in the engine's thread."""
+
+    def submitted(self, requests: Sequence[Request]) -> None: ...
+    def started(self, waited: float) -> None: ...
+    def said(self, token: Token, began: float, last: float | None, at: float) -> None: ...
+    def ended(self, outcome: str) -> None: ...
+
+
+class Call:
+    """Requests that one client made together: what they say, in the order in which it was said."""
+
+    def __init__(self, worker: Worker, requests: Sequence[Request]) -> None:
+        self.requests, self.began = tuple(requests), time.monotonic()
+        self.left = sum(request.n for request in requests)
+        self._worker = worker
+        self._events: asyncio.Queue[Said | ApiError] = asyncio.Queue()
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def put(self, event: Said | ApiError) -> None:
+        self._events.put_nowait(event)
+
+    async def __aiter__(self) -> AsyncIterator[Said]:
+        """Until the last choice has ended. ApiError when the engine cannot go on with it."""
+        missing = self.left
+        while missing:
+            event = await self._events.get()
+            if isinstance(event, ApiError):
+                raise event
+            missing -= event.token.finish is not None
+            yield event
+
+    def cancel(self) -> None:
+        """Nobody reads any more: what still runs is taken from the engine before its next step."""
+        self._worker.cancel(self)
+
+
+@dataclass
+class _Open:
+    """A request in the engine: its call, its place there, choices that still speak and when each last did."""
+
+    call: Call
+    index: int
+    left: int
+    last: dict[int, float]
+    started: bool = False
+
+
+class Worker:
+    """`start` makes the engine in a thread of its own; `submit` gives it requests. Everything but what begins with
+    an underscore belongs to the event loop."""
+
+    def __init__(self, make: Callable[[], Engine], limit: int, observer: Observer, log: Callable[..., None]) -> None:
+        self.status: Status = "loading"
+        self.stats: Mapping[str, Any] = {}
+        self.under_way, self.limit = 0, limit
+        self._make, self._observer, self._log = make, observer, log
+        self._inbox: SimpleQueue[Callable[[Engine], None]] = SimpleQueue()
+        self._open: dict[int, _Open] = {}
+        self._running = True
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    async def start(self) -> None:
+        """Returns when the engine is ready; raises what making it raised."""
+        self._loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._ready = ready
+        self._thread.start()
+        try:
+            await ready
+        except BaseException:
+            self.status = "failed"
+            raise
+        self.status = "ready"
+
+    async def stop(self, patience: float = 5.0) -> None:
+        """End the thread after the step that it is in."""
+        self.status = "stopped"
+        self._inbox.put(self._quit)
+        await asyncio.to_thread(self._thread.join, patience)
+
+    async def submit(self, requests: Sequence[Request]) -> Call:
+        """A call under way. ApiError 429 when too much is; 400 for what the engine refuses of it."""
+        size = sum(request.n for request in requests)
+        if size > self.limit:
+            raise ApiError(400, f"n: {size} replies in one call; accepted: up to {self.limit} in all", "n")
+        if self.under_way + size > self.limit:
+            raise ApiError(429, f"{self.under_way} replies are under way, and {self.limit} may be", retry=1)
+        call = Call(self, requests)
+        self.under_way += size
+        self._inbox.put(lambda engine: self._submit(engine, call))
+        try:
+            await call.accepted
+        except BaseException:
+            self.cancel(call)
+            raise
+        return call
+
+    def cancel(self, call: Call) -> None:
+        if call.left:
+            self._release(call, call.left)
+            self._inbox.put(lambda engine: self._drop(engine, call, "cancelled"))
+
+    async def ask(self, question: Callable[[Engine], T]) -> T:
+        """The answer of the engine's own thread, between two steps."""
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._inbox.put(lambda engine: self._tell(_settle, answer, _answer(question, engine)))
+        return await answer
+
+    def abort(self, error: ApiError) -> None:
+        """End every call under way with this error."""
+        self._inbox.put(lambda engine: self._drop_all(engine, error))
+
+    def _release(self, call: Call, count: int) -> None:
+        call.left -= count
+        self.under_way -= count
+
+    def _receive(self, batch: Sequence[tuple[Call, Said]]) -> None:
+        for call, said in batch:
+            if said.token.finish is not None and call.left:
+                self._release(call, 1)
+            call.put(said)
+
+    def _fail(self, calls: Iterable[Call], error: ApiError) -> None:
+        for call in calls:
+            self._release(call, call.left)
+            call.put(error)
+
+    # From here on: the engine's thread.
+
+    def _main(self) -> None:
+        try:
+            engine = self._make()
+            self.stats = engine.stats()
+        except BaseException as error:
+            self._tell(_settle, self._ready, error)
+            return
+        self._tell(_settle, self._ready, None)
+        try:
+            while self._running:
+                self._obey(engine)
+                if engine.busy and self._running:
+                    self._step(engine)
+                self.stats = engine.stats()
+        except BaseException as error:  # nothing is known of the engine any more: better none than a wrong one
+            self._log("engine", error=error)
+            self.status = "failed"
+            self._tell(self._fail, self._calls(), ApiError(500, "the engine has failed"))
+
+    def _obey(self, engine: Engine) -> None:
+        """Run the commands that have come; without work, wait for one."""
+        wait = not engine.busy
+        while True:
+            try:
+                self._inbox.get(block=wait)(engine)
+            except Empty:
+                return
+            wait = False
+
+    def _step(self, engine: Engine) -> None:
+        began = time.monotonic()
+        try:
+            tokens = engine.step()
+        except Exception as error:
+            self._log("engine", error=error)
+            self._drop_all(engine, ApiError(500, "the engine failed in the middle of this reply"))
+            return
+        at = time.monotonic()
+        self._note_starts(engine, tokens, began)
+        batch = [self._note(token, at) for token in tokens if token.request in self._open]
+        if batch:
+            self._tell(self._receive, batch)
+
+    def _note_starts(self, engine: Engine, tokens: Sequence[Token], at: float) -> None:
+        """Who has waited until the step that began at `at`."""
+        fresh = {number: place for number, place in self._open.items() if not place.started}
+        if not fresh:
+            return
+        running = {live.number for live in engine.jobs.values() if live.slot is not None}
+        for number in fresh.keys() & (running | {token.request for token in tokens if token.id is not None}):
+            fresh[number].started = True
+            self._observer.started(at - fresh[number].call.began)
+
+    def _note(self, token: Token, at: float) -> tuple[Call, Said]:
+        place = self._open[token.request]
+        if token.id is not None:
+            self._observer.said(token, place.call.began, place.last.get(token.choice), at)
+            place.last[token.choice] = at
+        if token.finish is not None:
+            self._observer.ended(token.finish)
+            place.left -= 1
+            if not place.left:
+                del self._open[token.request]
+        return place.call, Said(place.index, token, at)
+
+    def _submit(self, engine: Engine, call: Call) -> None:
+        if call.accepted.done():  # the client has gone before its turn came
+            return
+        try:
+            for index, request in enumerate(call.requests):
+                self._open[engine.submit(request)] = _Open(call, index, request.n, {})
+        except ValueError as error:
+            self._drop(engine, call, "error")
+            self._tell(_settle, call.accepted, ApiError(400, str(error)))
+            return
+        self._observer.submitted(call.requests)
+        self._tell(_settle, call.accepted, None)
+
+    def _drop(self, engine: Engine, call: Call, outcome: Ending) -> None:
+        for number in [number for number, place in self._open.items() if place.call is call]:
+            place = self._open.pop(number)
+            engine.cancel(number)
+            for _ in range(place.left):
+                self._observer.ended(outcome)
+
+    def _drop_all(self, engine: Engine, error: ApiError) -> None:
+        calls = self._calls()
+        for call in calls:
+            self._drop(engine, call, "error")
+        self._tell(self._fail, calls, error)
+
+    def _calls(self) -> list[Call]:
+        return list({id(place.call): place.call for place in self._open.values()}.values())
+
+    def _quit(self, engine: Engine) -> None:
+        self._running = False
+
+    def _tell(self, heard: Callable[..., None], *what: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(heard, *what)
+
+
+def _settle(future: asyncio.Future[Any], value: Any) -> None:
+    if future.done():
+        return
+    if isinstance(value, BaseException):
+        future.set_exception(value)
+    else:
+        future.set_result(value)
+
+
+def _answer(question: Callable[[Engine], T], engine: Engine) -> T | Exception:
+    try:
+        return question(engine)
+    except Exception as error:
+        return error

@@ -1,0 +1,151 @@
+"""Who may ask: names of hosts, origins, keys and the files that hold them; and what the log says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from assay.cli.main import main
+from assay.engine.server.config import ServerConfig, is_loopback, read_keys
+from tests.server.live import Live
+from tests.server.test_refusals import refusal
+
+KEYS = ("first-key-of-the-tests", "second-key-of-the-tests")
+ASK = {"prompt": "a prompt that no log may hold", "max_tokens": 2, "temperature": 0}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    "host", ["attacker.example", "attacker.example:80", "10.0.0.1", "127.0.0.1.attacker.example", ""]
+)
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/metrics"])
+def test_another_name_for_this_machine_is_refused(live: Live, host: str, path: str) -> None:
+    assert "host" in refusal(live.client.get(path, headers={"host": host}), 403)["message"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:1234", "127.0.0.1:80", "[::1]:80"])
+def test_names_of_this_machine_are_not(live: Live, host: str) -> None:
+    assert live.client.get("/health", headers={"host": host}).status_code == 200
+
+
+def test_other_sites_pages_are_refused(live: Live) -> None:
+    refusal(live.post("/v1/completions", ASK, headers={"origin": "https://attacker.example"}), 403)
+    refusal(live.post("/v1/completions", ASK, headers={"origin": "null"}), 403)
+    assert live.post("/v1/completions", ASK, headers={"origin": live.url}).status_code == 200
+    form = {"content-type": "text/plain"}
+    refusal(live.client.post("/v1/completions", content=json.dumps(ASK), headers=form), 415)
+    answer = live.client.options(
+        "/v1/completions", headers={"origin": live.url, "access-control-request-method": "POST"}
+    )
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_headers_that_every_answer_has(live: Live) -> None:
+    for answer in (live.client.get("/"), live.client.get("/nowhere"), live.post("/v1/completions", ASK)):
+        assert answer.headers["x-content-type-options"] == "nosniff" and len(answer.headers["x-request-id"]) == 16
+    policy = live.client.get("/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+
+
+def test_keys_open_and_separate() -> None:
+    with Live(keys=KEYS) as server:
+        for headers in ({}, bearer("x"), bearer(KEYS[0][:-1]), {"authorization": KEYS[0]}, bearer("é" * 20)):
+            raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+            error = refusal(httpx.post(f"{server.url}/v1/completions", json=ASK, headers=raw), 401)
+            assert error["code"] == "invalid_api_key"
+        refusal(server.client.get("/metrics"), 401)
+        assert server.client.get("/health").status_code == server.client.get("/").status_code == 200
+        told = [server.ok("/v1/completions", ASK, headers=bearer(key)) for key in (KEYS[0], KEYS[0], KEYS[1], KEYS[1])]
+        cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in told]
+        assert len({one["choices"][0]["text"] for one in told}) == 1
+        assert cached == [0, 28, 0, 28]  # what one key stored is not another's
+        assert server.client.get("/health", headers={"host": "any.example"}).status_code == 200
+        log = server.written.getvalue()
+    assert not [key for key in KEYS if key in log]
+
+
+def test_the_log_has_counts_and_no_texts(live: Live) -> None:
+    before = len(live.written.getvalue())
+    whole = live.ok("/v1/completions", ASK)
+    refusal(live.post("/v1/completions", {**ASK, "secret": 1}))
+    lines = [json.loads(line) for line in live.written.getvalue()[before:].splitlines()]
+    assert [(line["event"], line["status"], line["route"]) for line in lines] == [
+        ("request", 200, "/v1/completions"),
+        ("request", 400, "/v1/completions"),
+    ]
+    assert lines[0]["prompt_tokens"] == len(ASK["prompt"]) and lines[0]["completion_tokens"] == 2  # type: ignore[arg-type]
+    text = live.written.getvalue()
+    assert "no log may" not in text and "secret" not in text and whole["choices"][0]["text"] not in text
+
+
+def test_a_key_file_is_for_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"# ours\n{KEYS[0]}\n\n{KEYS[1]}\n")
+    for mode in (0o644, 0o640, 0o604, 0o660):
+        path.chmod(mode)
+        with pytest.raises(ValueError, match=f"mode {mode:03o}"):
+            read_keys(path)
+    path.chmod(0o600)
+    assert read_keys(path) == set(KEYS)
+    for text, message in (
+        ("", "no key"),
+        ("# a\n", "no key"),
+        ("short\n", "16 or more"),
+        ("a b" * 10, "without spaces"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_keys(path)
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.0.4", False),
+        ("", False),
+        ("localhost.attacker.example", False),
+    ],
+)
+def test_only_this_machine_is_served_without_keys(host: str, own: bool) -> None:
+    assert is_loopback(host) == own
+    if own:
+        ServerConfig(name="a", host=host)
+    else:
+        with pytest.raises(ValueError, match="--api-key-file"):
+            ServerConfig(name="a", host=host)
+    ServerConfig(name="a", host=host, keys=frozenset(KEYS))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--host", "0.0.0.0"], "--api-key-file"),
+        (["--api-key-file", "nowhere"], "nowhere"),
+        (["--dtype", "int3"], "accepted: f32, bf16"),
+        (["--port", "70000"], "70000"),
+        (["--device", "tpu"], "accepted: auto, cpu"),
+    ],
+)
+def test_the_verb_refuses_by_name(tmp_path: Path, capsys: Any, more: list[str], message: str) -> None:
+    assert main(["serve", str(tmp_path), *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path, capsys: Any) -> None:
+    assert main(["serve", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err

@@ -1,0 +1,157 @@
+"""Clients that leave, crowds, failures in the middle, and the end."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from assay.engine.server.config import Limits
+from tests.server.live import CONTEXT, Live, events
+from tests.server.test_refusals import refusal
+
+LONG = {"prompt": "go on and on", "max_tokens": CONTEXT - 20, "ignore_eos": True, "temperature": 1.0, "seed": 1}
+
+
+def until(question: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not question():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def resting(server: Live) -> bool:
+    """Nothing runs, waits, or holds a page."""
+    stats = server.ask(lambda engine: engine.stats())
+    return (stats["running"], stats["waiting"], stats["pages_used"]) == (0, 0, 0) and not server.server.worker.under_way
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_leaves_a_stream_frees_its_pages(live: Live, path: str) -> None:
+    body = {**LONG, "stream": True, "n": 2}
+    if "chat" in path:
+        body |= {"messages": [{"role": "user", "content": str(body.pop("prompt"))}], "max_tokens": CONTEXT - 40}
+    before = live.metric('assay_requests_total{outcome="cancelled"}')
+    with live.client.stream("POST", path, json=body) as answer:
+        assert len([line for _, line in zip(range(4), events(answer.iter_lines()))]) == 4
+        assert live.ask(lambda engine: engine.stats()["pages_used"]) > 0
+    until(lambda: resting(live))
+    assert live.metric('assay_requests_total{outcome="cancelled"}') == before + 2
+    live.ask(lambda engine: engine.runner.cache.check_integrity())
+
+
+def test_a_client_that_leaves_a_whole_answer_frees_its_pages(live: Live) -> None:
+    before = live.metric('assay_requests_total{outcome="cancelled"}')
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{live.url}/v1/completions", json=LONG, timeout=0.3)
+    until(lambda: resting(live))
+    assert live.metric('assay_requests_total{outcome="cancelled"}') == before + 1
+
+
+def test_a_cancelled_request_is_gone_before_the_next_step(live: Live) -> None:
+    """Between the cancellation and the answer to this question stands no step."""
+
+    def cancelled(engine: Any) -> tuple[int, int]:
+        for number in {live.number for live in engine.jobs.values()}:
+            engine.cancel(number)
+        return engine.stats()["pages_used"], engine.stats()["running"]
+
+    with live.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+        next(answer.iter_lines())
+        assert live.ask(cancelled) == (0, 0)
+    until(lambda: resting(live))
+
+
+def test_a_slow_reader_holds_nobody_up(live: Live) -> None:
+    """A stream that nobody reads is computed to its end, while another client is served."""
+    body = json.dumps({**LONG, "stream": True, "max_tokens": 400, "logprobs": 20}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
+    address = live.url.removeprefix("http://").split(":")
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        slow.connect((address[0], int(address[1])))
+        slow.sendall(head.encode() + body)
+        until(lambda: live.server.worker.under_way == 1)
+        assert live.ok("/v1/completions", {"prompt": "a", "max_tokens": 5})
+        until(lambda: live.ask(lambda engine: not engine.busy), 30)
+    until(lambda: resting(live))
+
+
+def test_a_crowd_is_told_to_come_back() -> None:
+    with Live(limits=Limits(waiting=1), max_running=1) as server:
+        with (
+            server.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as first,
+            server.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}),
+        ):
+            next(first.iter_lines())
+            assert server.metric("assay_running") == 1 and server.metric("assay_waiting") == 1
+            refused = server.post("/v1/completions", LONG)
+            assert refusal(refused, 429)["type"] == "rate_limit_error" and refused.headers["retry-after"] == "1"
+        until(lambda: resting(server))
+        assert server.ok("/v1/completions", {"prompt": "a", "max_tokens": 2})
+
+
+def test_more_than_run_at_once_say_what_each_says_alone() -> None:
+    """Pages for fewer than the crowd: some wait or are put off, and every reply is that of an engine of its own."""
+    prompts = [f"prompt number {i} " * (1 + i % 3) for i in range(9)]
+    with Live(max_running=3, tokens=128, memory=80_000) as server:
+        alone = [server.ok("/v1/completions", _greedy(p))["choices"][0]["text"] for p in prompts]
+        found: dict[int, str] = {}
+
+        def ask(at: int) -> None:
+            events = server.stream("/v1/completions", _greedy(prompts[at]))
+            found[at] = "".join(e["choices"][0]["text"] for e in events)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert [found[i] for i in range(len(prompts))] == alone
+        until(lambda: resting(server))
+
+
+def _greedy(prompt: str) -> dict[str, Any]:
+    return {"prompt": prompt, "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+
+
+def test_a_failure_in_the_engine_ends_what_ran_and_nothing_else() -> None:
+    with Live() as server:
+        with server.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+            lines = events(answer.iter_lines())
+            next(lines)
+            server.ask(lambda engine: _break_once(engine))
+            rest = list(lines)
+        assert rest[-1] == "[DONE]" and json.loads(rest[-2])["error"]["type"] == "server_error"
+        until(lambda: resting(server))
+        assert server.ok("/v1/completions", {"prompt": "a", "max_tokens": 2})
+        assert "planted" not in server.written.getvalue() and "ZeroDivisionError" in server.written.getvalue()
+
+
+def _break_once(engine: Any) -> None:
+    working = engine.runner.step
+
+    def broken(work: Any) -> Any:
+        engine.runner.step = working
+        raise ZeroDivisionError("planted, with a prompt in it")
+
+    engine.runner.step = broken
+
+
+def test_times_are_measured(live: Live) -> None:
+    names = ("assay_ttft_seconds", "assay_queue_seconds", "assay_inter_token_seconds")
+    before = [live.metric(f"{name}_count") for name in names]
+    tokens, prompts = live.metric("assay_completion_tokens_total"), live.metric("assay_prompt_tokens_total")
+    live.ok("/v1/completions", {"prompt": "abc", "max_tokens": 5, "ignore_eos": True})
+    assert [live.metric(f"{name}_count") - was for name, was in zip(names, before)] == [1, 1, 4]
+    assert live.metric("assay_completion_tokens_total") - tokens == 5
+    assert live.metric("assay_prompt_tokens_total") - prompts == 3
+    assert live.metric("assay_ttft_seconds_sum") >= live.metric("assay_queue_seconds_sum") > 0
+    assert live.metric("assay_pages_total") > 0

@@ -1,0 +1,163 @@
+"""The chat page in a real browser: it talks, measures, stops, and shows whatever a model says as text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.server.live import Live
+from tests.server.test_lifecycle import resting, until
+
+playwright_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+)
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+SIZES = {"laptop": (1280, 900), "phone": (390, 844)}
+HOSTILE = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script><b>b</b>&amp;'
+KEY = "the-key-of-the-page-test"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is on the path (on Debian: apt-get install chromium)")
+    with playwright_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+class Visit:
+    """The page opened from a server, with all that it complained about or asked of anybody else."""
+
+    def __init__(self, browser: Any, live: Live, size: str = "laptop", **options: Any) -> None:
+        width, height = SIZES[size]
+        self.complaints: list[str] = []
+        phone = {"is_mobile": True, "has_touch": True} if size == "phone" else {}
+        self.context = browser.new_context(viewport={"width": width, "height": height}, **phone, **options)
+        self.page = self.context.new_page()
+        self.page.on("console", lambda message: self.complaints.append(f"console: {message.text}"))
+        self.page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
+        self.page.on("request", lambda asked: self._asked(asked.url, live.url))
+        self.page.goto(live.url)
+
+    def _asked(self, url: str, own: str) -> None:
+        if not url.startswith((own, "data:")):
+            self.complaints.append(f"request: {url}")
+
+    def say(self, text: str, most: int = 30) -> None:
+        self.page.wait_for_selector("#go:not([disabled])")
+        self.page.evaluate("document.getElementById('panel').open = true")
+        self.page.fill("#most", str(most))
+        self.page.fill("#say", text)
+        self.page.press("#say", "Enter")
+
+    def rested(self) -> None:
+        self.page.wait_for_function("document.getElementById('go').textContent === 'Send'")
+
+    def text(self, selector: str) -> str:
+        return str(self.page.locator(selector).last.text_content())
+
+
+def forced(live: Live, text: str) -> None:
+    """From here on, every reply is this text: it is what the engine's chooser is made to say."""
+
+    def change(engine: Any) -> None:
+        submit = engine.submit
+        grammar = __import__("assay.engine.request", fromlist=["Grammar"]).Grammar(choice=(text,))
+        engine.submit = lambda request: submit(request.model_copy(update={"grammar": grammar}))
+
+    live.ask(change)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_conversation_with_its_measurements(browser: Any, live: Live, size: str, scheme: str) -> None:
+    visit = Visit(browser, live, size, color_scheme=scheme)
+    for turn in ("hello there, this is me", "and again"):
+        visit.say(turn)
+        visit.page.wait_for_selector(".turn.live")
+        visit.rested()
+    page = visit.page
+    assert page.locator(".turn.user .text").all_text_contents() == ["hello there, this is me", "and again"]
+    assert page.locator(".turn.assistant").count() == 2 and page.locator(".turn.error").count() == 0
+    assert visit.text("#ttft").endswith("s") and float(visit.text("#rate")) > 0
+    assert int(visit.text("#reused")) > 0 and int(visit.text("#prompt")) > int(visit.text("#reused"))
+    assert visit.text("#bytes").endswith("KiB") and "of 2,048" in visit.text("#context")
+    assert int(visit.text("#pages")) > 0 and " of " in visit.text("#used")
+    assert visit.text("#spark path") == "" and page.locator("#spark path").get_attribute("d").count("L") > 3
+    assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+    page.click("#anew")
+    assert page.locator(".turn").count() == 0 and visit.text("#ttft") == "–"
+    assert visit.complaints == []
+    visit.context.close()
+
+
+def test_stop_ends_the_reply_and_frees_its_pages(browser: Any, live: Live) -> None:
+    visit = Visit(browser, live)
+    visit.page.wait_for_selector("#go:not([disabled])")
+    visit.say("go on", most=1900)
+    visit.page.wait_for_function("document.querySelector('.turn.live .text').textContent.length > 5")
+    visit.page.click("#go")
+    visit.rested()
+    until(lambda: resting(live))
+    assert visit.text(".turn .end") in ("stopped", "cut at the limit of tokens")
+    visit.say("hello")
+    visit.rested()
+    assert visit.page.locator(".turn.error").count() == 0 and visit.complaints == []
+    visit.context.close()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_a_model_says_is_text(browser: Any, size: str) -> None:
+    """Without the content policy, so that the page alone is on trial."""
+    with Live() as live:
+        forced(live, HOSTILE)
+        visit = Visit(browser, live, size, bypass_csp=True)
+        visit.say(HOSTILE, most=200)
+        visit.rested()
+        page = visit.page
+        assert page.locator(".turn .text").all_text_contents() == [HOSTILE, HOSTILE]
+        assert page.evaluate("window.pwned") is None and page.locator("img, main script, main b").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+        assert visit.complaints == []
+        visit.context.close()
+
+
+def test_the_policy_stops_a_script_that_got_in(browser: Any, live: Live) -> None:
+    visit = Visit(browser, live)
+    visit.page.wait_for_selector("#go:not([disabled])")
+    visit.page.evaluate(
+        "const s = document.createElement('img'); s.setAttribute('onerror', 'window.pwned=1'); s.src = 'data:,';"
+        "document.body.append(s)"
+    )
+    visit.page.wait_for_timeout(100)
+    assert visit.page.evaluate("window.pwned") is None
+    assert any("Content Security Policy" in text for text in visit.complaints)
+    visit.context.close()
+
+
+def test_a_server_with_keys_asks_for_one(browser: Any) -> None:
+    with Live(keys=[KEY]) as live:
+        visit = Visit(browser, live, "phone")
+        visit.page.wait_for_selector("#locked:not([hidden])")
+        visit.page.fill("#key", KEY)
+        visit.page.press("#key", "Tab")
+        visit.say("hello")
+        visit.rested()
+        assert visit.page.locator(".turn.assistant").count() == 1 and visit.page.locator(".turn.error").count() == 0
+        visit.context.close()
+
+
+def test_a_mistake_is_told_in_words(browser: Any, live: Live) -> None:
+    visit = Visit(browser, live)
+    visit.say("x" * 2100)
+    visit.page.wait_for_selector(".turn.error")
+    assert "fills the context of 2048" in visit.text(".turn.error .text")
+    visit.context.close()

@@ -1,0 +1,133 @@
+"""`assay serve` as a process of its own: ready, drained, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from assay.train.checkpoint import save_checkpoint
+from tests.server.live import CONTEXT, events, tiny, words
+
+SHORT = {"prompt": "a", "max_tokens": 3, "temperature": 0}
+LONG = {"prompt": "a", "max_tokens": CONTEXT - 10, "ignore_eos": True, "stream": True}
+
+
+class Process:
+    """A running server. Its log goes to a file."""
+
+    def __init__(self, checkpoint: Path, log: Path, *options: str) -> None:
+        line = [sys.executable, "-m", "assay", "serve", str(checkpoint), "--port", "0", *options]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.log = log
+        with log.open("w") as stderr:
+            self.child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
+        assert self.child.stdout is not None
+        self.line = self.child.stdout.readline()
+        assert "http://" in self.line, log.read_text()
+        self.client = httpx.Client(base_url=self.line.split()[-1], timeout=60)
+
+    def end(self, number: int) -> None:
+        self.child.send_signal(number)
+
+    def status(self) -> int:
+        return self.child.wait(20)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    save_checkpoint(folder, tiny(), words())
+    return folder
+
+
+@pytest.fixture
+def process(checkpoint: Path, tmp_path: Path) -> Iterator[Process]:
+    running = Process(checkpoint, tmp_path / "log", "--threads", "1", "--ready-file", str(tmp_path / "ready"))
+    yield running
+    running.client.close()
+    running.child.kill()
+    running.child.wait(20)
+
+
+def test_it_says_where_it_is_and_sigterm_lets_replies_finish(process: Process, tmp_path: Path) -> None:
+    assert process.line.startswith("tiny is served at http://127.0.0.1:")
+    assert (tmp_path / "ready").read_text().strip() == process.line.split()[-1]
+    assert process.client.get("/health").status_code == 200
+    told: list[str] = []
+    body = {**LONG, "max_tokens": 300}
+    with process.client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = events(answer.iter_lines())
+        next(lines)
+        process.end(signal.SIGTERM)
+        time.sleep(0.1)
+        with httpx.Client(base_url=process.client.base_url) as late:
+            for refused in (late.post("/v1/completions", json=SHORT), late.get("/health")):
+                assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
+        told = list(lines)
+    assert told[-1] == "[DONE]" and json.loads(told[-2])["choices"][0]["finish_reason"] == "length"
+    assert process.status() == 0
+    assert [line["cancelled"] for line in process.lines() if line["event"] == "leaving"] == [0]
+
+
+def test_a_second_signal_ends_what_runs(process: Process) -> None:
+    with process.client.stream("POST", "/v1/completions", json=LONG) as answer:
+        lines = events(answer.iter_lines())
+        next(lines)
+        process.end(signal.SIGTERM)
+        time.sleep(0.1)
+        process.end(signal.SIGINT)
+        rest = list(lines)
+    assert "shutting down" in json.loads(rest[-2])["error"]["message"]
+    assert process.status() == 0
+    assert [line["cancelled"] for line in process.lines() if line["event"] == "leaving"] == [1]
+
+
+def test_a_kill_leaves_the_port_to_the_next(process: Process, checkpoint: Path, tmp_path: Path) -> None:
+    text = process.client.post("/v1/completions", json=SHORT).json()["choices"][0]["text"]
+    cut: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            list(events(process.client.stream("POST", "/v1/completions", json=LONG).__enter__().iter_lines()))
+        except httpx.HTTPError as error:
+            cut.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    time.sleep(0.2)
+    process.end(signal.SIGKILL)
+    assert process.status() == -signal.SIGKILL
+    reader.join(10)
+    assert len(cut) == 1
+    port = process.line.rstrip().rpartition(":")[2]
+    again = Process(checkpoint, tmp_path / "again", "--port", port)
+    try:
+        assert again.line.rstrip().endswith(f":{port}")
+        assert again.client.post("/v1/completions", json=SHORT).json()["choices"][0]["text"] == text
+        again.end(signal.SIGTERM)
+        assert again.status() == 0
+    finally:
+        again.client.close()
+        again.child.kill()
+
+
+def test_a_damaged_checkpoint_ends_with_its_message(checkpoint: Path, tmp_path: Path) -> None:
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: 100 if path.suffix == ".safetensors" else None])
+    line = [sys.executable, "-m", "assay", "serve", str(tmp_path), "--port", "0"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "safetensors" in done.stderr and "Traceback" not in done.stderr
