@@ -139,11 +139,14 @@ class Paged(Store):
             moved = group.grow(arrival.rows, past, counts)
             self._clear(kind, moved.clear)
             for source, target in moved.copy:
-                for pool in (*self._token_pools(kind), group.positions):
-                    pool[target] = pool[source]
+                self._copy_page(kind, source, target)
             made[kind] = group.write(arrival, lengths, aligned)
         self._note(arrival, step)
         return made
+
+    def _copy_page(self, kind: Kind, source: int, target: int) -> None:
+        for pool in (*self._token_pools(kind), self.groups[kind].positions):
+            pool[target] = pool[source]
 
     def _note(self, arrival: Arrival, step: Step) -> None:
         """The step's tokens enter the texts. Those that are not told apart by their ids make the text not plain."""

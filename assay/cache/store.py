@@ -53,7 +53,7 @@ class Store:
     ) -> None:
         self.fields, self.dtype, self.device = dict(fields), dtype, torch.device(device)
         self.kinds = {part: _kind(part, declared, size) for part, declared in fields.items()}
-        self.pools = {part: {f.name: self._pool(f, size) for f in declared} for part, declared in fields.items()}
+        self.pools = {part: {f.name: self._pool(part, f, size) for f in declared} for part, declared in fields.items()}
         self.entries: dict[Kind, Entries] = {}
         for kind in self.kinds.values():
             if kind is not None and kind[0] == "memory":
@@ -63,7 +63,7 @@ class Store:
         self.lengths: dict[int, int] = {}  # tokens of each open row
         self.births = [0] * size.rows
 
-    def _pool(self, field: StateField, size: Size | PageSize) -> Tensor:
+    def _pool(self, part: str, field: StateField, size: Size | PageSize) -> Tensor:
         """Zeros rather than empty: entries that nobody sees are multiplied by 0, and must be finite."""
         shape = (*size.shape(field), *field.shape)
         return torch.zeros(shape, dtype=dtype_of(field, self.dtype), device=self.device)
