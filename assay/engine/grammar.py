@@ -23,6 +23,7 @@ from assay.data.tokenizers import Tokenizer
 from assay.engine.request import Grammar, GrammarLimits
 
 # Space enough for any layout, and not for an endless one: a small model may never leave white space again.
+NOTHING = "there is no text that it accepts and that this tokenizer can write"
 JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,20}", "lenient": False}
 
 
@@ -44,7 +45,7 @@ class Vocabulary:
         self.texts = frozenset(text for i, text in enumerate(texts) if i not in silent)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Ids of a text: llguidance asks when it looks for text that is forced, which nobody here wants to know."""
+        """Ids of a text that is the only one possible: asked for where those are forced, and here none are."""
         return []
 
     def missing(self, chars: Iterable[str]) -> str | None:
@@ -67,6 +68,17 @@ def _is_text(text: bytes) -> bool:
     return True
 
 
+def _following(matcher: Any, size: int) -> tuple[NDArray[np.uint8], bool]:
+    """The ids that continue the text, a bit each, and whether it may end. ValueError when this takes too much work."""
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8).copy()
+    if matcher.is_error():
+        raise ValueError(_reason(matcher.get_error()))
+    at, bit = divmod(size, 8)
+    fulfilled = bool(bits[at] >> bit & 1)
+    bits[at] &= ~np.uint8(1 << bit)
+    return bits, fulfilled
+
+
 class Follower:
     """One reply on its way through a grammar. ends: the ids that may end it once the grammar is fulfilled."""
 
@@ -84,18 +96,17 @@ class Follower:
 
         ValueError when nothing may, or the work exceeds its limits.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8).copy()
-        if self._matcher.is_error():
-            raise ValueError(f"grammar: {_reason(self._matcher.get_error())}")
-        at, bit = divmod(self._size, 8)
-        fulfilled = bool(bits[at] >> bit & 1)
-        bits[at] &= ~np.uint8(1 << bit)
+        try:
+            bits, fulfilled = _following(self._matcher, self._size)
+        except ValueError as error:
+            raise ValueError(f"grammar: {error}") from None
         if fulfilled and (may_end or not bits.any()):
             for end in self._ends:
                 bits[end // 8] |= 1 << end % 8
         if not bits.any():
-            what = "its end, for which there is no token" if fulfilled else "nothing that this tokenizer can write"
-            raise ValueError(f"grammar: what may follow is {what}")
+            raise ValueError(
+                f"grammar: {'nothing but its end may follow, for which no token is given' if fulfilled else NOTHING}"
+            )
         return bits[: -(-self._size // 8)]
 
     def take(self, token: int) -> None:
@@ -153,10 +164,12 @@ class Grammars:
                 verbose_errors=False,
             ),
         )
-        if not matcher.is_error():
-            matcher.deep_copy().compute_bitmask()
-        if matcher.is_error():
-            raise ValueError(f"grammar.{kind}: {_reason(matcher.get_error())}")
+        try:
+            bits, fulfilled = _following(matcher.deep_copy(), self._size)
+        except ValueError as error:
+            raise ValueError(f"grammar.{kind}: {error}") from None
+        if not fulfilled and not bits.any():
+            raise ValueError(f"grammar.{kind}: {NOTHING}")
         return matcher
 
     def _writable(self, grammar: Grammar, source: str) -> None:
@@ -187,13 +200,20 @@ def _source(grammar: Grammar) -> tuple[str, str]:
 
 
 def _written(matcher: Any, grammar: Grammar) -> str:
-    """The grammar in llguidance's own notation."""
-    if grammar.regex is not None:
-        return matcher.grammar_from_regex(grammar.regex)
-    if grammar.choice:
-        texts = (json.dumps(text, ensure_ascii=False) for text in grammar.choice)
-        return matcher.grammar_from_lark(f"start: {' | '.join(texts)}")
-    return matcher.grammar_from_json_schema(grammar.json_schema or '{"type": "object"}', overrides=JSON_OPTIONS)
+    """The grammar in llguidance's variant of Lark's notation. no_forcing: a text that is the only one possible may be
+    cut into tokens in any way, so that what is allowed is a matter of the grammar alone."""
+    if grammar.regex is not None or grammar.choice:
+        regex = grammar.regex or "|".join(map(_literal, grammar.choice))
+        rule = json.loads(matcher.grammar_from_regex(regex))["grammars"][0]["lark_grammar"]
+    else:
+        schema = json.loads(grammar.json_schema or '{"type": "object"}')
+        rule = f"start: %json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS}, ensure_ascii=False)}"
+    return f'%llguidance {{"no_forcing": true}}\n{rule}'
+
+
+def _literal(text: str) -> str:
+    """A regex for exactly this text."""
+    return "".join(char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)
 
 
 def _reason(error: str) -> str:
