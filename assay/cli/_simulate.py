@@ -67,14 +67,14 @@ class Load:
 
     def read(self, source: str) -> list[Arrival]:
         from assay.simulate.generate import NAMES, generate
-        from assay.simulate.trace import hurried, read_trace
+        from assay.simulate.trace import at_rate, read_trace
 
         if source in NAMES:
             return generate(source, self.requests or 500, 4.0 if self.rate is None else self.rate, self.seed, self.cv)
         if not Path(source).exists():
             fail(f"TRACE: {source!r}: no such file; accepted: a .csv or .jsonl file, or {', '.join(NAMES)}")
         trace = read_trace(Path(source))[: self.requests]
-        return trace if self.rate is None else hurried(trace, self.rate)
+        return trace if self.rate is None else at_rate(trace, self.rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ def draw(found: Mapping[str, Any], runs: Mapping[str, Run], path: Path) -> None:
 
     goodputs = {name: arm["goodput_req_s"] for name, arm in found["arms"].items() if "goodput_req_s" in arm}
     titles = ["time to the first token", "time between tokens"]
-    titles += ["goodput (requests / s)"] * bool(goodputs) + ["blocks found in a cache"] * bool(found["hit_rates"])
+    titles += ["goodput, requests a second"] * bool(goodputs) + ["blocks found in a cache"] * bool(found["hit_rates"])
     figure = make_subplots(rows=len(titles), cols=1, subplot_titles=titles, vertical_spacing=0.32 / len(titles))
     for number, (name, run) in enumerate(runs.items()):
         line = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)]}

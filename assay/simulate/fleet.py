@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from assay.engine.scheduler import SchedulerConfig
 from assay.simulate.cost import Machine
-from assay.simulate.prefix import Evict, PrefixCache
+from assay.simulate.prefix import Evict, PrefixCache, known_tokens
 from assay.simulate.replica import Replica
 from assay.simulate.trace import Arrival
 from assay.spec.base import Spec
@@ -29,9 +29,9 @@ class Fleet(Spec):
 
     scheduler: of every replica; its capacity is the machine's. page: tokens of a page of state. cache: blocks of
     prompts that each replica keeps; 0 is none, null is all. route: round_robin; least_loaded, by tokens still to do;
-    prefix, to whom most of the prompt's beginning is known (a tree of all replicas' caches, as in Mooncake) unless its
-    load is over `imbalance` times the least and the prompt; hash, consistent hashing (Karger et al. 1997) of the first
-    blocks.
+    prefix, by those less the tokens of the prompt that the replica knows, of all caches as they are (Qin et al. 2025,
+    arXiv 2407.00079, algorithm 1, in tokens where they estimate seconds); hash, consistent hashing (Karger et al. 1997)
+    of the first blocks.
     """
 
     replicas: int = Field(default=1, ge=1)
@@ -42,7 +42,6 @@ class Fleet(Spec):
     cache: int | None = Field(default=0, ge=0)
     evict: Evict = "lru"
     route: Route = "least_loaded"
-    imbalance: float = Field(default=2.0, ge=1)
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> Self:
@@ -89,12 +88,11 @@ class Router:
         return loads.index(min(loads))
 
     def _prefix(self, one: Arrival) -> int:
-        loads = [replica.load for replica in self.replicas]
-        least = min(loads)
-        found = [r.cache.match(one.blocks) if r.cache is not None else 0 for r in self.replicas]
-        best = min(range(len(loads)), key=lambda i: (-found[i], loads[i]))
-        crowded = loads[best] > self.fleet.imbalance * least + one.prompt
-        return loads.index(least) if crowded else best
+        ahead = []
+        for replica in self.replicas:
+            found = replica.cache.match(one.blocks) if replica.cache is not None else 0
+            ahead.append(replica.load - known_tokens(found, one.prompt))
+        return ahead.index(min(ahead))
 
     def _hash(self, one: Arrival) -> int:
         """The replica of the next point on the ring; a prompt whose blocks are not known goes by its place in time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from assay.simulate.cost import Machine
 from assay.simulate.fleet import Fleet
 from assay.simulate.run import Run, Served, simulate
-from assay.simulate.trace import Trace, hurried, rate_of
+from assay.simulate.trace import Trace, at_rate, rate_of
 
 TOLERANCE, MOST = 0.02, 1 << 20
 
@@ -97,7 +97,8 @@ def attains(trace: Trace, machine: Machine, fleet: Fleet, slo: Slo) -> bool:
 
 def goodput(trace: Trace, machine: Machine, fleet: Fleet, slo: Slo, tick: Callable[[], None] = lambda: None) -> float:
     """The largest rate [requests / s] at which the limits are kept, by doubling and bisection to 2 %; 0 where they are
-    not even at the lowest rate that is tried, a 64th of what one replica can read.
+    not even at the lowest rate that is tried, a 64th of what one replica can read; infinite where they are kept when
+    all requests come at once, so that the trace is too short to tell.
 
     One trace at every rate, so the answer is for as many requests as it has: a queue that grows slowly may not show in
     few. Attainment is taken to fall with the rate; where it does not, this is a crossing, not the highest.
@@ -105,20 +106,22 @@ def goodput(trace: Trace, machine: Machine, fleet: Fleet, slo: Slo, tick: Callab
     if not slo.limits:
         raise ValueError("goodput: no limit; accepted: one of slo-ttft, slo-tbt and slo-tpot, or more")
 
-    def good(rate: float) -> bool:
+    def good(asked: Trace) -> bool:
         tick()
-        return attains(hurried(trace, rate), machine, fleet, slo)
+        return attains(asked, machine, fleet, slo)
 
+    if good([replace(one, at=0.0) for one in trace]):
+        return float("inf")
     low, high = 0.0, start_rate(trace, machine)
-    while good(high):
+    while good(at_rate(trace, high)):
         low, high = high, 2 * high
         if high > MOST:
-            return low
-    if low == 0.0 and not good(low := high / 64):
+            return float("inf")
+    if low == 0.0 and not good(at_rate(trace, low := high / 64)):
         return 0.0
     while high / low > 1 + TOLERANCE:
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if good(middle) else (low, middle)
+        low, high = (middle, high) if good(at_rate(trace, middle)) else (low, middle)
     return low
 
 

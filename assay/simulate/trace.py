@@ -131,6 +131,8 @@ def at_rate(trace: Trace, rate: float) -> list[Arrival]:
     if not 0 < rate < float("inf"):
         raise ValueError(f"rate: {rate}; accepted: requests a second, above 0")
     factor = rate_of(trace) / rate
+    if factor == float("inf"):
+        raise ValueError("rate: all requests of the trace come at once; accepted: a trace that takes some time")
     return [replace(one, at=one.at * factor) for one in trace]
 
 
@@ -138,8 +140,3 @@ def rate_of(trace: Trace) -> float:
     """Requests a second, over the gaps between the first and the last; infinite where all come at once."""
     took = trace[-1].at - trace[0].at
     return (len(trace) - 1) / took if took > 0 else float("inf")
-
-
-def hurried(trace: Trace, rate: float) -> list[Arrival]:
-    """`at_rate`, where a trace that arrives at once stays as it is: it has no rate to change."""
-    return list(trace) if rate_of(trace) == float("inf") else at_rate(trace, rate)

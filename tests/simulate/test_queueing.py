@@ -14,27 +14,23 @@ from tests.simulate.cases import GPU, fleet, machine, whole
 SERVICE = 0.25
 
 
-def single(load: float, count: int, seed: int) -> tuple[np.ndarray, Run]:
-    """Poisson arrivals at one server that takes SERVICE for each, one at a time."""
-    times = np.cumsum(np.random.default_rng(seed).exponential(SERVICE / load, count))
-    trace = [Arrival(float(t), 1, 1) for t in times]
-    return times, simulate(trace, machine(StepCost(overhead=SERVICE)), fleet(running=1))
+def waits(gaps: np.ndarray) -> np.ndarray:
+    """Of each customer of a server that takes SERVICE for one: Lindley's recursion w' = max(0, w + SERVICE - gap), as
+    the sum so far less the least one (Lindley 1952). gaps: before each customer but the first."""
+    sums = np.concatenate([[0.0], np.cumsum(SERVICE - gaps)])
+    return sums - np.minimum.accumulate(sums)
 
 
-@pytest.mark.parametrize(("load", "count", "seed"), [(0.5, 10_000, 0), (0.8, 20_000, 0), (0.9, 50_000, 0)])
-def test_mean_wait_is_that_of_m_d_1(load: float, count: int, seed: int) -> None:
-    """Pollaczek and Khinchine: with a constant service time the mean wait is load / (2 (1 - load)) services."""
-    times, run = single(load, count, seed)
-    waits = np.asarray([one.ttft for one in run.served]) - SERVICE
-    expected = SERVICE * load / (2 * (1 - load))
-    assert abs(waits.mean() / expected - 1) < 0.05
-    # Lindley's recursion says every single wait of these arrivals.
-    free, lindley = 0.0, []
-    for time in times:
-        start = max(free, time)
-        lindley.append(start - time)
-        free = start + SERVICE
-    np.testing.assert_allclose(waits, lindley, atol=1e-6)
+@pytest.mark.parametrize("load", [0.5, 0.8, 0.9])
+def test_waits_are_those_of_m_d_1(load: float) -> None:
+    """Pollaczek and Khinchine: with a constant service time the mean wait is load / (2 (1 - load)) services. A mean
+    over the arrivals that can be simulated in a test is still 10 % off at load 0.9, so every single wait is compared
+    with the recursion, and the recursion's mean over many more with the closed form."""
+    gaps = np.random.default_rng(0).exponential(SERVICE / load, 2_000_000)
+    assert waits(gaps).mean() == pytest.approx(SERVICE * load / (2 * (1 - load)), rel=0.02)
+    trace = [Arrival(float(t), 1, 1) for t in np.cumsum(gaps[:2000])]
+    run = simulate(trace, machine(StepCost(overhead=SERVICE)), fleet(running=1))
+    np.testing.assert_allclose([one.ttft - SERVICE for one in run.served], waits(gaps[1:2000]), atol=1e-6)
 
 
 def covered(run: Run) -> float:
@@ -50,7 +46,7 @@ def covered(run: Run) -> float:
 @pytest.mark.parametrize("policy", ["chunked", "prefill_first", "static"])
 @pytest.mark.parametrize("running", [1, 4, 64])
 def test_a_replica_works_whenever_somebody_is_there(policy: str, running: int) -> None:
-    trace = generate("conversation", 60, 2.0, 1)
+    trace = generate("conversation", 25, 2.0, 1)
     run = simulate(trace, machine(), fleet(policy, 512, running))
     assert run.replicas[0].busy == pytest.approx(covered(run), rel=1e-9)
     assert run.replicas[0].total.decodes == sum(one.new - 1 for one in trace)
@@ -60,7 +56,7 @@ def test_a_replica_works_whenever_somebody_is_there(policy: str, running: int) -
 @pytest.mark.parametrize("split", [False, True])
 def test_littles_law(split: bool) -> None:
     """Requests in the system = rate of departure * mean time in it (Little 1961), whatever the policy."""
-    trace = generate("code", 200, 6.0, 2, cv=2.0)
+    trace = generate("code", 100, 6.0, 2, cv=2.0)
     parts = {"prefill": 2, "decode": 1} if split else {"replicas": 2}
     run = simulate(trace, machine(state_bytes=131_072), fleet(**parts))
     total = sum(one.latency for one in run.served)
@@ -76,19 +72,16 @@ def test_without_load_the_first_token_takes_as_long_as_its_prompt(prompt: int) -
         steps = [0.011 + 3e-5 * 0 + 8e-8 * (prompt + i) for i in range(4)]
         np.testing.assert_allclose(one.gaps, steps, rtol=1e-6)
     pieces = [(min(512, prompt - past), past) for past in range(0, prompt, 512)]
-    in_chunks = sum(
-        0.002 + max(0.009, 3e-5 * n) + 8e-8 * past + 1e-9 * chunk_pairs(n, past) for n, past in pieces
-    )
+    in_chunks = sum(0.002 + max(0.009, 3e-5 * n) + 8e-8 * past + 1e-9 * chunk_pairs(n, past) for n, past in pieces)
     assert simulate(trace, machine(), fleet()).served[0].ttft == pytest.approx(in_chunks)
 
 
 def test_the_same_seed_is_the_same_run() -> None:
-    kinds = [fleet(replicas=3, route=route, cache=500) for route in ("hash", "prefix", "least_loaded")]
-    for kind in kinds:
-        first, again = (simulate(generate("sessions", 80, 3.0, 5), machine(), kind) for _ in range(2))
-        assert [one.times for one in first.served] == [one.times for one in again.served]
-        other = simulate(generate("sessions", 80, 3.0, 6), machine(), kind)
-        assert [one.times for one in first.served] != [one.times for one in other.served]
+    for route in ("hash", "prefix", "least_loaded"):
+        kind = fleet(replicas=3, route=route, cache=500)
+        first, again, other = (simulate(generate("sessions", 15, 3.0, seed), machine(), kind) for seed in (5, 5, 6))
+        times = [[one.times for one in run.served] for run in (first, again, other)]
+        assert times[0] == times[1] != times[2]
 
 
 @pytest.mark.parametrize("preempt", ["recompute", "swap"])
