@@ -189,8 +189,9 @@ class Scheduler:
     def _chunk(self, live: _Live, left: int) -> int:
         """Tokens that a job reads in this step; 0 where what is left of the budget reaches no border."""
         tokens = min(live.missing, left, self.config.chunk)
-        if tokens < live.missing and self.config.border is not None:
-            tokens -= (live.stored + tokens) % self.config.border
+        if self.config.border is not None:
+            behind = (live.stored + tokens) % self.config.border
+            tokens -= behind if tokens < live.missing or behind < tokens else 0
         return max(tokens, 0)
 
     def _admit(self) -> _Live | None:

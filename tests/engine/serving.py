@@ -147,7 +147,8 @@ class Server:
         for id, tokens in chunks.items():
             end = held[id] + tokens
             assert 1 <= tokens <= config.chunk and end <= self.known(id)
-            assert end == self.known(id) or config.border is None or end % config.border == 0
+            if config.border is not None and end % config.border:  # the end of a prompt, and no border on the way
+                assert end == self.known(id) and end // config.border * config.border <= held[id]
         if config.policy == "chunked":  # nobody's reply waits for somebody's prompt
             assert set(plan.decodes) == {id for id in held if self.said[id] and held[id] == self.known(id) - 1}
         else:

@@ -116,6 +116,15 @@ def test_a_prompt_is_read_in_what_decodes_leave_of_the_budget() -> None:
     ]
 
 
+def test_chunks_end_at_borders_and_the_rest_of_a_prompt_comes_alone() -> None:
+    """By hand, borders every 4 tokens: 3 of 10 are stored; 6 a step reach 8, and then the end."""
+    config = SchedulerConfig(capacity=20, budget=6, border=4)
+    steps = Server(
+        Pages(20, 1, rows=2), config, [Client(Job(0, 10, 2, 0), 2, cached=3), Client(Job(1, 2, 1, 0), 1)]
+    ).run()
+    assert [(plan.decodes, plan.chunks) for plan in steps] == [((), ((0, 5),)), ((), ((0, 2), (1, 2))), ((0,), ())]
+
+
 def test_prompts_first_lets_decodes_wait() -> None:
     steps = served({"budget": 8, "policy": "prefill_first"}, [Job(0, 4, 5, 0), Job(1, 10, 2, 1)])
     assert [(plan.decodes, plan.chunks) for plan in steps] == [
@@ -165,6 +174,24 @@ def test_a_job_that_gave_way_goes_before_later_ones() -> None:
     server = Server(Pages(9, 1, rows=8), SchedulerConfig(capacity=9, watermark=0), [Client(j, 5) for j in jobs])
     order = [id for plan in server.run() for id, _ in plan.chunks]
     assert server.preemptions and order == sorted(order)
+
+
+def test_an_urgent_prompt_is_read_before_one_that_was_begun() -> None:
+    """Both run; 4 tokens a step. The urgent one enters beside the rest of the first chunk, and then takes it all."""
+    steps = served({"budget": 4, "chunk": 3}, [Job(0, 9, 1, 0), Job(1, 7, 1, 0, priority=1)])
+    assert [plan.chunks for plan in steps[:3]] == [((0, 3), (1, 1)), ((0, 3), (1, 1)), ((0, 3), (1, 1))]
+    late = served({"budget": 4, "chunk": 3}, [Job(0, 9, 1, 0), Job(1, 7, 1, 1, priority=-1)])
+    assert [plan.chunks for plan in late[:3]] == [((0, 3),), ((0, 3), (1, 1)), ((1, 3), (0, 1))]
+
+
+def test_what_is_swapped_out_is_given_back_when_its_job_is_cancelled() -> None:
+    room = Pages(8, 1, rows=2)
+    config = SchedulerConfig(capacity=8, watermark=0, preempt="swap")
+    run = Server(room, config, [Client(Job(0, 3, 5, 0), 5), Client(Job(1, 3, 5, 0), 5)])
+    next(plan for plan in run.run() if plan.preempted)
+    assert room.out == {1: 4}
+    run.scheduler.cancel(1)
+    assert not room.out and run.scheduler.running == (0,) and run.scheduler.waiting == 0
 
 
 def test_a_cancel_while_the_step_runs() -> None:
