@@ -142,7 +142,8 @@ class Entries:
         self.low[target], self.high[target] = self.low[source], self.high[source]
 
     def book(self, row: int) -> Book:
-        return Book(self.index[row].cpu(), self.positions[row].cpu(), self.low[row], self.high[row])
+        index, positions = (t[row].to("cpu", copy=True) for t in (self.index, self.positions))
+        return Book(index, positions, self.low[row], self.high[row])
 
     def write(self, row: int, book: Book) -> None:
         self.index[row], self.positions[row] = book.index.to(self.index.device), book.positions.to(self.index.device)

@@ -148,7 +148,7 @@ def test_rows_swap_too() -> None:
     feed(lm, fresh, slots, ids[:, :8])
     swapped = store.swap_out(first)
     assert swapped.bytes == store.reserved_bytes() // 2
-    feed(lm, store, [store.open()], tokens(1, 8, 5))
+    feed(lm, store, [store.open()], tokens(1, 3, 5))
     assert not store.holds(swapped)
     store.close(other)
     back = store.swap_in(swapped)
