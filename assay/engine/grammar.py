@@ -36,12 +36,11 @@ class Vocabulary:
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
-        silent = {i for i, text in enumerate(tokenizer.token_bytes[:size]) if not text} | tokenizer.ends
-        silent |= set(range(len(tokenizer.token_bytes), size + 1))
-        self.size = self.eos_token_id = size
-        self.special_token_ids = sorted(i for i in silent if i <= size)
         texts = tokenizer.token_bytes[:size]
-        self.tokens = [f"<|{i}|>".encode() if i in silent or i >= len(texts) else texts[i] for i in range(size + 1)]
+        silent = {i for i, text in enumerate(texts) if not text} | tokenizer.ends
+        self.size = self.eos_token_id = size
+        self.tokens = [*texts, *(b"" for _ in range(len(texts), size + 1))]
+        self.special_token_ids = sorted({i for i in silent if i < size} | set(range(len(texts), size + 1)))
         self.texts = frozenset(text for i, text in enumerate(texts) if i not in silent)
 
     def __call__(self, text: bytes | str) -> list[int]:

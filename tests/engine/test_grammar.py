@@ -190,6 +190,13 @@ def test_a_choice_is_one_of_its_texts(texts: set[str], seed: int) -> None:
     assert said is not None and said.decode() in texts
 
 
+def test_an_id_that_ends_a_text_is_none_of_its_bytes() -> None:
+    """A byte tokenizer's 0 ends, whatever stop tokens a request has; ids that the tokenizer lacks never follow."""
+    follower = Grammars(tokenizer("byte"), 300, LIMITS).start(Grammar(regex="[^a]b"), frozenset())
+    found = ids(follower, 300)
+    assert found == {b for b in range(256) if b not in (0, ord("a")) and (b < 0x80 or 0xC2 <= b <= 0xF4)}
+
+
 def test_rows_with_and_without_a_grammar_share_a_batch() -> None:
     text = tokenizer("byte")
     some, made = Chooser(256, text, "cpu"), torch.zeros(3, 256)
