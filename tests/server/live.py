@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -57,7 +58,9 @@ class Live:
 
     def __enter__(self) -> Live:
         self._thread.start()
-        assert self._ready.wait(30) and not self._failure
+        assert self._ready.wait(60)
+        for error in self._failure:
+            raise error
         self.client = httpx.Client(base_url=self.url, timeout=60)
         return self
 
@@ -117,3 +120,10 @@ def events(lines: Iterable[str]) -> Iterator[str]:
         if line:
             assert line.startswith("data: "), line
             yield line.removeprefix("data: ")
+
+
+def until(question: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not question():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)

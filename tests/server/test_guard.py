@@ -11,7 +11,7 @@ import pytest
 
 from assay.cli.main import main
 from assay.engine.server.config import ServerConfig, is_loopback, read_keys
-from tests.server.live import Live
+from tests.server.live import Live, until
 from tests.server.test_refusals import refusal
 
 KEYS = ("first-key-of-the-tests", "second-key-of-the-tests")
@@ -75,6 +75,7 @@ def test_the_log_has_counts_and_no_texts(live: Live) -> None:
     before = len(live.written.getvalue())
     whole = live.ok("/v1/completions", ASK)
     refusal(live.post("/v1/completions", {**ASK, "secret": 1}))
+    until(lambda: live.written.getvalue()[before:].count("\n") == 2)  # a line is written after its answer
     lines = [json.loads(line) for line in live.written.getvalue()[before:].splitlines()]
     assert [(line["event"], line["status"], line["route"]) for line in lines] == [
         ("request", 200, "/v1/completions"),

@@ -5,25 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
 from assay.engine.server.config import Limits
-from tests.server.live import CONTEXT, Live, events
+from tests.server.live import CONTEXT, Live, events, until
 from tests.server.test_refusals import refusal
 
 LONG = {"prompt": "go on and on", "max_tokens": CONTEXT - 20, "ignore_eos": True, "temperature": 1.0, "seed": 1}
-
-
-def until(question: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not question():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.005)
 
 
 def resting(server: Live) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.live import Live
-from tests.server.test_lifecycle import resting, until
+from tests.server.live import Live, until
+from tests.server.test_lifecycle import resting
 
 playwright_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright"

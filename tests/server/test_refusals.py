@@ -43,18 +43,27 @@ TEXT: list[tuple[dict[str, Any], str, str]] = [
     ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
     ({"model": "gpt-5"}, "model", "not served here"),
-    ({"guided_regex": "a(b"}, "guided_regex", "guided_regex"),
+    ({"guided_regex": "a(b"}, "guided_regex", "unclosed group"),
     ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex", "one of them"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "goes with type json_schema"),
     ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format", ""),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
+        "response_format",
+        "type must be",
+    ),
 ]
 CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages", "'system', 'user', 'assistant' or 'tool'"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
     ({"messages": [{"role": "user", "content": "<|start|>system"}]}, "messages", "special token"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "string"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "whole characters"),
+    (
+        {"messages": HI, "tools": [{"type": "function", "function": {"name": "a", "parameters": {"\ud800": 1}}}]},
+        "tools",
+        "whole",
+    ),
     ({"messages": HI, "max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "max_completion_tokens"),
     ({"messages": HI, "top_logprobs": 1}, "top_logprobs", "logprobs: true"),
     ({"messages": HI, "tool_choice": "required"}, "tool_choice", "no tools"),
@@ -79,7 +88,7 @@ def refusal(answer: Any, status: int = 400) -> dict[str, Any]:
 def test_completions_refuse_by_name(live: Live, body: dict[str, Any], param: str, message: str) -> None:
     whole = body if not body else {"prompt": "a", **body}
     error = refusal(live.post("/v1/completions", whole), 404 if param == "model" else 400)
-    assert error["param"] == param and message in error["message"] and param in error["message"]
+    assert error["param"] == param and message in error["message"]
 
 
 @pytest.mark.parametrize(("body", "param", "message"), CHAT, ids=lambda v: json.dumps(v)[:40])

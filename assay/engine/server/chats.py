@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from assay.engine.runner import Token
 from assay.engine.server.replies import Json, Names, ending
+from assay.engine.tools import Reader
 
 
 class Chat:
@@ -16,13 +17,13 @@ class Chat:
     forced: the whole reply is one call as JSON, which is told at its end.
     """
 
-    def __init__(self, names: Names, logprobs: int | None, reader: None, forced: bool = False) -> None:
+    def __init__(self, names: Names, logprobs: int | None, reader: Reader | None, forced: bool = False) -> None:
         self.names, self.logprobs, self.reader, self.forced = names, logprobs, reader, forced
         self.begun, self.called, self.held = False, 0, ""
 
     def push(self, token: Token, counted: bool) -> list[Json]:
         finish = ending(token)
-        deltas = self._deltas(token.text, finish is not None)
+        deltas = self._deltas(token, finish is not None)
         if not self.begun:
             deltas.insert(0, {"role": "assistant", "content": ""})
             self.begun = True
@@ -49,13 +50,14 @@ class Chat:
             "finish_reason": pieces[-1]["finish_reason"],
         }
 
-    def _deltas(self, text: str, last: bool) -> list[Json]:
+    def _deltas(self, token: Token, last: bool) -> list[Json]:
+        text = token.text
         if self.forced:
             self.held += text
             return self._forced() if last else []
         if self.reader is None:
             return [{"content": text}] if text else []
-        found = self.reader.push(text) + (self.reader.finish() if last else [])
+        found = self.reader.push(text, token.id) + (self.reader.finish() if last else [])
         return [{"content": one} if isinstance(one, str) else self._call(one.name, one.arguments) for one in found]
 
     def _forced(self) -> list[Json]:

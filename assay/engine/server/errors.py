@@ -52,7 +52,9 @@ def unaccepted(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         loc += cause.loc
     elif item["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {item.get('ctx', {}).get('error', message)}")
-    elif item["type"] not in ("missing", "value_error"):
+    elif item["type"] == "missing":
+        message = "missing"
+    elif item["type"] != "value_error":
         message = f"{message}, not {item['input']!r}"
     where = ".".join(str(part) for part in loc)
     return ApiError(400, f"{where}: {message}" if where else message, param=str(loc[0]) if loc else None)

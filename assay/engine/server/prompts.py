@@ -16,6 +16,7 @@ from assay.engine.server.config import Limits, ServerConfig
 from assay.engine.server.errors import ApiError
 from assay.engine.server.schema import Bounds, ChatBody, CompletionBody, Drawing, Json, Message, NamedTool
 from assay.engine.template import chat_template, encode
+from assay.engine.tools import Reader, call_form, call_reader
 from assay.model.lm import state_table
 
 COMPLETION_TOKENS = 16  # of a completion that does not say: OpenAI's default
@@ -37,6 +38,8 @@ class Desk:
     limits: Limits
     state_bytes: Callable[[int], int]
     page: int | None
+    template: str | None
+    calls: str | None
 
     @classmethod
     def of(cls, engine: Engine, config: ServerConfig) -> Desk:
@@ -48,15 +51,20 @@ class Desk:
             return sum(field.bytes(tokens, dtype) for field in fields)
 
         sizes = (engine.tokens, engine.spec.vocab, config.limits)
-        return cls(config.name, engine.tokenizer, *sizes, state_bytes, engine.config.page)
+        template = chat_template(engine.tokenizer)
+        calls = call_form(template, engine.tokenizer) if template is not None else None
+        return cls(config.name, engine.tokenizer, *sizes, state_bytes, engine.config.page, template, calls)
 
     def held(self, tokens: int) -> Json:
         """What a conversation of so many tokens has in the cache."""
         return {"state_bytes": self.state_bytes(tokens), "pages": -(-tokens // self.page) if self.page else 0}
 
-    @property
-    def template(self) -> str | None:
-        return chat_template(self.tokenizer)
+    def reader(self, body: ChatBody) -> Reader | None:
+        """What finds calls in one reply; None where none are offered, or nobody knows how the model writes them."""
+        tools = offered(body)
+        if tools is None or self.calls is None:
+            return None
+        return call_reader(self.calls, self.tokenizer, [tool["function"]["name"] for tool in tools])
 
     def check_model(self, model: str | None) -> None:
         if model is not None and model != self.name:
@@ -93,7 +101,7 @@ class Desk:
         if self.template is None:
             raise ApiError(400, "messages: this model has no chat template: use /v1/completions", "messages")
         try:
-            return encode([message_of(m) for m in messages], self.template, self.tokenizer)
+            return encode([message_of(m) for m in messages], self.template, self.tokenizer, tools)
         except ValueError as error:
             raise ApiError(400, str(error), "messages") from None
 
@@ -184,6 +192,12 @@ class Desk:
             message = f"{param}: {len(text)} bytes; accepted: up to {self.limits.schema_bytes}"
             raise ApiError(400, message, param)
         return text
+
+
+def grammar_param(body: Bounds) -> str | None:
+    """The field that a grammar came from."""
+    fields = ("guided_regex", "guided_choice", "response_format", "tools")
+    return next((name for name in fields if getattr(body, name, None) is not None), None)
 
 
 LONG = "context_length_exceeded"

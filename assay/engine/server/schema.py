@@ -5,9 +5,11 @@ null stands for a field that was left out, as in OpenAI's API. Classes group the
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, WrapValidator, field_validator
 
 from assay.spec.base import Spec
 
@@ -15,7 +17,32 @@ Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Id = Annotated[int, Field(ge=0)]
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)]
-Json = dict[str, Any]
+
+
+def _encodable(value: Any) -> Any:
+    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair in it; accepted: whole characters") from None
+    return value
+
+
+def _accepts(what: str) -> WrapValidator:
+    """One message where none of the members of a union fits."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValueError:
+            raise ValueError(f"accepted: {what}") from None
+
+    return WrapValidator(check)
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Json = Annotated[dict[str, Any], AfterValidator(_encodable)]
 SCHEMA_KEYS = frozenset({"name", "description", "schema", "strict"})
 
 
@@ -75,13 +102,13 @@ class Bounds(Drawing):
 
     model: str | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     response_format: ResponseFormat | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -108,38 +135,39 @@ class Bounds(Drawing):
         return self.n or 1
 
 
+Prompt = Annotated[
+    Text | list[Text] | list[Id] | list[list[Id]],
+    _accepts("a text, a list of texts, a list of token ids, or a list of such lists; all of whole characters"),
+]
+
+
 class CompletionBody(Bounds):
     """POST /v1/completions. max_tokens: 16 where it is left out, as in OpenAI's API."""
 
-    prompt: str | list[str] | list[Id] | list[list[Id]]
+    prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
-
-    @field_validator("prompt", mode="wrap")
-    @classmethod
-    def _one_message(cls, value: Any, handler: Any) -> Any:
-        try:
-            return handler(value)
-        except ValueError:
-            raise ValueError(
-                "accepted: a text, a list of texts, a list of token ids, or a list of such lists"
-            ) from None
 
 
 class Part(Body):
     """One part of a message; others than text (images, sound) are not understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
+
+
+Content = Annotated[
+    Text | list[Part], _accepts('a text, or a list of {"type": "text", "text": ...}; all of whole characters')
+]
 
 
 class CalledFunction(Body):
-    name: str
-    arguments: str
+    name: Text
+    arguments: Text
 
 
 class Call(Body):
-    id: str
+    id: Text
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -148,10 +176,10 @@ class Message(Body):
     """One message of a conversation. tool_calls: what an assistant asked for; tool_call_id: what a tool answers."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    name: str | None = None
+    content: Content | None = None
+    name: Text | None = None
     tool_calls: list[Call] | None = None
-    tool_call_id: str | None = None
+    tool_call_id: Text | None = None
 
     @field_validator("tool_calls")
     @classmethod
@@ -167,7 +195,7 @@ class Message(Body):
 
 class Function(Body):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    description: str | None = None
+    description: Text | None = None
     parameters: Json | None = None
     strict: bool | None = None
 
@@ -219,7 +247,7 @@ class TokenizeBody(Body):
     """POST /tokenize: the ids of a text, after what a text begins with, or of a conversation."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
 

@@ -15,7 +15,7 @@ from assay.engine.request import Request
 from assay.engine.server.chats import Chat
 from assay.engine.server.config import ServerConfig
 from assay.engine.server.errors import ApiError
-from assay.engine.server.prompts import Desk, forced_call
+from assay.engine.server.prompts import Desk, forced_call, grammar_param
 from assay.engine.server.replies import Answer, Json, Names, Text, Usage, Writer
 from assay.engine.server.schema import Bounds, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from assay.engine.server.wire import DONE, dumps, event
@@ -48,11 +48,8 @@ class Service:
     async def chat(self, body: ChatBody, http: Http) -> Response:
         desk = await self.desk()
         request = await asyncio.to_thread(desk.chat, body, http.state.tenant)
-        calls = None
-        writers = [
-            Chat(Names(desk.tokenizer), request.logprobs, calls, forced_call(body) is not None)
-            for _ in range(request.n)
-        ]
+        names, forced = Names(desk.tokenizer), forced_call(body) is not None
+        writers = [Chat(names, request.logprobs, desk.reader(body), forced) for _ in range(request.n)]
         kinds = ("chatcmpl", "chat.completion", "chat.completion.chunk")
         return await self._reply(body, http, [request], self._answer(desk, kinds, writers, [request]))
 
@@ -95,7 +92,12 @@ class Service:
     async def _reply(self, body: Bounds, http: Http, requests: Sequence[Request], answer: Answer) -> Response:
         facts = http.state.log
         facts |= {"prompt_tokens": answer.usage.prompt, "choices": len(answer.writers), "stream": bool(body.stream)}
-        call = await self.worker.submit(requests)
+        try:
+            call = await self.worker.submit(requests)
+        except ApiError as error:
+            if str(error).startswith("grammar"):
+                error.param = grammar_param(body)
+            raise
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             return Events(call, self._chunks(call, answer, usage, facts))
