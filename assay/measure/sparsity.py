@@ -20,7 +20,7 @@ from assay.measure.subject import Subject
 from assay.ops import attend as ops
 from assay.train.evaluate import token_losses
 
-SECONDS = 60.0
+SECONDS = 100.0
 NONE = "none"
 ENTRIES = 1 << 21
 """Entries of the square (rows x length x length) that one pass may take: each head has logits and a mask of its own."""

@@ -79,6 +79,11 @@ def _windows(stages: Stages) -> list[int | None]:
     return [mixer.sees.window for mixer in _mixers(stages)]
 
 
+def _budget(mixer: Any) -> int:
+    """Keys that a query may see."""
+    return int(mixer.scores.blocks.size * mixer.scores.blocks.keep)
+
+
 TITLES: dict[tuple[str, str], Callable[[ModelSpec, Stages], bool]] = {
     ("baseline", "swiglu"): lambda m, s: _norms(s, "pre") == {"rmsnorm"} and {f.act for f in _ffns(s)} == {"silu"},
     ("baseline", "layernorm"): lambda m, s: (
@@ -119,6 +124,15 @@ TITLES: dict[tuple[str, str], Callable[[ModelSpec, Stages], bool]] = {
     ("windows", "softcap"): lambda m, s: {x.scores.softcap for x in _mixers(s)} == {20.0},
     ("windows", "gate"): lambda m, s: {x.gate for x in _mixers(s)} == {"element"},
     ("windows", "sink"): lambda m, s: {x.scores.sink for x in _mixers(s)} == {True},
+    ("sparse-attention", "dense"): lambda m, s: {(x.kind, x.scores.blocks) for x in _mixers(s)} == {("gqa", None)},
+    **{
+        ("sparse-attention", arm): lambda m, s, by=by: (
+            {(x.scores.blocks.by, _budget(x)) for x in _mixers(s)} == {(by, 64)}
+        )  # type: ignore[misc]
+        for arm, by in {"moba": "mean", "quest": "bounds"}.items()
+    },
+    ("sparse-attention", "mla"): lambda m, s: {(x.kind, x.select) for x in _mixers(s)} == {("mla", None)},
+    ("sparse-attention", "dsa"): lambda m, s: {(x.select.kind, x.select.keep) for x in _mixers(s)} == {("indexer", 64)},
 }
 
 
