@@ -93,8 +93,8 @@ def compare(file: Path, checkpoint: Path, texts: list[str]) -> bool:
     import torch
     import transformers
 
+    from assay.engine.engine import generate
     from assay.engine.request import Request, SamplingParams
-    from assay.engine.runner import generate
     from assay.engine.template import chat_template, encode, render
     from assay.ops.step import rows_step
     from assay.train.checkpoint import load_checkpoint

@@ -7,6 +7,7 @@ with `keep` in a ring, memory fields are written once, sequence fields keep one 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -41,6 +42,9 @@ class Cache(Store):
     def open(self, tokens: Sequence[int] = (), key: bytes = b"") -> Slot:
         """A row for a new sequence. ValueError when all are taken. Of `tokens` nothing is ever stored already."""
         return self._take_row()
+
+    def report(self) -> dict[str, Any]:
+        return {"reserved_bytes": self.reserved_bytes(), "used_bytes": self.used_bytes()}
 
     def fits(self, grow: Sequence[tuple[Slot, int]]) -> bool:
         """Whether all of these sequences can take so many tokens more."""

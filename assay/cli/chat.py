@@ -100,7 +100,7 @@ class Chat:
         try:
             for token in self.session.reply(request):
                 text += token.text
-                ids += [token.id] if token.id not in ends else []
+                ids += [token.id] if token.id is not None and token.id not in ends else []
                 yield token
         finally:
             if len(ids) > len(prompt) or text:

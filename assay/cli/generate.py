@@ -35,13 +35,13 @@ def run(
     reply: options.Reply,
     json: Json = False,
 ) -> None:
+    from assay.engine.config import position_limit
     from assay.engine.request import Request
-    from assay.engine.runner import context_limit
 
     sampling, model, tokenizer = reply.open(ckpt)
     text = sys.stdin.read() if prompt == "-" else prompt
     ids, source = asked(text, tokenizer, model.spec.encoder is not None)
-    new = options.room(len(ids), reply.max_new, context_limit(model.spec))
+    new = options.room(len(ids), reply.max_new, position_limit(model.spec))
     ends = frozenset() if ignore_eos else tokenizer.ends
     request = Request(
         prompt=ids, source=source, sampling=sampling, max_new=new, stop_tokens=ends, stop=tuple(stop or ())
@@ -76,7 +76,7 @@ def start(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def write(model: LM, tokenizer: Tokenizer, request: Request) -> dict[str, object]:
     """Print the continuation piece by piece; what `--json` tells about it."""
-    from assay.engine.runner import generate
+    from assay.engine.engine import generate
 
     began = time.perf_counter()
     times, ids, text, finish = [], [], "", None

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from assay.data.tokenizers import Tokenizer
-from assay.engine.runner import Ids, context_limit, right_padded
+from assay.engine.config import position_limit
+from assay.engine.runner import Ids, right_padded
 from assay.model.lm import LM, head_site
 from assay.parts.heads.pooled import Pooled
 
@@ -59,7 +60,7 @@ class Embedder:
     @property
     def limit(self) -> int:
         """The longest text in tokens: where the positions end, or what the model is meant for."""
-        return context_limit(self.model.spec) or self.model.spec.context
+        return position_limit(self.model.spec) or self.model.spec.context
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], batch: int = 32) -> Float[Tensor, "B D"]:

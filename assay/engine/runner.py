@@ -1,9 +1,8 @@
-"""A model at work on a static batch: prompts in, one token at a time out."""
+"""A model at work on a cache: tokens of any sequences in, logits out."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,11 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assay.cache import Cache, Size, Slot
-from assay.data.tokenizers import Tokenizer
-from assay.engine.request import Request
-from assay.engine.sampler import Settings, sample, uniform
-from assay.engine.text import Reply
+from assay.cache import Cache, Paged, PageSize, Size, Slot, Swapped
+from assay.engine.config import position_limit
 from assay.model.lm import LM, Output, state_table
 from assay.ops.step import Piece, Step, joined
 from assay.spec.model import ModelSpec
@@ -25,25 +21,30 @@ CHUNK = 512  # tokens of a prompt that one step takes: bounds the scores' memory
 Ids = Sequence[int]
 
 
+Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
 @dataclass(frozen=True)
 class Token:
-    """One token of a reply. `text` is what has become certain with it; `finish` says that it is the last, and why."""
+    """One token of a reply. `text` is what has become certain with it; `finish` says that it is the last, and why.
+
+    id: None where a reply ends without one more token. choice: the number of the reply among those of its request.
+    logprob, top: as `Chosen` has them. reused: tokens of the prompt that were stored already.
+    """
 
     request: int
-    id: int
+    id: int | None
     text: str
-    finish: Literal["stop", "length"] | None
-
-
-def context_limit(spec: ModelSpec) -> int | None:
-    """The longest sequence that every position scheme of the model can tell apart (a learned table ends)."""
-    limits = [scheme.limit(spec.root(f"positions.{name}")) for name, scheme in spec.positions.items()]
-    return min((n for n in limits if n is not None), default=None)
+    finish: Finish | None
+    choice: int = 0
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    reused: int = 0
 
 
 def check_context(spec: ModelSpec, prompt: int, new: int) -> None:
     """ValueError when a prompt and what is to follow are longer than the positions reach."""
-    limit = context_limit(spec)
+    limit = position_limit(spec)
     if limit is not None and prompt + new > limit:
         raise ValueError(
             f"a prompt of {prompt} tokens and {new} new ones are {prompt + new}; "
@@ -73,7 +74,7 @@ def check_source(spec: ModelSpec, source: Ids) -> None:
         )
     if not 0 <= min(source) <= max(source) < spec.encoder.vocab:
         raise ValueError(f"source token {max(source)}; the encoder has ids 0 to {spec.encoder.vocab - 1}")
-    limit = context_limit(spec.encoder)
+    limit = position_limit(spec.encoder)
     if limit is not None and len(source) > limit:
         raise ValueError(f"a source of {len(source)} tokens; the positions of this model's encoder reach {limit}")
 
@@ -119,23 +120,29 @@ class Work:
 class Runner:
     """A model, its cache, and the horizon of each open sequence. Puts the model into evaluation mode."""
 
-    def __init__(self, model: LM, size: Size) -> None:
+    def __init__(self, model: LM, size: Size | PageSize) -> None:
         check_continues(model.spec)
         weight = next(model.parameters())
         self.model, self.device = model.eval(), weight.device
-        self.cache = Cache(state_table(model.spec, model.prefix), size, weight.dtype, weight.device)
+        fields = state_table(model.spec, model.prefix)
+        self.cache: Cache | Paged = (
+            Cache(fields, size, weight.dtype, weight.device)
+            if isinstance(size, Size)
+            else Paged(fields, size, weight.dtype, weight.device)
+        )
         self.horizons: dict[Slot, int] = {}
         self.sources: dict[Slot, Ids] = {}  # of sequences whose source nobody has encoded yet
 
-    def open(self, horizon: int, source: Ids = ()) -> Slot:
+    def open(self, horizon: int, source: Ids = (), tokens: Ids = (), key: bytes = b"") -> Slot:
         """A slot for a sequence of up to `horizon` tokens; position schemes that depend on length plan for that.
 
-        source: what an encoder-decoder's encoder reads, once, with the first step of the sequence.
+        source: what an encoder-decoder's encoder reads, once, with the first step of the sequence. tokens: what is to
+        be fed; its beginning is taken from what sequences with the same `key` have stored, as far as there is any.
         """
         check_source(self.model.spec, source)
         if len(source) > self.cache.size.memory:
             raise ValueError(f"a source of {len(source)} tokens; this runner has room for {self.cache.size.memory}")
-        slot = self.cache.open()
+        slot = self.cache.open(tokens, key)
         self.horizons[slot] = horizon
         if source:
             self.sources[slot] = source
@@ -145,6 +152,19 @@ class Runner:
         self.cache.close(slot)
         del self.horizons[slot]
         self.sources.pop(slot, None)
+
+    def swap_out(self, slot: Slot) -> Swapped:
+        """Move what a sequence has stored to the host, and give its slot back."""
+        moved = self.cache.swap_out(slot)
+        del self.horizons[slot]
+        return moved
+
+    def swap_in(self, moved: Swapped, horizon: int) -> Slot | None:
+        """The reverse; None where there is no room."""
+        slot = self.cache.swap_in(moved)
+        if slot is not None:
+            self.horizons[slot] = horizon
+        return slot
 
     @torch.inference_mode()
     def feed(self, slots: Sequence[Slot], rows: Sequence[Ids]) -> Float[Tensor, "E V"]:
@@ -204,83 +224,3 @@ class Runner:
         if not any(rows):
             return None
         return right_padded(rows, [0] * len(rows), [len(ids) for ids in rows], self.device).with_(emit=None)
-
-
-class Running:
-    """A request on its way: what it has said, and whether it is done."""
-
-    def __init__(self, number: int, request: Request, tokenizer: Tokenizer) -> None:
-        self.number, self.request, self.said = number, request, 0
-        self.seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
-        self.reply = Reply(tokenizer, request.stop)
-
-    def uniform(self) -> float:
-        return uniform(self.seed, self.said)
-
-    def take(self, token: int) -> Token:
-        """Count the token in, and say what it adds to the text."""
-        self.said += 1
-        stop = token in self.request.stop_tokens
-        text = "" if stop else self.reply.push(token)
-        finish: Literal["stop", "length"] | None = "stop" if stop or self.reply.stopped else None
-        if finish is None and self.said == self.request.max_new:
-            finish = "length"
-        return Token(self.number, token, text + (self.reply.finish() if finish else ""), finish)
-
-
-class History:
-    """Which tokens each row has seen and said, where a penalty asks for it."""
-
-    def __init__(self, requests: Sequence[Request], vocab: int, device: torch.device) -> None:
-        self.wanted = any(r.sampling.penalises for r in requests)
-        shape = (len(requests), vocab) if self.wanted else (0, 0)
-        self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.said = torch.zeros(shape, dtype=torch.long, device=device)
-        for row, request in enumerate(requests if self.wanted else ()):
-            self.seen[row, torch.tensor(request.prompt, device=device)] = True
-
-    def of(self, rows: list[int]) -> tuple[Tensor, Tensor] | None:
-        return (self.seen[rows], self.said[rows]) if self.wanted else None
-
-    def take(self, row: int, token: int) -> None:
-        if self.wanted:
-            self.seen[row, token] = True
-            self.said[row, token] += 1
-
-
-def stream(runner: Runner, tokenizer: Tokenizer, slots: Sequence[Slot], requests: Sequence[Request]) -> Iterator[Token]:
-    """The replies, token by token, all requests in step. What a slot has stored already is the prompt's beginning."""
-    vocab = runner.model.spec.vocab
-    for request in requests:
-        if max(request.prompt) >= vocab or min(request.prompt) < 0:
-            raise ValueError(f"prompt token {max(request.prompt)}; this model has ids 0 to {vocab - 1}")
-        check_context(runner.model.spec, len(request.prompt), request.max_new)
-    running = [Running(i, request, tokenizer) for i, request in enumerate(requests)]
-    history = History(requests, vocab, runner.device)
-    rows: list[Ids] = [r.prompt[runner.cache.length(slot) :] for slot, r in zip(slots, requests, strict=True)]
-    live = list(range(len(requests)))
-    while live:
-        logits = runner.feed(slots, rows)
-        settings = Settings.of([requests[i].sampling for i in live], runner.device)
-        uniforms = torch.tensor([running[i].uniform() for i in live], dtype=torch.float64, device=runner.device)
-        tokens = sample(logits, settings, uniforms, history.of(live)).tolist()
-        said = [running[i].take(token) for i, token in zip(live, tokens, strict=True)]
-        for token in said:
-            history.take(token.request, token.id)
-            yield token
-        live = [token.request for token in said if token.finish is None]
-        rows = [()] * len(requests)
-        for token in said:
-            rows[token.request] = () if token.finish else (token.id,)
-
-
-def generate(model: LM, tokenizer: Tokenizer, requests: Sequence[Request], chunk: int = CHUNK) -> Iterator[Token]:
-    """Continue every prompt, all in one static batch. Tokens come as they are made, a round for all live requests."""
-    if not requests:
-        return
-    longest = max(request.horizon for request in requests)
-    prompt = max(len(request.prompt) for request in requests)
-    memory = max(len(request.source) for request in requests)
-    runner = Runner(model, Size(len(requests), longest, min(chunk, prompt), memory))
-    slots = [runner.open(request.horizon, request.source) for request in requests]
-    yield from stream(runner, tokenizer, slots, requests)

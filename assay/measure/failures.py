@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from assay.engine.engine import generate
 from assay.engine.request import Request, SamplingParams
-from assay.engine.runner import generate
 from assay.measure.subject import Subject
 from assay.ops.step import rows_step
 
@@ -92,7 +92,7 @@ def continuations(
     ]
     said: list[list[int]] = [[] for _ in prompts]
     for token in generate(subject.model, subject.tokenizer, asked):
-        said[token.request].append(token.id)
+        said[token.request] += [token.id] if token.id is not None else []
     return [continuation(subject, ids, reply) for ids, reply in zip(prompts, said, strict=True)]
 
 

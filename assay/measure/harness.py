@@ -17,8 +17,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from assay.data.tokenizers import Tokenizer
+from assay.engine.engine import generate
 from assay.engine.request import Request, SamplingParams
-from assay.engine.runner import check_continues, generate
+from assay.engine.runner import check_continues
 from assay.measure.score import Ids, Row, score
 from assay.model.lm import LM
 
@@ -144,7 +145,7 @@ class Harness(TemplateLM):
     def _replies(self, requests: Sequence[Request]) -> Iterator[str]:
         said: list[list[int]] = [[] for _ in requests]
         for token in generate(self.model, self.words.tokenizer, requests):
-            if token.id not in self.ends:
+            if token.id is not None and token.id not in self.ends:
                 said[token.request].append(token.id)
         for ids, request in zip(said, requests, strict=True):
             yield postprocess_generated_text(self.words.tokenizer.decode(ids), list(request.stop), None)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from assay.engine.runner import context_limit
+from assay.engine.config import position_limit
 from assay.hub.config import is_number
 from assay.hub.live import GREEDY
 from assay.spec.model import ModelSpec
@@ -94,7 +94,7 @@ def shapes(found: Reference, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def sample(spec: ModelSpec, tokens: int, rows: int = 2) -> Int[Tensor, "R T"]:
     """Random ids, the same every time; as many as leave room for a continuation."""
-    limit = context_limit(spec)
+    limit = position_limit(spec)
     length = tokens if limit is None else max(1, min(tokens, limit - GREEDY))
     return torch.randint(0, spec.vocab, (rows, length), generator=torch.Generator().manual_seed(0))
 

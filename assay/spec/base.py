@@ -240,6 +240,11 @@ class PositionSpec(PartSpec):
         """Keys are stored raw and turned when they are read."""
         return False
 
+    @property
+    def by_length(self) -> bool:
+        """What a token is told depends on the length that its sequence plans for."""
+        return False
+
     def fits(self, heads: int, head_dim: int) -> None:
         """Raise ValueError for query heads of a number or size that the scheme cannot serve."""
 

@@ -11,8 +11,8 @@ import torch
 
 from assay.cli.main import main
 from assay.data.tokenizers import Tokenizer
+from assay.engine.engine import generate
 from assay.engine.request import Request, SamplingParams
-from assay.engine.runner import generate
 from assay.model.lm import LM, build
 from assay.spec.load import change
 from assay.train.checkpoint import save_checkpoint

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from assay.cache import Size
 from assay.data.tokenizers import Tokenizer
+from assay.engine.engine import generate
 from assay.engine.request import Request, SamplingParams
-from assay.engine.runner import Runner, generate
+from assay.engine.runner import Runner
 from assay.engine.session import Session
 from assay.model.lm import LM, build
 from assay.ops.step import rows_step

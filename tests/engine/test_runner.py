@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay.data.tokenizers import Tokenizer
+from assay.engine.engine import generate
 from assay.engine.request import Request, SamplingParams
-from assay.engine.runner import Runner, Token, generate
+from assay.engine.runner import Runner, Token
 from assay.engine.sampler import Settings, sample, uniform
 from assay.engine.session import Session
 from assay.model.lm import LM, build
@@ -145,26 +146,31 @@ def test_a_session_equals_a_fresh_one(kind: str) -> None:
         asked = Request(prompt=ids[:length], sampling=GREEDY, max_new=5)
         reply = session.reply(asked)
         got = [next(reply).id for _ in range(read)]
-        stored.append(session.used - read + 1)
+        stored.append(session.used - read)
         reply.close()  # type: ignore[attr-defined]
+        session.engine.runner.cache.check_integrity()
         assert got == alone(lm, asked)[:read]
-        assert session.fed == [*asked.prompt, *got][: session.used]
     assert stored == [6, 11, 14, 9, 9, 30, 34]
     with pytest.raises(ValueError, match="60 tokens and 5 new ones are 65; there is room for 64"):
         next(session.reply(Request(prompt=ids + ids[:20], max_new=5)))
 
 
-def test_a_session_computes_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, ids = model(("full",)), tuple(tokens(1, 40, 4)[0].tolist())
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_computes_only_what_is_new(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored is used again in whole pages of 16 tokens, by windows and recurrent layers too."""
+    lm, ids = model((kind, "full")), tuple(tokens(1, 50, 4)[0].tolist())
     session, seen = Session(lm, TEXT, 64), []
-    feed = Runner.feed
-    monkeypatch.setattr(Runner, "feed", lambda self, slots, rows: seen.append(len(rows[0])) or feed(self, slots, rows))
-    for length in (10, 14):
+    step = Runner.step
+    monkeypatch.setattr(
+        Runner, "step", lambda self, work: seen.append(sum(len(w.ids) for w in work)) or step(self, work)
+    )
+    for length in (35, 44):
         list(session.reply(Request(prompt=ids[:length], sampling=GREEDY, max_new=1)))
-    assert seen == [10, 4]
+    assert sum(seen) == 35 + 44 - 32
     session.reset()
-    list(session.reply(Request(prompt=ids[:14], sampling=GREEDY, max_new=1)))
-    assert seen == [10, 4, 14]
+    seen.clear()
+    list(session.reply(Request(prompt=ids[:44], sampling=GREEDY, max_new=1)))
+    assert sum(seen) == 44
 
 
 def test_a_failure_inside_a_step_loses_no_truth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +182,7 @@ def test_a_failure_inside_a_step_loses_no_truth(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(type(lm.blocks[1]), "forward", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             list(session.reply(request(12, max_new=6)))
-    assert session.used == 0 and session.fed == []
+    assert session.used == 0 and not session.engine.busy
     assert replies(list(session.reply(asked))) == [alone(lm, asked)]
 
 

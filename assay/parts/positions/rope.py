@@ -48,11 +48,14 @@ class Rope(PositionSpec):
     @property
     def reads(self) -> bool:
         """Keys are stored raw."""
-        by_length = self.scaling is not None and self.scaling.by_length
-        return by_length if self.turns is None else self.turns == "read"
+        return self.by_length if self.turns is None else self.turns == "read"
+
+    @property
+    def by_length(self) -> bool:
+        return self.scaling is not None and self.scaling.by_length
 
     def check(self, site: Site) -> None:
-        if self.scaling is not None and self.scaling.by_length and not self.reads:
+        if self.scaling is not None and self.by_length and not self.reads:
             raise ValueError(
                 f"`turns: write` with {self.scaling.kind!r} scaling: its angles depend on the length; accepted: read"
             )

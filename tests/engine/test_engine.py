@@ -1,0 +1,213 @@
+"""The engine under any traffic: every reply is what its request says alone, and nothing is left behind."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from assay.engine.config import EngineConfig
+from assay.engine.engine import Engine
+from assay.engine.request import Request, SamplingParams, Serving
+from assay.engine.runner import Runner, Token
+from assay.model.lm import LM
+from tests.cache.models import model, tokens
+from tests.engine.test_runner import TEXT, alone
+
+LAYERS = (("full",), ("full", "window"), ("window", "linear"), ("first", "full", "linear"))
+
+
+def asked(seed: int, length: int, new: int, shared: int = 0, **more: Any) -> Request:
+    """A prompt whose first `shared` tokens all such prompts have."""
+    ids = (*tokens(1, shared, 77)[0].tolist(), *tokens(1, length, seed)[0].tolist())
+    sampling = SamplingParams(temperature=float(seed % 2), seed=seed)
+    return Request(prompt=ids, max_new=new, sampling=sampling, **more)
+
+
+def told(said: list[Token]) -> dict[tuple[int, int], list[int]]:
+    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for token in said:
+        found[token.request, token.choice] += [token.id] if token.id is not None else []
+    return found
+
+
+def empty(engine: Engine) -> None:
+    """Nothing runs, and every page and row is free or only remembered."""
+    cache = engine.runner.cache
+    cache.check_integrity()
+    assert not engine.busy and not engine.runner.horizons and cache.used_bytes() == 0
+    assert engine.stats()["running"] == engine.stats()["waiting"] == engine.stats()["pages_used"] == 0
+
+
+CONFIGS = st.builds(
+    EngineConfig,
+    max_running=st.integers(1, 4),
+    tokens=st.just(48),
+    page=st.sampled_from([None, 1, 3, 4, 16]),
+    budget=st.integers(4, 24),
+    chunk=st.integers(4, 24),
+    policy=st.sampled_from(["chunked", "prefill_first", "static"]),
+    preempt=st.sampled_from(["recompute", "swap"]),
+    reserve=st.sampled_from(["none", "full"]),
+    prefix=st.booleans(),
+    border=st.just(1),
+    snapshots=st.integers(0, 6),
+)
+TRAFFIC = st.lists(
+    st.tuples(st.integers(0, 9), st.integers(1, 14), st.integers(1, 9), st.sampled_from([0, 8, 17]), st.integers(0, 6)),
+    min_size=1,
+    max_size=6,
+)
+
+
+def tight(config: EngineConfig, lm: LM) -> EngineConfig:
+    """The same with just enough pages for one sequence of the longest, so that others are pushed out."""
+    return config if config.page is None else config.model_copy(update={"memory": None, "tokens": 48})
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids="-".join)
+@given(config=CONFIGS, traffic=TRAFFIC, pressed=st.booleans())
+@settings(max_examples=10)
+def test_any_company_says_what_each_says_alone(
+    layers: tuple[str, ...], config: EngineConfig, traffic: list[tuple[int, ...]], pressed: bool
+) -> None:
+    """Prompts that share beginnings come in any order, in chunks, in pages, with preemptions and swaps."""
+    lm = model(layers)
+    if config.page == 16 and not config.prefix:
+        config = config.model_copy(update={"border": 4})
+    engine = Engine(lm, TEXT, config)
+    if pressed and config.page is not None:
+        short(engine, -(-48 // config.page))
+    requests = [asked(seed, length, new, shared) for seed, length, new, shared, _ in traffic]
+    waits = [wait for *_, wait in traffic]
+    said: list[Token] = []
+    numbers: dict[int, int] = {}
+    for turn in itertools.count():
+        for i, request in enumerate(requests):
+            if waits[i] == turn:
+                numbers[engine.submit(request)] = i
+        said += engine.step() if engine.busy else []
+        engine.runner.cache.check_integrity()
+        if turn > max(waits) and not engine.busy:
+            break
+    replies = told(said)
+    for number, i in numbers.items():
+        assert replies[number, 0] == alone(lm, requests[i]), f"request {i}"
+    empty(engine)
+
+
+def short(engine: Engine, pages: int) -> None:
+    """Hide all but so many pages of each group, so that sequences push each other out."""
+    from assay.cache import Paged
+
+    cache = engine.runner.cache
+    assert isinstance(cache, Paged)
+    for group in cache.groups.values():
+        if group.keep is None:
+            while len(group.blocks.free) > pages:
+                group.blocks.take()
+
+
+def test_choices_share_the_prompt_and_differ() -> None:
+    lm = model(("full", "linear"))
+    engine = Engine(lm, TEXT, EngineConfig(tokens=64, page=4, border=1))
+    request = asked(1, 21, 8).model_copy(update={"n": 3})
+    engine.submit(request)
+    said: list[Token] = []
+    while engine.busy:
+        said += engine.step()
+    replies = told(said)
+    assert replies[0, 0] == alone(lm, request)
+    assert len({tuple(reply) for reply in replies.values()}) == 3
+    assert {t.reused for t in said if t.choice > 0} == {20}
+    empty(engine)
+
+
+def test_cancelled_and_late_requests_leave_nothing() -> None:
+    now = itertools.count()
+    lm = model(("full", "window"))
+    engine = Engine(lm, TEXT, EngineConfig(max_running=2, tokens=48, page=4), clock=lambda: float(next(now)))
+    first, second, third = (engine.submit(asked(i, 9, 20)) for i in range(3))
+    late = engine.submit(asked(5, 9, 20, serving=Serving(deadline_s=9.0)))
+    engine.step()
+    engine.cancel(first)
+    engine.runner.cache.check_integrity()
+    assert engine.stats()["running"] == 1
+    engine.cancel(first)
+    said = []
+    while engine.busy:
+        said += engine.step()
+    assert told(said)[second, 0] and told(said)[third, 0]
+    assert [(t.id, t.finish) for t in said if t.request == late][-1] == (None, "deadline")
+    empty(engine)
+
+
+def test_tenants_do_not_share_and_tell_no_time() -> None:
+    lm = model(("full",))
+    engine = Engine(lm, TEXT, EngineConfig(tokens=64, page=4))
+    reused = []
+    for tenant in ("a", "b", "a"):
+        engine.submit(asked(0, 30, 1, serving=Serving(tenant=tenant)))
+        reused += [token.reused for token in engine.step()]
+    assert reused == [0, 0, 28]
+
+
+def test_a_failed_step_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a broken step had stored is never used again."""
+    lm, request = model(("full", "linear")), asked(0, 30, 6)
+    engine = Engine(lm, TEXT, EngineConfig(tokens=64, page=4, border=1, chunk=8, budget=8))
+    number = engine.submit(request)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "output", lambda *a: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError):
+            engine.step()
+    engine.cancel(number)
+    empty(engine)
+    other = engine.submit(request)
+    said: list[Token] = []
+    while engine.busy:
+        said += engine.step()
+    assert told(said)[other, 0] == alone(lm, request)
+
+
+def test_damaged_logits_end_one_reply_and_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model(("full",))
+    engine = Engine(lm, TEXT, EngineConfig(tokens=64))
+    bad, good = engine.submit(asked(0, 5, 6)), engine.submit(asked(2, 5, 6))
+    step, rounds = Runner.step, itertools.count()
+
+    def broken(self: Runner, work: Any) -> torch.Tensor:
+        logits = step(self, work).clone()
+        if next(rounds) == 2:
+            logits[0] = float("nan")
+        return logits
+
+    monkeypatch.setattr(Runner, "step", broken)
+    said: list[Token] = []
+    while engine.busy:
+        said += engine.step()
+    assert [t.finish for t in said if t.request == bad] == [None, None, "error"]
+    assert told(said)[good, 0] == alone(lm, asked(2, 5, 6))
+    empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": (1, 19)}, "prompt token 19; this model has ids 0 to 18"),
+        ({"max_new": 60}, "5 tokens and 60 new ones are 65; this engine serves sequences of up to 64"),
+        ({"source": (1,)}, "`source` is what an encoder reads"),
+        ({"sampling": SamplingParams(logit_bias={99: 1.0})}, "logit_bias: token 99"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    engine = Engine(model(("full",)), TEXT, EngineConfig(tokens=64))
+    with pytest.raises(ValueError, match=message):
+        engine.submit(asked(0, 5, 6).model_copy(update=change))
+    empty(engine)
