@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Unchoosable(ValueError):
     """No token can be chosen for the sequences `keys`. Nothing was counted in: the others can be asked for again."""
 
     def __init__(self, keys: Sequence[Hashable], why: str) -> None:
-        super().__init__(f"{', '.join(map(str, keys))}: {why}")
+        super().__init__(why)
         self.keys = tuple(keys)
 
 
@@ -212,8 +213,9 @@ def _penalise(logits: Tensor, batch: Batch) -> None:
     device = logits.device
     number = torch.arange(len(seen)).repeat_interleave(torch.tensor([len(counts) for counts in seen])).to(device)
     rows = torch.tensor(batch.penalising, device=device)[number]
-    tokens = torch.tensor([token for counts in seen for token in counts], device=device)
-    said = torch.tensor([count for counts in seen for count in counts.values()], device=device)[:, None]
+    tokens = torch.from_numpy(np.fromiter(chain.from_iterable(seen), np.int64)).to(device)
+    counted = np.fromiter(chain.from_iterable(counts.values() for counts in seen), np.int64)
+    said = torch.from_numpy(counted).to(device)[:, None]
     settings = batch.penalties.of_rows(number)
     found = penalised(logits[rows, tokens][:, None], settings, torch.ones_like(said, dtype=torch.bool), said)
     logits[rows, tokens] = found[:, 0].to(logits.dtype)
