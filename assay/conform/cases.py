@@ -45,6 +45,7 @@ class Case:
     part: Any
     mixer: Any = None
     inner: Tensor = field(default_factory=lambda: noise((D, D), 6))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def slot(self) -> str:
@@ -73,23 +74,30 @@ class Case:
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.part.named_parameters()}
 
+    def noise(self, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Standard normal float64 numbers where the part is: the same ones on every device."""
+        return noise(shape, seed).to(self.device)
+
     def memory(self, rows: int) -> Memory | None:
         """Features for cross-attention: the same for row r whatever the batch."""
         if not any(f.per == "memory" for group in self.fields.values() for f in group):
             return None
-        h = torch.cat([noise((MEMORY, self.width), 900 + r) for r in range(rows)])
-        index = torch.arange(MEMORY).repeat(rows)
-        return Memory(h, torch.arange(rows).repeat_interleave(MEMORY), index, (rows, MEMORY))
+        h = torch.cat([self.noise((MEMORY, self.width), 900 + r) for r in range(rows)])
+        index = torch.arange(MEMORY, device=self.device).repeat(rows)
+        seq = torch.arange(rows, device=self.device).repeat_interleave(MEMORY)
+        return Memory(h, seq, index, (rows, MEMORY))
 
     def step(self, rows: int, length: int, past: int = 0, **more: Any) -> Step:
-        step = rows_step(torch.zeros(rows, length, dtype=torch.long), past, horizon=64, **more)
+        ids = torch.zeros(rows, length, dtype=torch.long, device=self.device)
+        step = rows_step(ids, past, horizon=64, **more)
         if past:
             return step
-        return step.with_(memory=self.memory(rows), prefix=torch.full((rows * length,), PREFIX))
+        prefix = torch.full((rows * length,), PREFIX, device=self.device)
+        return step.with_(memory=self.memory(rows), prefix=prefix)
 
     def sublayer(self, x: Tensor) -> Tensor:
         """A fixed nonlinear function of each token, standing for the branches of a stage."""
-        return torch.tanh(x @ self.inner.to(x.dtype))
+        return torch.tanh(x @ self.inner.to(x))
 
     def run(
         self,
@@ -122,12 +130,12 @@ class Case:
             ids = x.detach()[:, 0].mul(1e4).long().remainder(V)
             return part(step.with_(inputs={"ids": ids}))
         if isinstance(part, Head):
-            return part(x, step, noise((V, D), 5).to(x.dtype))
+            return part(x, step, self.noise((V, D), 5).to(x.dtype))
         if self.slot == "linears":
             return part(x, step)
         if self.slot == "routers":
             choice, share = part(x, step, here)
-            return torch.zeros(x.shape[0], self.site.d_out, dtype=share.dtype).scatter(1, choice, share)
+            return share.new_zeros(x.shape[0], self.site.d_out).scatter(1, choice, share)
         if isinstance(part, Selector):
             asked, entries = part.read(x, x, step, lambda q, k: (q, k))
             view = here.state.append(step, **entries)
@@ -152,8 +160,11 @@ def site_of(spec: PartSpec) -> Site:
     return replace(site, d_out={"heads": V, "routers": 6}.get(spec.slot, D))
 
 
-def case(spec: PartSpec) -> Case:
-    """Build a spec in float64 with every weight random, so that no gate or norm starts as the identity."""
+def case(spec: PartSpec, device: torch.device | str = "cpu") -> Case:
+    """Build a spec in float64 with every weight random, so that no gate or norm starts as the identity.
+
+    device: where the part runs; the weights and inputs are the same on all.
+    """
     site = site_of(spec)
     spec.check(site)
     if spec.slot == "linears":
@@ -170,7 +181,8 @@ def case(spec: PartSpec) -> Case:
     else:
         made = Case(spec, site, spec.build(site))
     randomise(made.modules)
-    return made
+    made.modules.to(device)
+    return replace(made, device=torch.device(device))
 
 
 @torch.no_grad()

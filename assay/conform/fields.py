@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from pydantic import BaseModel
 
-from assay.conform.cases import MEMORY, Case, case, noise
+from assay.conform.cases import MEMORY, Case, case
 from assay.ops.step import View
 from assay.spec import registry
 from assay.spec.base import PartSpec
@@ -73,7 +73,7 @@ def law_fields(c: Case) -> None:
             try:
                 spec = validate(type(c.spec), {**tree, name: other}, name)
                 if spec != c.spec:
-                    quiet = same(fingerprint(case(spec)), base)
+                    quiet = same(fingerprint(case(spec, c.device)), base)
                     mattered |= not quiet
                     silent += [other] * quiet
             except (ValueError, KeyError, AttributeError, IndexError):
@@ -85,7 +85,7 @@ def law_fields(c: Case) -> None:
 
 def fingerprint(c: Case) -> dict[str, Any]:
     """Everything a field may change."""
-    x, step = noise((24, c.site.d_in), 1).requires_grad_(), c.step(2, 12)
+    x, step = c.noise((24, c.site.d_in), 1).requires_grad_(), c.step(2, 12)
     c.modules.train()
     step = step.with_(listen=frozenset(["*"]))
     taps: dict[str, Any] = {}

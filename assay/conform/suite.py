@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
+
 from assay.conform import laws, stored
 from assay.conform.cases import Case, case
 from assay.conform.fields import law_fields
@@ -27,6 +29,7 @@ LAWS: Mapping[str, Law] = MappingProxyType(
         "rewind": stored.law_rewind,
         "split": laws.law_split,
         "checkpoint": laws.law_checkpoint,
+        "device": laws.law_device,
         "traces": laws.law_traces,
         "roundtrip": laws.law_roundtrip,
         "fields": law_fields,
@@ -46,14 +49,29 @@ class Finding:
     reason: str = ""
 
 
-def obeys(spec: PartSpec, law: str) -> str:
+# What a law says wherever the part runs; the others are about the spec, or about FLOPs that the CPU's backend executes.
+ANYWHERE = (
+    "reference",
+    "precision",
+    "causal",
+    "neighbours",
+    "packing",
+    "state",
+    "chunking",
+    "rewind",
+    "split",
+    "checkpoint",
+)
+
+
+def obeys(spec: PartSpec, law: str, device: torch.device | str = "cpu") -> str:
     """Empty, or the reason where the part refuses the law and it is shown to fail. AssertionError when it is broken."""
     reason = spec.refusals().get(law)
     if reason is None:
-        LAWS[law](case(spec))
+        LAWS[law](case(spec, device))
         return ""
     try:
-        LAWS[law](case(spec))
+        LAWS[law](case(spec, device))
     except Exception:  # whatever way it fails, it fails
         return reason
     raise AssertionError(f"`refuses` names {law!r} ({reason}), but the law holds")
