@@ -53,9 +53,17 @@ class Batch:
         return int((self.targets >= 0).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        names = ("inputs", "targets", "seq", "index", "starts", "target_bytes")
-        moved = replace(self, **{name: getattr(self, name).to(device) for name in names})
-        return moved if self.prefix is None else replace(moved, prefix=self.prefix.to(device))
+        """The batch elsewhere. To CUDA from pinned memory, so that the host goes on while the device is still busy."""
+        pinned = torch.device(device).type == "cuda"
+        held = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        held = {name: t.pin_memory() if pinned and t.device.type == "cpu" else t for name, t in held.items()}
+        moved: dict[str, Any] = {name: t.to(device, non_blocking=pinned) for name, t in held.items()}
+        return replace(self, **moved)
+
+    @property
+    def whole(self) -> bool:
+        """Whether each row is one sequence."""
+        return len(self.starts) - 1 == self.grid[0]
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Batches of `rows` rows and fewer in the last: the same tokens, sequences and targets."""

@@ -78,6 +78,7 @@ class Step:
     decodes: int = 0
     longest: int = 0
     reach: int | None = None  # every position is below it; None: its maker did not say
+    whole: bool = False  # each row of the grid is one sequence from its first token on; False: its maker did not say
     saves: Int[Tensor, "M"] | None = None
     emit: Int[Tensor, "E"] | None = None
     tree: Bool[Tensor, "N M"] | None = None
@@ -112,6 +113,7 @@ def training_step(
     grid: tuple[int, int],
     horizon: int,
     listen: frozenset[str] = frozenset(),
+    whole: bool = False,
 ) -> Step:
     """Rows of packed documents without a past, numbered by `seq`; length-dependent schemes plan for `horizon`."""
     # The number of sequences changes from batch to batch; nothing in training reads per-sequence tensors but these,
@@ -120,7 +122,9 @@ def training_step(
     starts = torch.arange(rows + 1, device=ids.device) * grid[1]
     past = torch.zeros(rows, dtype=torch.long, device=ids.device)
     horizons = torch.full_like(past, horizon)
-    return Step({"ids": ids}, seq, index, index, starts, past, horizons, grid, 0, grid[1], grid[1], listen=listen)
+    return Step(
+        {"ids": ids}, seq, index, index, starts, past, horizons, grid, 0, grid[1], grid[1], listen=listen, whole=whole
+    )
 
 
 def rows_step(ids: Int[Tensor, "R T"], past: int = 0, horizon: int | None = None, **more: Any) -> Step:

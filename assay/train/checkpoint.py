@@ -134,7 +134,7 @@ def load_spec(folder: Path) -> ModelSpec:
 
 
 def read_weights(folder: Path, model: LM) -> None:
-    """Put the stored weights into the model, in their stored dtype."""
+    """Put the stored weights into the model, where it is and in their stored dtype."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{folder}: holds no weights: it has no {WEIGHTS} (was its training stopped before a save?)")
@@ -148,7 +148,7 @@ def read_weights(folder: Path, model: LM) -> None:
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             have, want = (f"{list(t.shape)} {str(t.dtype)[6:]}" for t in (tensor, parameter))
             raise ValueError(f"{path}: {name} is {have}; {MODEL} says {want}")
-        parameter.data = tensor
+        parameter.data = tensor.to(parameter.device)
 
 
 def read_run(folder: Path) -> Saved | None:

@@ -71,7 +71,7 @@ class Evaluation:
 
 def step_of(batch: Batch, listen: frozenset[str] = frozenset()) -> Step:
     """The step that reads a batch; length-dependent position schemes plan for the rows' length."""
-    step = training_step(batch.inputs, batch.seq, batch.index, batch.grid, batch.grid[1], listen)
+    step = training_step(batch.inputs, batch.seq, batch.index, batch.grid, batch.grid[1], listen, batch.whole)
     return step if batch.prefix is None else step.with_(prefix=batch.prefix)
 
 

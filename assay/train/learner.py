@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from assay.cost.memory import need_of
+from assay.cost.memory import Need, need_of
 from assay.data.dataset import Data
 from assay.data.loader import Batch
 from assay.model.lm import build, weight_table
@@ -17,13 +17,16 @@ from assay.parts.base import Part
 from assay.parts.heads.lm import LossOptions
 from assay.spec.model import ModelSpec
 from assay.train.evaluate import step_of
-from assay.train.memory import SavedForBackward, available_bytes
+from assay.train.memory import SavedForBackward, available_bytes, loss_piece
 from assay.train.objective import posed
 from assay.train.optim.adamw import adamw, load_state, set_rate, state_tensors
 from assay.train.optim.groups import groups
 from assay.train.precision import Runner
 from assay.train.recipe import Recipe
 from assay.train.schedule import factor
+
+LOGIT_BYTES = 6
+"""Of each logit held at once, beside what is saved: its gradient in float32 and in half precision."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Learner:
         mix = [(recipe.mix.passkey, recipe.mix.share)] if recipe.mix.share else []
         self.loader = data.stream(recipe.batch.rows, recipe.batch.length, recipe.seed, mix)
         self.runner = Runner(self.model, recipe.precision, compiled)
-        self.options = LossOptions(recipe.loss.smoothing, recipe.loss.z)
+        self.options = LossOptions(recipe.loss.smoothing, recipe.loss.z, loss_piece(device))
         self._weights = list(self.model.parameters())
         self._after = [m for m in self.model.modules() if isinstance(m, Part) and type(m).after is not Part.after]
 
@@ -102,18 +105,32 @@ class Learner:
         objective.backward()
         return out.loss["nll"].detach()
 
-    def check_memory(self) -> None:
-        """ValueError with the numbers when a step would not fit: one row is run to see what it saves for backward."""
-        batch = self.recipe.batch
-        ids = torch.zeros(batch.length, dtype=torch.long, device=self.device)
-        index = torch.arange(batch.length, device=self.device)
-        starts = torch.tensor([0, batch.length], device=self.device)
-        row = Batch(ids, ids, torch.zeros_like(ids), index, starts, torch.ones_like(ids), (1, batch.length))
-        with SavedForBackward(self.model) as saved:
-            Runner(self.model, self.recipe.precision)(step_of(row), row.targets, self.options)
-        need = need_of(weight_table(self.spec), self.recipe.precision).with_activations(
-            saved.bytes * (batch.rows // batch.accumulate)
+    def need(self) -> Need:
+        """What a step needs. A second row is run beside a first one to see what it adds to what is saved for backward:
+        the copies of the weights, which a first one saves too, count once and stand in `need_of`."""
+        rows = self.recipe.batch.rows // self.recipe.batch.accumulate
+        one, two = (self._saves(count, rows) for count in (1, 2))
+        logits = min(self.options.piece, rows * self.recipe.batch.length * self.spec.vocab)
+        return need_of(weight_table(self.spec), self.recipe.precision).with_activations(
+            rows * (two - one) + LOGIT_BYTES * logits
         )
+
+    def _saves(self, count: int, rows: int) -> int:
+        """Bytes saved for backward by `count` of a batch's rows, with their share of the logits held at once."""
+        length = self.recipe.batch.length
+        ids = torch.zeros(count * length, dtype=torch.long, device=self.device)
+        index = torch.arange(length, device=self.device).repeat(count)
+        starts = torch.arange(count + 1, device=self.device) * length
+        seq = torch.arange(count, device=self.device).repeat_interleave(length)
+        batch = Batch(ids, ids, seq, index, starts, torch.ones_like(ids), (count, length))
+        options = replace(self.options, piece=max(1, self.options.piece * count // rows))
+        with SavedForBackward(self.model) as saved:
+            Runner(self.model, self.recipe.precision)(step_of(batch), batch.targets, options)
+        return saved.bytes
+
+    def check_memory(self) -> None:
+        """ValueError with the numbers when a step would not fit."""
+        need = self.need()
         held = need.weights
         need.check(available_bytes(self.device) + held, "more pieces (recipe.batch.accumulate) save less at once")
 

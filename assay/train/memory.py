@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from assay.model.lm import LM
+from assay.parts.heads.lm import LossOptions
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -48,6 +49,14 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return min(_machine(), _control_group())
+
+
+def loss_piece(device: torch.device) -> int:
+    """How many logits the loss holds at once. On a CPU few: they stay in cache. An accelerator wants large products,
+    and few of them: the logits may take a quarter of its free memory (about twelve bytes each, with their gradient)."""
+    if device.type == "cpu":
+        return LossOptions().piece
+    return 1 << max(LossOptions().piece, available_bytes(device) // 48).bit_length() - 1
 
 
 def _machine() -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from assay.model.lm import LM, build
 from assay.ops.step import rows_step
 from assay.spec.load import digest, load_model
-from assay.train.checkpoint import MODEL, WEIGHTS, load_checkpoint, save_checkpoint
+from assay.train.checkpoint import MODEL, WEIGHTS, load_checkpoint, read_weights, save_checkpoint
 from assay.train.loop import train
 from tests.train.small import data, model, recipe
 
@@ -143,3 +143,11 @@ def test_a_run_is_not_resumed_from_damaged_state(copy: Path, damage: Callable[[P
     damage(copy)
     with pytest.raises(ValueError, match=message):
         train(model(), recipe(tokens=128), copy, resume=True)
+
+
+def test_weights_go_where_the_model_is(tmp_path: Path) -> None:
+    """A run is resumed into a model that is on its device already."""
+    lm = build(model())
+    save_checkpoint(tmp_path, lm, data().tokenizer)
+    read_weights(tmp_path, lm.to("meta"))
+    assert {p.device.type for p in lm.parameters()} == {"meta"}

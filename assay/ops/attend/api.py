@@ -5,8 +5,7 @@ Legend: N tokens, R x T rows and columns of the grid, S entries of the view, H q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -20,7 +19,8 @@ from assay.ops.here import Here, heard
 from assay.ops.sees import Sees
 from assay.ops.step import Layout, Step, View
 
-MODULES: Mapping[str, ModuleType] = MappingProxyType(dict(zip(BACKENDS, (oracle, tiled, matmul, sdpa), strict=True)))
+# Not a read-only dict: a compiler cannot look into one once any other has changed, as a cast of the weights does.
+MODULES = (oracle, tiled, matmul, sdpa)
 # Beyond this many entries a mask is not made unless a backend has to (256 MiB).
 LARGEST_MASK = 1 << 28
 
@@ -33,20 +33,26 @@ def plan(step: Step, layout: Layout, sees: Sees, backend: str = "auto") -> Plan:
     entries = step.seq.shape[0] // max(rows, 1) * layout.seq.numel()
     if backend in ("oracle", "tiled") or (backend == "auto" and entries > LARGEST_MASK):
         return Plan(backend)
+    if step.whole and sees == Sees() and layout.seq.shape == step.grid and step.seq.device.type != "cpu":
+        return Plan(backend, lower=True)  # a fused kernel needs no mask for these
     return materialised(step, layout, sees, backend)
+
+
+def module(name: str) -> ModuleType:
+    return MODULES[BACKENDS.index(name)]
 
 
 def refusal(name: str, call: Call) -> str | None:
     """Why a backend cannot serve this call, or None."""
     if name == "tiled" and call.scores.dropout > 0.0:
         return "`tiled` makes its probabilities again in the backward pass, where dropout would be another"
-    reason: str | None = MODULES[name].refuses(call)
+    reason: str | None = module(name).refuses(call)
     return reason
 
 
 def chosen(call: Call) -> str:
     """On a CPU `matmul`; elsewhere torch's fused attention if the scores are plain; `tiled` past the mask's limit."""
-    if call.plan.mask is None and refusal("tiled", call) is None:
+    if call.plan.mask is None and not call.plan.lower and refusal("tiled", call) is None:
         return "tiled"
     return "matmul" if call.q.device.type == "cpu" or sdpa.refuses(call) is not None else "sdpa"
 
@@ -77,7 +83,7 @@ def attend(
     call, name = _call(q, view, step, sees, scores, made)
     if here is not None:
         publish(call, here)
-    out: Tensor = MODULES[name].run(call)[0]
+    out: Tensor = module(name).run(call)[0]
     return out.reshape(q.shape[0], q.shape[1], out.shape[-1])
 
 
@@ -120,5 +126,5 @@ def attend_lse(
         if call.plan.backend == "sdpa":
             raise ValueError("attention backend 'sdpa' returns no log-sum-exp; accepted: oracle, tiled, matmul")
         name = "matmul"
-    out, lse = matmul.run(call, lse=True) if name == "matmul" else MODULES[name].run(call)
+    out, lse = matmul.run(call, lse=True) if name == "matmul" else module(name).run(call)
     return out.reshape(*q.shape[:2], -1), torch.as_tensor(lse).reshape(q.shape[:2])

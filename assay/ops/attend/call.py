@@ -62,9 +62,14 @@ class Call:
 
 
 @lru_cache(maxsize=1)
+def _multiplies_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def native_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 itself; where it does not, torch emulates it at a fraction of float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return _multiplies_bf16()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

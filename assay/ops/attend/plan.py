@@ -37,7 +37,8 @@ class Plan:
     """mask: one for all heads, or one for each group of heads [R, G, T, S]. `blocks` (empty: not looked for) and
     `added` serve `matmul`: `added` is 0 or -inf, one row if all rows agree.
 
-    `dead` marks the tokens that see nothing; None where it is known that there are none.
+    `dead` marks the tokens that see nothing; None where it is known that there are none. `lower`: every row is the
+    plain lower triangle, known without a look at it, and no mask was made.
     """
 
     backend: str
@@ -47,6 +48,7 @@ class Plan:
     added: Float[Tensor, "_ T S"] | None = None
     blocks: tuple[Block, ...] = ()
     dead: Bool[Tensor, "R T"] | None = None
+    lower: bool = False
 
     @cached_property
     def shift(self) -> int | None:
@@ -64,6 +66,8 @@ class Plan:
     @cached_property
     def causal(self) -> bool:
         """Every row is the plain lower triangle."""
+        if self.lower:
+            return True
         if not self.blocks or self.mask is None or self.mask.shape[1] != self.mask.shape[2]:
             return False
         return torch.equal(self.mask, torch.ones_like(self.mask).tril())

@@ -19,7 +19,7 @@ def refuses(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, None]:
     """[R, T, H, V]; it keeps the log-sum-exp to itself, and draws a dropout of its own."""
-    call = call.masked()
+    call = call if call.plan.lower else call.masked()
     plan, groups = call.plan, call.k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (call.q, call.k, call.v))
     mask = None

@@ -47,5 +47,6 @@ def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapp
         parameter = parameters[name]
         if tensor.numel() != 1 and tensor.shape != parameter.shape:
             raise ValueError(f"{key}: shape {list(tensor.shape)}, the weight has {list(parameter.shape)}")
-        place = parameter.device if tensor.numel() != 1 else tensor.device  # the count of steps stays where it was
+        # The fused kernel counts its steps on the device, the others on the host.
+        place = parameter.device if tensor.numel() != 1 or optimizer.defaults.get("fused") else tensor.device
         optimizer.state[parameter][what] = tensor.to(place, copy=True)

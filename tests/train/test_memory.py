@@ -1,0 +1,28 @@
+"""How much the loss holds at once, and a batch that is one sequence a row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from assay.parts.heads.lm import LossOptions
+from assay.train import memory
+from assay.train.evaluate import step_of
+from tests.train.small import learner, recipe
+
+
+@pytest.mark.parametrize(("free", "piece"), [(79 << 30, 1 << 30), (8 << 30, 1 << 27), (0, 1 << 22)])
+def test_an_accelerator_holds_more_logits(free: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve bytes a logit within a quarter of what is free, as a power of two."""
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free)
+    assert memory.loss_piece(torch.device("cuda")) == piece
+    assert memory.loss_piece(torch.device("cpu")) == LossOptions().piece
+
+
+def test_a_step_says_whether_its_rows_are_whole() -> None:
+    """One running text, and documents shorter than a row."""
+    whole = recipe(data__documents=1, data__document_bytes=4096, data__valid_one_in=0, evaluation__tokens=0)
+    for how, expected in ((whole, True), (recipe(batch__length=32, data__document_bytes=8), False)):
+        batch = next(learner(how=how).loader)
+        assert batch.whole == step_of(batch).whole == expected
+        assert bool((batch.seq == torch.arange(4).repeat_interleave(batch.grid[1])).all()) == expected
