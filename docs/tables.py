@@ -56,18 +56,22 @@ def row(verdict: Result, names: dict[tuple[str, str], str]) -> str:
     return f"| {study} | {arm} | {base} | {number(v.get('delta'))} | {interval} | {seeds} | **{v['verdict']}** |"
 
 
-HEAD = [
-    "| study | arm | against | difference (nats) | interval | seeds | verdict |",
-    "|---|---|---|---|---|---|---|",
-]
+def head(verdicts: list[Result]) -> list[str]:
+    """The columns; a difference is in nats unless the study asked about something else."""
+    metrics = dict.fromkeys(str(r.values["metric"]) for r in verdicts)
+    unit = "nats" if all(name == "loss_nats" for name in metrics) else ", ".join(metrics)
+    return [
+        f"| study | arm | against | difference ({unit}) | interval | seeds | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
 
 
 def front(results: list[Result]) -> str:
     """The README's table, and how it was made."""
     names = titles(results)
     verdicts = {(r.study, r.arm): r for r in results if r.kind == "verdict"}
-    rows = [row(verdicts[key], names) for key in FRONT if key in verdicts]
-    return "\n".join([*HEAD, *rows, "", made(results)])
+    shown = [verdicts[key] for key in FRONT if key in verdicts]
+    return "\n".join([*head(shown), *(row(verdict, names) for verdict in shown), "", made(results)])
 
 
 def command(results: list[Result]) -> str:
@@ -98,14 +102,14 @@ def study_tables(study: str | None) -> Callable[[list[Result]], str]:
     def write(results: list[Result]) -> str:
         names = titles(results)
         mine = [r for r in results if study in (None, r.study)]
-        verdicts = [row(r, names) for r in mine if r.kind == "verdict"]
+        verdicts = [r for r in mine if r.kind == "verdict"]
         claims = [
             f"| {c['text']} ({c['source']}) | **{c['outcome']}** | {c.get('evidence') or ''} |".replace("\n", " ")
             for c in (r.values for r in mine if r.kind == "claim")
         ]
         told = ["", "| claim | outcome | evidence |", "|---|---|---|", *claims] if claims else []
         how = [] if study is not None else ["", command(results)]
-        return "\n".join([*HEAD, *verdicts, *told, *how])
+        return "\n".join([*head(verdicts), *(row(r, names) for r in verdicts), *told, *how])
 
     return write
 
