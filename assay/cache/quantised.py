@@ -10,65 +10,15 @@ Legend: T tokens of a page, G heads (or any dimensions before the last), D chann
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-Axis = Literal["channel", "token"]
+from assay.cache.formats import Format
 
-SCALES = torch.float16  # of scale and zero: 2 bytes each; bfloat16's 8 bits would widen a group that is far from 0
-SCALE_BYTES = 2
-ACCEPTED = "int8, int4 or int2, then /channel or /token, then nothing or :GROUP, as in int4/channel:32"
-_NAME = re.compile(r"int(8|4|2)/(channel|token)(?::([1-9][0-9]*))?")
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a page is quantised. group: values that share a scale, along the tokens of a page (`channel`) or along the
-    channels of a token (`token`); None: all of them. It must divide what it runs along."""
-
-    bits: int
-    axis: Axis
-    group: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Format:
-        """`int4/channel:32`. ValueError for anything else."""
-        found = _NAME.fullmatch(text)
-        if found is None:
-            raise ValueError(f"kv format: {text!r}; accepted: {ACCEPTED}")
-        axis: Axis = "channel" if found[2] == "channel" else "token"
-        return cls(int(found[1]), axis, int(found[3]) if found[3] else None)
-
-    def __str__(self) -> str:
-        return f"int{self.bits}/{self.axis}" + (f":{self.group}" if self.group else "")
-
-    def run(self, shape: tuple[int, ...]) -> int:
-        """Values in a group of a page [T, ..., D]. ValueError where groups do not divide the page."""
-        along, what = (shape[0], "tokens of a page") if self.axis == "channel" else (shape[-1], "channels")
-        group = self.group or along
-        if along % group:
-            raise ValueError(f"kv format: {self}: groups of {group} do not divide the {along} {what}")
-        return group
-
-    def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (*shape[:-1], math.ceil(shape[-1] * self.bits / 8))
-
-    def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the scales, and of the zeros, of a page [T, ..., D]."""
-        group = self.run(shape)
-        if self.axis == "channel":
-            return (shape[0] // group, *shape[1:])
-        return (*shape[:-1], shape[-1] // group)
-
-    def bytes(self, shape: tuple[int, ...]) -> int:
-        """Of a page [T, ..., D]: codes, scales and zeros."""
-        return math.prod(self.codes_shape(shape)) + 2 * SCALE_BYTES * math.prod(self.scales_shape(shape))
+SCALES = torch.float16  # of scale and zero; bfloat16's 8 bits would widen a group that is far from 0
 
 
 @dataclass(frozen=True)
