@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -46,8 +46,8 @@ class Settings:
 
     def of_rows(self, rows: Int[Tensor, "N"]) -> Settings:
         """The settings of these rows, of which some may be the same."""
-        columns = (getattr(self, f.name) for f in fields(self))
-        return Settings(*(None if column is None else column[rows] for column in columns))
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 
 
 def penalised(
