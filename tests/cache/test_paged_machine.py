@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from assay.cache import Paged, PageSize, Slot, Swapped
@@ -25,7 +25,7 @@ FIELDS = {
     "both": (StateField("k", "token", (), keep=6), StateField("s", "sequence", (2,), init=0.5)),
     "none": (),
 }
-SIZE = PageSize(rows=4, page=3, pages=14, chunk=5, saves=3, tails=4, snapshots=3, border=2)
+SIZE = PageSize(rows=4, page=3, pages=14, chunk=5, saves=3, tails=4, snapshots=4)
 KEYS = (b"", b"other")
 
 
@@ -47,32 +47,50 @@ def worth(known: Known, length: int) -> float:
 class Pages(RuleBasedStateMachine):
     """Two token ids only, so that beginnings are often alike."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache = Paged(FIELDS, SIZE, torch.float64)
+    @initialize(recurrent=st.booleans())
+    def start(self, recurrent: bool) -> None:
+        both = FIELDS["both"] if recurrent else FIELDS["both"][:1]
+        self.cache, self.recurrent = Paged({**FIELDS, "both": both}, SIZE, torch.float64), recurrent
         self.texts: dict[Slot, Known] = {}
         self.away: list[tuple[Swapped, Known]] = []
         self.published: dict[tuple[str, str, bytes], Tensor] = {}
 
-    @precondition(lambda self: len(self.texts) < SIZE.rows)
-    @rule(
-        prompt=st.lists(st.integers(0, 1), max_size=14), key=st.sampled_from(KEYS), zeros=st.integers(0, 12) | st.none()
-    )
-    def open(self, prompt: list[int], key: bytes, zeros: int | None) -> None:
-        prompt = prompt if zeros is None else [0] * zeros
+    @rule(prompt=st.integers(4, 14).map(lambda n: [0] * n) | st.lists(st.integers(0, 1), max_size=14), data=st.data())
+    def serve(self, prompt: list[int], data: st.DataObject) -> None:
+        """A prompt, in chunks that end at borders; where all rows are taken, one sequence has to go."""
+        if len(self.texts) == SIZE.rows:
+            self.close(data.draw(st.sampled_from(list(self.texts))), data)
+        key = data.draw(st.sampled_from([KEYS[0], KEYS[0], KEYS[1]]))
         slot = self.cache.open(prompt, key)
         start = self.cache.length(slot)
         assert start % SIZE.page == 0 and start <= max(0, len(prompt) - 1)
         self.texts[slot] = Known(key, prompt[:start], [start])
+        for at in range(start, len(prompt), SIZE.page):
+            if len(self.texts[slot].tokens) == at:
+                self.append([slot], [prompt[at : at + SIZE.page]])
 
     @precondition(lambda self: self.texts)
-    @rule(data=st.data(), fails=st.integers(0, 7))
-    def append(self, data: st.DataObject, fails: int) -> None:
-        """Uneven numbers of tokens for some of the sequences; sometimes the forward fails and they are closed."""
+    @rule(data=st.data())
+    def one(self, data: st.DataObject) -> None:
+        """Several steps of one sequence, as far as it goes."""
+        slot = data.draw(st.sampled_from(list(self.texts)))
+        for _ in range(data.draw(st.integers(1, 4))):
+            self.append([slot], self.some(data, [slot]))
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def several(self, data: st.DataObject) -> None:
+        """Sometimes the forward fails, and they are closed."""
         slots = data.draw(st.permutations(list(self.texts)))[: data.draw(st.integers(1, len(self.texts)))]
-        zeros = data.draw(st.booleans())
-        tokens = st.just(0) if zeros else st.integers(0, 1)
-        rows = [data.draw(st.lists(tokens, min_size=1, max_size=SIZE.chunk)) for _ in slots]
+        self.append(slots, self.some(data, slots), fails=data.draw(st.integers(0, 9)) == 9)
+
+    def some(self, data: st.DataObject, slots: list[Slot]) -> list[list[int]]:
+        """New tokens for each: zeros up to the end of its page, or any."""
+        tokens = st.lists(st.integers(0, 1), min_size=1, max_size=SIZE.chunk)
+        lengths = [len(self.texts[slot].tokens) for slot in slots]
+        return [data.draw(st.just([0] * (SIZE.page - n % SIZE.page)) | tokens) for n in lengths]
+
+    def append(self, slots: list[Slot], rows: list[list[int]], fails: bool = False) -> None:
         past = [len(self.texts[slot].tokens) for slot in slots]
         step = right_padded(rows, past, [99] * len(rows), torch.device("cpu"))
         if not self.cache.fits([(slot, len(row)) for slot, row in zip(slots, rows, strict=True)]):
@@ -83,25 +101,26 @@ class Pages(RuleBasedStateMachine):
             assert [_plain(a) for a in after] == [_plain(b) for b in before]
             return
         states = self.cache.begin(slots, step)
-        old = states["both"].load("s", step).read()[:, 0]
-        assert old.tolist() == [worth(self.texts[slot], p) for slot, p in zip(slots, past, strict=True)]
+        if self.recurrent:
+            old = states["both"].load("s", step).read()[:, 0]
+            assert old.tolist() == [worth(self.texts[slot], p) for slot, p in zip(slots, past, strict=True)]
         for slot, row, length in zip(slots, rows, past, strict=True):
             known = self.texts[slot]
             known.tokens += row
             known.saved = [*known.saved, length + len(row)][-SIZE.saves :]
         flat = self.flat(slots, past, max(len(row) for row in rows))
-        new = torch.tensor([worth(k, len(k.tokens)) for k in (self.texts[slot] for slot in slots)])
-        states["both"].store(step, s=new.double()[:, None].expand(-1, 2))
+        if self.recurrent:
+            new = torch.tensor([worth(k, len(k.tokens)) for k in (self.texts[slot] for slot in slots)])
+            states["both"].store(step, s=new.double()[:, None].expand(-1, 2))
         two, three = flat[:, None].expand(-1, 2), flat.view(-1, 1, 1).expand(-1, 1, 3)
         self.see(slots, rows, states["full"].append(step, k=two, v=three))
         self.see(slots, rows, states["ring"].append(step, k=two), keep=4)
         self.see(slots, rows, states["both"].append(step, k=flat), keep=6)
-        if fails:
+        if not fails:
             self.cache.settle(slots)
-        else:
-            for slot in slots:
-                self.cache.close(slot)
-                del self.texts[slot]
+        for slot in slots if fails else ():
+            self.cache.close(slot)
+            del self.texts[slot]
 
     def flat(self, slots: Sequence[Slot], past: Sequence[int], width: int) -> Tensor:
         """What the step's tokens store, padding too."""
@@ -128,12 +147,16 @@ class Pages(RuleBasedStateMachine):
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
-    def rewind(self, data: st.DataObject) -> None:
+    def otherwise(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(list(self.texts)))
+        data.draw(st.sampled_from([self.close, self.rewind, self.fork, self.swap_out]))(slot, data)
+
+    def rewind(self, slot: Slot, data: st.DataObject) -> None:
         known = self.texts[slot]
-        length = data.draw(st.integers(0, len(known.tokens)))
+        length = data.draw(st.sampled_from(known.saved) | st.integers(0, len(known.tokens)))
+        length = min(length, len(known.tokens))
         reach = self.cache.reach(slot, length)
-        assert reach <= length and (reach == 0 or reach in known.saved)
+        assert reach <= length and (reach == 0 or reach in known.saved or not self.recurrent)
         if reach != length:
             with pytest.raises(ValueError, match=f"the nearest before it is {reach}"):
                 self.cache.rewind(slot, length)
@@ -143,23 +166,18 @@ class Pages(RuleBasedStateMachine):
         del known.tokens[reach:]
         known.saved = [n for n in known.saved if n <= reach] or [0]
 
-    @precondition(lambda self: 0 < len(self.texts) < SIZE.rows)
-    @rule(data=st.data())
-    def fork(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(list(self.texts)))
-        self.texts[self.cache.fork(slot)] = copy.deepcopy(self.texts[slot])
+    def fork(self, slot: Slot, data: st.DataObject) -> None:
+        if len(self.texts) < SIZE.rows:
+            made = self.cache.fork(slot)
+            self.texts[made] = copy.deepcopy(self.texts[slot])
+            for one in data.draw(st.permutations([slot, made])):
+                self.append([one], self.some(data, [one]))
 
-    @precondition(lambda self: self.texts)
-    @rule(data=st.data())
-    def close(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(list(self.texts)))
+    def close(self, slot: Slot, data: st.DataObject) -> None:
         self.cache.close(slot)
         del self.texts[slot]
 
-    @precondition(lambda self: self.texts)
-    @rule(data=st.data())
-    def swap_out(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(list(self.texts)))
+    def swap_out(self, slot: Slot, data: st.DataObject) -> None:
         self.away.append((self.cache.swap_out(slot), self.texts.pop(slot)))
 
     @precondition(lambda self: self.away)
@@ -206,4 +224,4 @@ def _plain(values: dict[str, object]) -> dict[str, object]:
 
 
 TestPages = Pages.TestCase
-TestPages.settings = settings(max_examples=25, stateful_step_count=25)
+TestPages.settings = settings(max_examples=20, stateful_step_count=30)
