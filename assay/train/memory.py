@@ -27,7 +27,7 @@ class SavedForBackward:
         if storage.data_ptr() not in self._weights:
             self._found[storage.data_ptr()] = storage.nbytes()
             self._alive.append(tensor)
-        return tensor
+        return tensor.detach()  # an output that is kept with its own graph would keep that for ever
 
     def __enter__(self) -> SavedForBackward:
         self._hooks.__enter__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from assay.parts.heads.lm import LossOptions
 from assay.train import memory
@@ -26,3 +27,14 @@ def test_a_step_says_whether_its_rows_are_whole() -> None:
         batch = next(learner(how=how).loader)
         assert batch.whole == step_of(batch).whole == expected
         assert bool((batch.seq == torch.arange(4).repeat_interleave(batch.grid[1])).all()) == expected
+
+
+def test_what_was_counted_is_not_kept() -> None:
+    """An output saved for backward refers to its graph: kept with it, neither would ever go."""
+    layer, kept = torch.nn.Linear(4, 4), []
+    with memory.SavedForBackward(layer) as found:  # type: ignore[arg-type]
+        y = layer(torch.ones(3, 4)).exp()
+        kept.append(StorageWeakRef(y.untyped_storage()))
+    assert found.bytes >= 3 * 4 * 4 and not kept[0].expired()
+    del y
+    assert kept[0].expired()
