@@ -77,6 +77,7 @@ GAUGES = {
     "assay_running": ("running", "Sequences that are being computed."),
     "assay_waiting": ("waiting", "Sequences that wait for room."),
     "assay_pages_used": ("pages_used", "Cache pages that running sequences hold."),
+    "assay_pages_cached": ("pages_cached", "Cache pages that nobody holds, kept for prompts that begin alike."),
     "assay_pages_total": ("pages_total", "Cache pages there are."),
 }
 COUNTERS = {"assay_prefix_hit_tokens": ("hit_tokens", "Prompt tokens that were found stored and not computed.")}

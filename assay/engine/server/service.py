@@ -22,6 +22,7 @@ from assay.engine.server.wire import DONE, dumps, event
 from assay.engine.server.worker import Call, Worker
 
 T = TypeVar("T")
+PAGES = ("pages_used", "pages_cached", "pages_total")
 GONE = 499  # nginx's word for a client that closed the connection before there was an answer
 
 
@@ -84,7 +85,7 @@ class Service:
     ) -> Answer:
         def more(tokens: int) -> Json:
             stats = self.worker.stats
-            return {**desk.held(tokens), **{key: stats[key] for key in ("pages_used", "pages_total") if key in stats}}
+            return {**desk.held(tokens), **{key: stats[key] for key in PAGES if key in stats}}
 
         usage = Usage(sum(len(request.prompt) for request in requests), more)
         return Answer(kinds[0], kinds[1:], desk.name, writers, usage)

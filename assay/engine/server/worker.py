@@ -23,6 +23,7 @@ from assay.engine.server.errors import ApiError
 T = TypeVar("T")
 Status = Literal["loading", "ready", "failed", "stopped"]
 Ending = Literal["cancelled", "error"]
+LOOK_S = 0.05  # seconds between two reports of a busy engine: one goes over all pools of the cache
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Worker:
         self._make, self._observer, self._log = make, observer, log
         self._inbox: SimpleQueue[Callable[[Engine], None]] = SimpleQueue()
         self._open: dict[int, _Open] = {}
-        self._running = True
+        self._running, self._looked = True, 0.0
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     async def start(self) -> None:
@@ -177,11 +178,17 @@ class Worker:
                 self._obey(engine)
                 if engine.busy and self._running:
                     self._step(engine)
-                self.stats = engine.stats()
+                self._look(engine, not engine.busy)
         except BaseException as error:  # nothing is known of the engine any more: better none than a wrong one
             self._log("engine", error=error)
             self.status = "failed"
             self._tell(self._fail, self._calls(), ApiError(500, "the engine has failed"))
+
+    def _look(self, engine: Engine, now: bool) -> None:
+        """Take the engine's report; while it works, only from time to time."""
+        at = time.monotonic()
+        if now or at - self._looked > LOOK_S:
+            self.stats, self._looked = engine.stats(), at
 
     def _obey(self, engine: Engine) -> None:
         """Run the commands that have come; without work, wait for one."""
@@ -203,6 +210,7 @@ class Worker:
             return
         at = time.monotonic()
         self._note_starts(engine, tokens, began)
+        self._look(engine, any(token.finish for token in tokens))  # before a client hears that it has ended
         batch = [self._note(token, at) for token in tokens if token.request in self._open]
         if batch:
             self._tell(self._receive, batch)
