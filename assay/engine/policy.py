@@ -16,9 +16,9 @@ class SchedulerConfig(Spec):
 
     policy: `chunked` gives every decode its token first and fills the budget with pieces of prompts; `prefill_first`
     lets decodes wait until no prompt can go on; `static` does so too, and starts a batch when the last one has ended.
-    budget: tokens of a step. All decodes run, even where they are more; prompts then wait. chunk: tokens of one prompt
-    in a step. border: a chunk ends at a multiple of it; what a prompt has behind its last one comes in a step of its
-    own. max_running: sequences at once. capacity: tokens that memory holds for one sequence when it is alone; a job
+    budget: tokens of a step; where prompts went first, decodes may be more, and all of them run. chunk: tokens of one
+    prompt in a step. border: a chunk ends at a multiple of it; what a prompt has behind its last one comes in a step of
+    its own. max_running: sequences at once. capacity: tokens that memory holds for one sequence when it is alone; a job
     that may need more is refused.
     watermark: a job enters when everything known of all that run fits, and so many further tokens of each. reserve:
     `full` counts all tokens that they may ever have, so that nobody is preempted. preempt: what a victim's tokens

@@ -234,7 +234,6 @@ class Scheduler:
         live.swapped = swap and live.stored > 0 and self.room.swap_out(live.job.id)
         if not live.swapped:
             self.room.close(live.job.id)
-            live.stored = 0
 
     def _preempt(self) -> int:
         """Send the worst one that runs back to the queue."""

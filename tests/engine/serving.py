@@ -142,7 +142,11 @@ class Server:
         assert set(self.scheduler.running) == held.keys() and self.scheduler.waiting == len(self.waiting)
         assert len(held) <= config.max_running and not held.keys() & set(plan.preempted)
         assert planned or not (held or self.waiting), "something could run"
-        assert plan.tokens == len(plan.decodes) + sum(chunks.values()) <= max(config.budget, len(plan.decodes))
+        alone = len(plan.decodes) if config.policy != "chunked" else 0
+        assert plan.tokens == len(plan.decodes) + sum(chunks.values()) <= max(config.budget, alone)
+        assert self.room.out.keys() <= self.entered, "moved out before it ran"
+        deadlines = (self.by_id[id].job.deadline for id in self.said.keys() - self.ended.keys())
+        assert all(deadline is None or deadline >= now for deadline in deadlines)
         assert all(self.said[id] and held[id] == self.known(id) - 1 for id in plan.decodes)
         for id, tokens in chunks.items():
             end = held[id] + tokens

@@ -125,6 +125,17 @@ def test_chunks_end_at_borders_and_the_rest_of_a_prompt_comes_alone() -> None:
     assert [(plan.decodes, plan.chunks) for plan in steps] == [((), ((0, 5),)), ((), ((0, 2), (1, 2))), ((0,), ())]
 
 
+def test_a_stored_beginning_may_end_between_borders() -> None:
+    """By hand: 5 of 12 tokens are stored. The 1 token that is left of a step reaches no border, and waits."""
+    config = SchedulerConfig(capacity=20, budget=4, border=4, chunk=4, policy="static")
+    clients = [Client(Job(0, 3, 1, 0), 1), Client(Job(1, 12, 1, 0), 1, cached=5)]
+    assert [plan.chunks for plan in Server(Pages(20, 1, rows=2), config, clients).run()] == [
+        ((0, 3),),
+        ((1, 3),),
+        ((1, 4),),
+    ]
+
+
 def test_prompts_first_lets_decodes_wait() -> None:
     steps = served({"budget": 8, "policy": "prefill_first"}, [Job(0, 4, 5, 0), Job(1, 10, 2, 1)])
     assert [(plan.decodes, plan.chunks) for plan in steps] == [
