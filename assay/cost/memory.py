@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from assay.cost.bill import Placed, Question, Sheet, layer_of
+from assay.cost.scans import is_recurrence, recurrent_bytes
 from assay.parts.heads.lm import LossOptions
 from assay.spec.base import DTYPE_BYTES, PartSpec, Site, Weight
 
@@ -50,10 +51,11 @@ def values_saved(part: PartSpec, site: Site) -> int:
     """Values a token that a part keeps for its backward pass, beside attention's scores.
 
     What a linear reads (once, where several read it), what it yields unless that goes into the stream, and again what
-    an activation or a norm made of it. Exact for attention and feed-forward networks; for others an estimate.
+    an activation or a norm made of it. Exact for attention and feed-forward networks, an estimate for experts; what a
+    scan keeps is not told by its linears (`scans`).
     """
     fans = part.linears(site)
-    total = site.d_in if fans or part.slot == "norms" else 0
+    total = site.d_in if fans else site.d_in + 1 if part.slot == "norms" else 0  # its input, and its scale
     for name, fan in fans.items():
         total += fan.d_in if fan.out else fan.d_out * (2 if name.startswith("gate") else 1)
     for name, weight in part.own(site).items():
@@ -69,7 +71,8 @@ def values_saved(part: PartSpec, site: Site) -> int:
 def score_values(one: Placed, tokens: int, memory: int) -> int:
     """Scores of a row that attention keeps where it does not make them again: one for each head and pair it multiplies.
     A product over a head's size is 2 FLOPs a value, and there are two."""
-    size = one.reads[0].shape[-1] if one.part.slot == "mixers" and one.reads and tokens else 0
+    attends = one.part.slot == "mixers" and one.reads and not is_recurrence(one)
+    size = one.reads[0].shape[-1] if attends and tokens else 0
     return one.part.cost(one.site, tokens, 0, memory).executed // (4 * size) if size else 0
 
 
@@ -92,16 +95,17 @@ def training(sheet: Sheet, ask: Question) -> Training:
     """float32 weights with AdamW; for bf16 and f16, copies of weights and gradients beside them. Norms keep float32.
     An encoder reads `memory` tokens."""
     table, width = sheet.weights(), 4 if ask.dtype == "f32" else 2
-    blocks = kept_by_block(sheet, ask.batch * ask.context, width)
+    blocks = kept_by_block(sheet, ask.batch, ask.context, ask.dtype)
     scores = sum(score_values(p, ask.context, ask.memory) for p in sheet.parts)
     inputs = [ask.batch * ask.context * sheet.spec.d_model * width] * len(blocks)
     rest = 4 * min(ask.batch * ask.context * sheet.spec.vocab, LossOptions().piece) if sheet.spec.head else 0
     if (encoder := sheet.encoder) is not None:
         table |= {f"encoder.{name}": w for name, w in encoder.weights().items()}
-        more = kept_by_block(encoder, ask.batch * ask.memory, width)
+        more = kept_by_block(encoder, ask.batch, ask.memory, ask.dtype)
         scores += sum(score_values(p, ask.memory, 0) for p in encoder.parts)
         inputs += [ask.batch * ask.memory * encoder.spec.d_model * width] * len(more)
         blocks += more
+    rest += 8 * ask.batch * (ask.context + (ask.memory if encoder else 0))  # the ids
     rest += sum(outside_blocks(s, ask.batch * n, width) for s, n in ((sheet, ask.context), (encoder, ask.memory)) if s)
     need = need_of(table, "float32" if ask.dtype == "f32" else "bfloat16").with_activations(rest + sum(blocks))
     again = rest + max(blocks) + sum(inputs)
@@ -109,18 +113,25 @@ def training(sheet: Sheet, ask: Question) -> Training:
 
 
 def part_bytes(one: Placed, width: int) -> int:
-    """A token's share; a tied head, which has no linear of its own, reads its features too."""
+    """A token's share. Of a head without logits, which are never there for all tokens; a tied head, which has no linear
+    of its own, reads its features too."""
+    count, fans = values_saved(one.part, one.site), one.part.linears(one.site)
     if one.part.slot == "norms":
-        return 4 * values_saved(one.part, one.site)
-    features = one.site.d_in if one.part.slot == "heads" and not one.part.linears(one.site) else 0
-    return width * (values_saved(one.part, one.site) + features)
+        return 4 * count
+    if one.part.slot == "heads":
+        count += -sum(fan.d_out for fan in fans.values() if fan.d_out == one.site.d_out) if fans else one.site.d_in
+    return width * count
 
 
-def kept_by_block(sheet: Sheet, tokens: int, width: int) -> list[int]:
-    found = [0] * sheet.spec.layers
+def kept_by_block(sheet: Sheet, rows: int, length: int, dtype: str) -> list[int]:
+    found, width = [0] * sheet.spec.layers, 4 if dtype == "f32" else 2
     for one in sheet.parts:
-        if (layer := layer_of(one.site.name)) is not None:
-            found[layer] += tokens * part_bytes(one, width)
+        if (layer := layer_of(one.site.name)) is None:
+            continue
+        if is_recurrence(one) and rows * length:
+            found[layer] += recurrent_bytes(one, sheet.spec.positions, (rows, length), dtype)
+        else:
+            found[layer] += rows * length * part_bytes(one, width)
     return found
 
 
