@@ -39,28 +39,23 @@ class Table:
 
 @dataclass(frozen=True)
 class PageCut:
-    """The pages that a step reads, `count` of each of its sequences: a run of pages (a slice of the store itself), or
+    """The pages that a step reads, as many of each of its sequences: a run of pages (a slice of the store itself), or
     picked ones (a copy)."""
 
-    pages: tuple[int, ...]
-    rows: int
-    run: bool
+    table: Int[Tensor, "B _"]
+    run: tuple[int, int] | None  # its first page, and one past its last
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Sequence[int]]) -> PageCut:
-        pages = tuple(page for row in rows for page in row)
-        return cls(pages, len(rows), pages == tuple(range(pages[0], pages[0] + len(pages))))
-
-    def table(self, device: torch.device) -> Int[Tensor, "B _"]:
-        return torch.tensor(self.pages, dtype=torch.long, device=device).view(self.rows, -1)
+    def of_rows(cls, rows: Sequence[Sequence[int]], device: torch.device) -> PageCut:
+        pages = [page for row in rows for page in row]
+        first, end = pages[0], pages[0] + len(pages)
+        run = (first, end) if pages[-1] == end - 1 and pages == list(range(first, end)) else None
+        return cls(torch.tensor(pages, dtype=torch.long, device=device).view(len(rows), -1), run)
 
     def of(self, pool: Tensor) -> Tensor:
         """[P, page, ...] to [B, S, ...]."""
-        if self.run:
-            chosen = pool[self.pages[0] : self.pages[0] + len(self.pages)]
-        else:
-            chosen = pool.index_select(0, self.table(pool.device).view(-1))
-        return chosen.view(self.rows, -1, *pool.shape[2:])
+        chosen = pool.index_select(0, self.table.view(-1)) if self.run is None else pool[self.run[0] : self.run[1]]
+        return chosen.view(self.table.shape[0], -1, *pool.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -149,10 +144,10 @@ class Group:
 
     def write(self, arrival: Arrival, lengths: Sequence[int], aligned: bool) -> Writing:
         """Enter the step's tokens; `lengths[i]`: tokens of its sequence i, with them."""
-        cut = PageCut.of_rows(self._padded(arrival.rows))
+        cut = PageCut.of_rows(self._padded(arrival.rows), self.positions.device)
         base = torch.tensor([self.tables[row].base for row in arrival.rows], device=self.positions.device)
         entry = arrival.index - base.index_select(0, arrival.seq) * self.page
-        pages = cut.table(base.device)[arrival.seq, torch.div(entry, self.page, rounding_mode="floor")]
+        pages = cut.table[arrival.seq, torch.div(entry, self.page, rounding_mode="floor")]
         place = pages * self.page + entry.remainder(self.page)
         self.positions.view(-1).index_copy_(0, place, arrival.positions)
         return Writing(arrival, place, cut, self._layout(cut, base, lengths, aligned))
@@ -161,7 +156,7 @@ class Group:
         positions = cut.of(self.positions)
         index = base[:, None] * self.page + torch.arange(positions.shape[1], device=base.device)
         there = index < torch.tensor(lengths, device=base.device)[:, None]
-        own = torch.arange(cut.rows, device=base.device)[:, None]
+        own = torch.arange(base.shape[0], device=base.device)[:, None]
         return Layout(torch.where(there, own, -1), torch.where(there, index, -1), positions, aligned)
 
     def _padded(self, rows: Sequence[int]) -> list[list[int]]:

@@ -46,4 +46,4 @@ class Text:
         """Names for the pages that have become full: their numbers and names."""
         done = len(self.names)
         self.names += names(self.names[-1] if done else self.root, self.tokens, page, done * page)
-        return list(enumerate(self.names))[done:]
+        return [(number, self.names[number]) for number in range(done, len(self.names))]

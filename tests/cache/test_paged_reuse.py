@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from assay.cache import Cache, Paged, PageSize, Size, Slot, predict, within
-from assay.cost.bill import Question, bill
+from assay.cost.bill import Question, bill, reserved
 from assay.model.lm import LM, build, state_table
 from assay.ops.step import Memory, rows_step
 from assay.spec.base import StateField
@@ -169,6 +169,17 @@ def test_allocated_is_predicted_is_billed(kinds: list[str], batch: int, context:
     store = Paged(state_table(said), size, torch.bfloat16)
     assert store.reserved_bytes() == predict(state_table(said), size, "bfloat16").reserved
     assert store.reserved_bytes() == bill(said, ask).reserved_bytes
+
+
+@given(memory=st.integers(1, 9), page=st.integers(1, 4), window=st.integers(1, 9), context=st.integers(1, 20))
+def test_a_memory_and_a_window_are_billed(memory: int, page: int, window: int, context: int) -> None:
+    fields = (StateField("m", "memory", (3,)), StateField("s", "sequence", (2,), "float32"))
+    table = {"a": fields, "b": (StateField("k", "token", (2, 3), keep=window),), "c": (StateField("k", "token", (1,)),)}
+    size = PageSize(2, page, 2 * -(-context // page), memory=memory)
+    store = Paged(table, size, torch.bfloat16)
+    ask = Question(context, batch=2, page=page, memory=memory)
+    assert store.reserved_bytes() == reserved([f for own in table.values() for f in own], ask)
+    assert store.reserved_bytes() == predict(table, size, "bfloat16").reserved
 
 
 @given(
