@@ -89,11 +89,9 @@ def test_state_goes_out_and_in_by_name() -> None:
 def test_the_count_of_steps_goes_where_the_optimiser_keeps_it() -> None:
     """The fused kernel keeps it with the weights; a saved one comes back from the host."""
     for fused in (True, False):
-        weight = torch.nn.Linear(2, 2, bias=False)
-        adamw = torch.optim.AdamW(weight.parameters(), fused=fused)
-        saved = {"weight/step": torch.tensor(3.0), "weight/exp_avg": torch.ones(2, 2)}
-        weight.weight.data = weight.weight.data.to("meta")
-        load_state(adamw, weight, saved)
-        state = adamw.state[weight.weight]
+        optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), fused=fused)
+        model = torch.nn.Linear(2, 2, bias=False, device="meta")
+        load_state(optimizer, model, {"weight/step": torch.tensor(3.0), "weight/exp_avg": torch.ones(2, 2)})
+        state = optimizer.state[model.weight]
         assert state["exp_avg"].device.type == "meta"
         assert state["step"].device.type == ("meta" if fused else "cpu")
