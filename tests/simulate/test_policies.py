@@ -101,3 +101,12 @@ def test_the_summary_is_made_of_the_times_of_tokens() -> None:
     assert found["tbt_s"]["mean"] == pytest.approx(np.concatenate([np.diff(one.times) for one in run.served]).mean())
     assert found["attained"] == np.mean((ttft <= 0.1) & (np.asarray(tpot) <= 0.02))
     assert found["throughput_tok_s"] * found["seconds"] == pytest.approx(sum(one.new for one in trace))
+
+
+def test_a_sent_state_that_was_given_up_is_read_again() -> None:
+    trace = generate("conversation", 20, 20.0, 3)
+    room = max(one.prompt + one.new for one in trace) + 600
+    back = simulate(trace, machine(capacity=room), whole(prefill=1, decode=1)).replicas[1]
+    long = sum(one.new > 1 for one in trace)
+    assert back.preempted > 0
+    assert back.total.prefill - long >= back.preempted * min(one.prompt for one in trace) / 2
