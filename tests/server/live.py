@@ -15,7 +15,7 @@ import httpx
 from assay.data.tokenizers import Tokenizer
 from assay.engine.config import EngineConfig
 from assay.engine.engine import Engine, generate
-from assay.engine.request import Request
+from assay.engine.request import Grammar, Request
 from assay.engine.server.config import Limits, ServerConfig
 from assay.engine.server.logs import Log
 from assay.engine.server.run import Server, listen, url
@@ -103,6 +103,15 @@ class Live:
             data = list(events(answer.iter_lines()))
         assert data.pop() == "[DONE]"
         return [json.loads(one) for one in data]
+
+    def force(self, text: str) -> None:
+        """From here on every reply is this text: each request gets a grammar that accepts nothing else."""
+
+        def change(engine: Engine) -> None:
+            submit, grammar = engine.submit, Grammar(choice=(text,))
+            engine.submit = lambda request: submit(request.model_copy(update={"grammar": grammar}))  # type: ignore[method-assign]
+
+        self.ask(change)
 
     def alone(self, prompt: Iterable[int], **request: Any) -> list[Any]:
         """What the engine says to a prompt by itself, without a server."""

@@ -69,17 +69,6 @@ class Visit:
         return str(self.page.locator(selector).last.text_content())
 
 
-def forced(live: Live, text: str) -> None:
-    """From here on, every reply is this text: it is what the engine's chooser is made to say."""
-
-    def change(engine: Any) -> None:
-        submit = engine.submit
-        grammar = __import__("assay.engine.request", fromlist=["Grammar"]).Grammar(choice=(text,))
-        engine.submit = lambda request: submit(request.model_copy(update={"grammar": grammar}))
-
-    live.ask(change)
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_conversation_with_its_measurements(browser: Any, live: Live, size: str, scheme: str) -> None:
@@ -122,7 +111,7 @@ def test_stop_ends_the_reply_and_frees_its_pages(browser: Any, live: Live) -> No
 def test_what_a_model_says_is_text(browser: Any, size: str) -> None:
     """Without the content policy, so that the page alone is on trial."""
     with Live() as live:
-        forced(live, HOSTILE)
+        live.force(HOSTILE)
         visit = Visit(browser, live, size, bypass_csp=True)
         visit.say(HOSTILE, most=200)
         visit.rested()

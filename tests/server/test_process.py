@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from assay.cli.main import main
 from assay.train.checkpoint import save_checkpoint
 from tests.server.live import CONTEXT, events, tiny, words
 
@@ -83,7 +83,30 @@ def test_it_says_where_it_is_and_sigterm_lets_replies_finish(process: Process, t
     assert [line["cancelled"] for line in process.lines() if line["event"] == "leaving"] == [0]
 
 
-def test_a_second_signal_ends_what_runs(process: Process) -> None:
+@pytest.mark.slow
+def test_a_kill_leaves_the_port_to_the_next_and_a_second_signal_ends_what_runs(
+    process: Process, checkpoint: Path, tmp_path: Path
+) -> None:
+    text = process.client.post("/v1/completions", json=SHORT).json()["choices"][0]["text"]
+    with process.client.stream("POST", "/v1/completions", json=LONG) as answer:
+        lines = events(answer.iter_lines())
+        next(lines)
+        process.end(signal.SIGKILL)
+        assert process.status() == -signal.SIGKILL
+        with pytest.raises(httpx.HTTPError):
+            list(lines)
+    port = process.line.rstrip().rpartition(":")[2]
+    again = Process(checkpoint, tmp_path / "again", "--port", port)
+    try:
+        assert again.line.rstrip().endswith(f":{port}")
+        assert again.client.post("/v1/completions", json=SHORT).json()["choices"][0]["text"] == text
+        ended_twice(again)
+    finally:
+        again.client.close()
+        again.child.kill()
+
+
+def ended_twice(process: Process) -> None:
     with process.client.stream("POST", "/v1/completions", json=LONG) as answer:
         lines = events(answer.iter_lines())
         next(lines)
@@ -96,38 +119,8 @@ def test_a_second_signal_ends_what_runs(process: Process) -> None:
     assert [line["cancelled"] for line in process.lines() if line["event"] == "leaving"] == [1]
 
 
-def test_a_kill_leaves_the_port_to_the_next(process: Process, checkpoint: Path, tmp_path: Path) -> None:
-    text = process.client.post("/v1/completions", json=SHORT).json()["choices"][0]["text"]
-    cut: list[BaseException] = []
-
-    def read() -> None:
-        try:
-            list(events(process.client.stream("POST", "/v1/completions", json=LONG).__enter__().iter_lines()))
-        except httpx.HTTPError as error:
-            cut.append(error)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    time.sleep(0.2)
-    process.end(signal.SIGKILL)
-    assert process.status() == -signal.SIGKILL
-    reader.join(10)
-    assert len(cut) == 1
-    port = process.line.rstrip().rpartition(":")[2]
-    again = Process(checkpoint, tmp_path / "again", "--port", port)
-    try:
-        assert again.line.rstrip().endswith(f":{port}")
-        assert again.client.post("/v1/completions", json=SHORT).json()["choices"][0]["text"] == text
-        again.end(signal.SIGTERM)
-        assert again.status() == 0
-    finally:
-        again.client.close()
-        again.child.kill()
-
-
-def test_a_damaged_checkpoint_ends_with_its_message(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_ends_with_its_message(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     for path in checkpoint.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 100 if path.suffix == ".safetensors" else None])
-    line = [sys.executable, "-m", "assay", "serve", str(tmp_path), "--port", "0"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "safetensors" in done.stderr and "Traceback" not in done.stderr
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 2
+    assert "safetensors" in capsys.readouterr().err
