@@ -7,110 +7,26 @@ sequence reads of a known beginning does not depend on how far ahead of it anoth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
+from assay.cache.backing import Backing
 from assay.cache.formats import Format, Formats
 from assay.cache.groups import PageCut
+from assay.cache.ledger import PARTS, CodedState, CodedWriting, Ledger, Plan
 from assay.cache.paged import Paged
-from assay.cache.quantised import Packed, dequantise, quantise
+from assay.cache.quantised import Packed, quantise
 from assay.cache.size import Fields, Kind, PageSize, Size
 from assay.cache.states import Stored
 from assay.cache.store import Seen, Slot, Swapped
 from assay.cache.tables import Arrival, Saving, Writing
 from assay.ops.state import State, dtype_of
-from assay.ops.step import Step, View
+from assay.ops.step import Step
 from assay.spec.base import StateField
-
-PARTS = ("codes", "scale", "zero")
-
-
-class Ledger:
-    """Which pages of a group are quantised, and in which places the others stand whole. No tensors."""
-
-    def __init__(self, places: int) -> None:
-        self.total, self.free = places, list(range(places))[::-1]
-        self.whole: dict[int, int] = {}  # page -> place
-        self.coded: set[int] = set()
-
-    def take(self, page: int) -> int:
-        assert page not in self.coded, f"page {page} is quantised and would be written"
-        if page not in self.whole:
-            self.whole[page] = self.free.pop()
-        return self.whole[page]
-
-    def code(self, pages: Iterable[int]) -> list[int]:
-        """These are quantised now; the places that they leave."""
-        left = [self.whole.pop(page) for page in pages]
-        self.coded.update(pages)
-        self.free += left
-        return left
-
-    def forget(self, pages: Iterable[int]) -> list[int]:
-        """Nobody has these any more; the places that they leave."""
-        left = [self.whole.pop(page) for page in pages if page in self.whole]
-        self.coded.difference_update(pages)
-        self.free += left
-        return left
-
-    def check(self) -> None:
-        places = [*self.free, *self.whole.values()]
-        assert sorted(places) == list(range(self.total)), "places of whole pages are lost"
-        assert not self.whole.keys() & self.coded, "a page is both whole and quantised"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a step reads and writes of a group's fields: among `pages` pages of `rows` sequences, which are quantised
-    and which stand whole, and where; the places of the new tokens among the whole ones."""
-
-    rows: int
-    pages: int
-    coded: tuple[Int[Tensor, "c"], Int[Tensor, "c"]]  # number among the pages, page
-    whole: tuple[Int[Tensor, "w"], Int[Tensor, "w"]]  # number among the pages, place
-    place: Int[Tensor, "n"]
-
-    def read(self, pool: Tensor, packed: Packed, form: Format) -> Tensor:
-        """[B, S, ...] in the pool's dtype; pages that are neither are free ones, and 0."""
-        out, dims = pool.new_zeros((self.pages, *pool.shape[1:])), pool.ndim - 1
-        if len(self.coded[0]):
-            chosen = Packed(*(getattr(packed, name).index_select(0, self.coded[1]) for name in PARTS))
-            out.index_copy_(0, self.coded[0], dequantise(chosen, form, pool.shape[-1], pool.dtype, dims))
-        if len(self.whole[0]):
-            out.index_copy_(0, self.whole[0], pool.index_select(0, self.whole[1]))
-        return out.view(self.rows, -1, *pool.shape[2:])
-
-
-@dataclass(frozen=True)
-class CodedWriting(Writing):
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class CodedState(Stored):
-    """The state of a part some of whose fields have a format; those that are `rounded` are read in `dtype`."""
-
-    packed: Mapping[str, Packed]
-    forms: Mapping[str, Format]
-    rounded: frozenset[str]
-    dtype: torch.dtype
-
-    def append(self, step: Step, **new: Tensor) -> View:
-        own = {name: value for name, value in new.items() if name in self.forms}
-        view = super().append(step, **{name: value for name, value in new.items() if name not in own})
-        fields = {name: t.to(self.dtype) if name in self.rounded else t for name, t in view.fields.items()}
-        for name, value in own.items():
-            pool, writing = self.pools[name], self.writing
-            assert isinstance(writing, CodedWriting)
-            value = writing.arrival.pick(value.detach()).to(pool.dtype)
-            pool.flatten(0, 1).index_copy_(0, writing.plan.place, value)
-            fields[name] = writing.plan.read(pool, self.packed[name], self.forms[name])
-        return View(fields, view.layout)
 
 
 class Quantised(Paged):
@@ -127,12 +43,14 @@ class Quantised(Paged):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         formats: Formats | Mapping[str, str] | None = None,
+        backing: Backing | None = None,
     ) -> None:
         self.formats = formats if isinstance(formats, Formats) else Formats(formats or {})
         forms = self.formats.resolve(fields, size)
         self.rounded = {key: getattr(torch, form) for key, form in forms.items() if isinstance(form, str)}
         self.forms = {key: form for key, form in forms.items() if isinstance(form, Format)}
-        super().__init__(fields, size, dtype, device)
+        super().__init__(fields, size, dtype, device, backing)
+        self.format_key = f"{sorted((*key, str(form)) for key, form in forms.items())} {self.formats.residual}"
         self.packed = {(part, f.name): self._packed(part, f) for part, f in self._coded_fields()}
         kinds = {kind for part, _ in self.forms if (kind := self.kinds[part]) is not None}
         self.ledgers = {kind: Ledger(self.formats.whole(kind[1] or None, size)) for kind in kinds}
@@ -175,6 +93,22 @@ class Quantised(Paged):
             for part, f in self._coded_fields(kind):
                 self.pools[part][f.name].index_fill_(0, index, 0)
 
+    def page_tensors(self, kind: Kind, page: int) -> dict[str, Tensor]:
+        """As it stands quantised; only such pages have names."""
+        coded = {f"{part}.{f.name}" for part, f in self._coded_fields(kind)}
+        pools = {p: pools for p, pools in self.pools.items() if self.kinds[p] == kind}
+        plain = {f"{p}.{n}": pool for p, pools in pools.items() for n, pool in pools.items()}
+        out = {name: pool[page] for name, pool in plain.items() if name not in coded}
+        for part, f in self._coded_fields(kind):
+            out |= {f"{part}.{f.name}.{n}": getattr(self.packed[part, f.name], n)[page] for n in PARTS}
+        return out
+
+    def page_from(self, kind: Kind, number: int, record: Mapping[str, Tensor]) -> int:
+        page = super().page_from(kind, number, record)
+        if kind in self.ledgers:
+            self.ledgers[kind].coded.add(page)
+        return page
+
     def _copy_page(self, kind: Kind, source: int, target: int) -> None:
         super()._copy_page(kind, source, target)
         if kind in self.ledgers:
@@ -201,7 +135,7 @@ class Quantised(Paged):
                 names = self.texts[row].names if self.texts[row].plain else []
                 for number, _ in own:
                     if number < len(names):
-                        self._clear(kind, self.groups[kind].publish(row, number, names[number]))
+                        self._enter(kind, row, number, names[number])
 
     def _quantise(self, kind: Kind, pages: Sequence[int], places: Sequence[int]) -> None:
         index, source = torch.tensor(pages, device=self.device), torch.tensor(places, device=self.device)
@@ -236,11 +170,12 @@ class Quantised(Paged):
     def _planned(self, kind: Kind, writing: Writing) -> CodedWriting:
         ledger, cut, page = self.ledgers[kind], writing.cut, self.size.page
         assert isinstance(cut, PageCut)
-        coded = self._pairs([(i, p) for i, p in enumerate(cut.pages) if p in ledger.coded])
-        whole = self._pairs([(i, ledger.whole[p]) for i, p in enumerate(cut.pages) if p in ledger.whole])
+        pages = cut.table.view(-1).tolist()
+        coded = self._pairs([(i, p) for i, p in enumerate(pages) if p in ledger.coded])
+        whole = self._pairs([(i, ledger.whole[p]) for i, p in enumerate(pages) if p in ledger.whole])
         written = torch.div(writing.place, page, rounding_mode="floor").tolist()
         place = self._index([ledger.whole[p] for p in written]) * page + writing.place.remainder(page)
-        plan = Plan(cut.rows, len(cut.pages), coded, whole, place)
+        plan = Plan(cut.table.shape[0], len(pages), coded, whole, place)
         return CodedWriting(writing.arrival, writing.place, cut, writing.layout, plan)
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
@@ -268,7 +203,7 @@ class Quantised(Paged):
             table = group.tables[row]
             there = table.base <= number < table.end
             if kind not in self.ledgers or (there and table.pages[number - table.base] in self.ledgers[kind].coded):
-                self._clear(kind, group.publish(row, number, name))
+                self._enter(kind, row, number, name)
 
     def _has(self, row: int, length: int) -> bool:
         """A quantised page is not cut: what is left of it would have to be written again."""

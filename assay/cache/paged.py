@@ -6,7 +6,7 @@ everything before it, so that equal beginnings are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from assay.cache import prefix
+from assay.cache.backing import Backing
 from assay.cache.groups import Group
 from assay.cache.size import Fields, Kind, PageSize
 from assay.cache.snapshots import Snapshots
@@ -40,9 +41,18 @@ class Paged(Store):
     longest beginning of it that every field still has.
     """
 
-    def __init__(self, fields: Fields, size: PageSize, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    format_key = ""  # how pages are stored, where not as they are: tiers keep apart what differs in it
+
+    def __init__(
+        self,
+        fields: Fields,
+        size: PageSize,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        backing: Backing | None = None,
+    ) -> None:
         super().__init__(fields, size, dtype, device)
-        self.size = size
+        self.size, self.backing = size, backing
         tokens = {kind for kind in self.kinds.values() if kind is not None and kind[0] == "token"}
         self.groups = {kind: Group(kind[1] or None, size, self.device) for kind in sorted(tokens)}
         self.snapshots = None if self.saves is None else Snapshots(size.rows * size.saves, size.snapshots)
@@ -73,11 +83,41 @@ class Paged(Store):
     def _known(self, root: bytes, tokens: Sequence[int]) -> list[bytes]:
         """Names of the pages of the longest beginning of which all groups, and a snapshot, are there."""
         names = list(prefix.names(root, tokens[: max(0, len(tokens) - 1)], self.size.page))
+        known = self._longest(names)
+        if self.backing is not None and known < len(names):
+            self.backing.fetch(self, names, known)
+            known = self._longest(names)
+        return names[:known]
+
+    def _longest(self, names: Sequence[bytes]) -> int:
+        """Pages of the longest beginning of these that is all in memory."""
         known = [group.known(names) for group in self.groups.values()]
         if self.snapshots is not None:
             known.append([name in self.snapshots for name in names])
         whole = [all(there) for there in zip(*known, strict=False)]
-        return names[: max((i + 1 for i, there in enumerate(whole) if there), default=0)]
+        return max((i + 1 for i, there in enumerate(whole) if there), default=0)
+
+    def page_tensors(self, kind: Kind, page: int) -> dict[str, Tensor]:
+        """What stands in a page, by part and field: views of the stores."""
+        own = ((p, f) for p, fields in self.fields.items() if self.kinds[p] == kind for f in fields)
+        return {f"{p}.{f.name}": self.pools[p][f.name][page] for p, f in own if f.per == "token"}
+
+    def state_tensors(self, place: int) -> dict[str, Tensor]:
+        """The sequence fields at a place, by part and field: views of the stores."""
+        own = ((p, f) for p, fields in self.fields.items() for f in fields)
+        return {f"{p}.{f.name}": self.pools[p][f.name][place] for p, f in own if f.per == "sequence"}
+
+    def page_from(self, kind: Kind, number: int, record: Mapping[str, Tensor]) -> int:
+        """A page, taken, with the contents of the text's page of this number; there must be one available."""
+        group = self.groups[kind]
+        page, evicted = group.blocks.take()
+        if evicted:
+            self._clear(kind, [page])
+        for name, tensor in self.page_tensors(kind, page).items():
+            tensor.copy_(record[name])
+        first = number * self.size.page
+        group.positions[page] = torch.arange(first, first + self.size.page, device=self.device)
+        return page
 
     def _count(self, tokens: int, reused: int) -> None:
         if tokens:
@@ -170,8 +210,17 @@ class Paged(Store):
                 self._keep_state(row, text)
 
     def _publish(self, row: int, number: int, name: bytes) -> None:
-        for kind, group in self.groups.items():
-            self._clear(kind, group.publish(row, number, name))
+        for kind in self.groups:
+            self._enter(kind, row, number, name)
+
+    def _enter(self, kind: Kind, row: int, number: int, name: bytes) -> None:
+        """A page of the row gets its name, and goes to the tiers if the name is new."""
+        blocks = self.groups[kind].blocks
+        new = blocks.find(name) is None
+        self._clear(kind, self.groups[kind].publish(row, number, name))
+        page = blocks.find(name)
+        if self.backing is not None and new and page is not None:
+            self.backing.save_page(self, kind, page, name)
 
     def _keep_state(self, row: int, text: prefix.Text) -> None:
         length = self.lengths[row]
@@ -180,6 +229,8 @@ class Paged(Store):
         place = self.snapshots.take(text.names[-1])
         if place is not None:
             self._copy_state(self.saves.place(row), place)
+            if self.backing is not None:
+                self.backing.save_state(self, place, text.names[-1])
 
     def _pages(self, kind: Kind, row: int) -> list[int]:
         return self.groups[kind].tables[row].pages
