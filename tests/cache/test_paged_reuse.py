@@ -86,6 +86,37 @@ def test_nothing_that_was_not_settled_is_known() -> None:
     assert store.report()["snapshots"] == 0
 
 
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_known_page_is_not_written(forked: bool) -> None:
+    """Rewound into a page that has a name: the name goes, or, where another sequence has the page, it is copied."""
+    lm, ids = model(("full",)), tokens(1, 12)
+    store = store_of(lm)
+    slot = store.open()
+    read(lm, store, slot, ids[0, :8])
+    twin = store.fork(slot) if forked else None
+    store.rewind(slot, 6)
+    feed(lm, store, [slot], 18 - ids[:, 6:7])
+    again = store.open(ids[0].tolist())
+    start, whole = store.length(again), logits(lm, ids)[0]
+    assert start == (8 if forked else 4)
+    assert float((read(lm, store, again, ids[0]) - whole[start:]).abs().max()) < 1e-10
+    if twin is not None:
+        assert float((feed(lm, store, [twin], ids[:, 8:])[0] - whole[8:]).abs().max()) < 1e-10
+
+
+def test_what_is_not_finite_stays_with_its_text() -> None:
+    """Cached pages full of NaN are evicted, and serve as new."""
+    lm, ids = model(("full",)), tokens(1, 6)
+    store = store_of(lm, 3)
+    slot = store.open()
+    read(lm, store, slot, tokens(1, 12, 3)[0])
+    store.close(slot)
+    for pool in store._token_pools(("token", 0)):
+        pool.fill_(float("nan"))
+    assert float((read(lm, store, store.open(), ids[0]) - logits(lm, ids)[0]).abs().max()) < 1e-10
+    assert store.report()["evictions"] == 2
+
+
 def test_what_depends_on_more_than_tokens_gets_no_name() -> None:
     """Positions of one's own, a second input, a memory."""
     lm, ids = model(("full",)), tokens(1, 8)
