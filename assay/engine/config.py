@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
-from assay.cache import PageSize, Size, within
-from assay.cache.size import Fields
+from assay.cache import PageSize, Size, predict, within
+from assay.cache.size import Fields, entry_bytes, every
 from assay.spec.base import Spec
 from assay.spec.model import ModelSpec
 
@@ -82,11 +83,15 @@ def cache_size(config: EngineConfig, spec: ModelSpec, fields: Fields, dtype: tor
         snapshots=snapshots,
         border=config.border,
     )
-    if config.memory is not None:
-        size = within(fields, size, str(dtype).removeprefix("torch."), config.memory)
-        if size.pages < alone:
-            raise ValueError(
-                f"memory: {config.memory} bytes are {size.pages} pages of {page} tokens; "
-                f"one sequence of {longest} tokens takes {alone}"
-            )
-    return size
+    return size if config.memory is None else fitted(size, alone, fields, dtype, config.memory)
+
+
+def fitted(size: PageSize, alone: int, fields: Fields, dtype: torch.dtype, memory: int) -> PageSize:
+    """The size with as many pages as the memory holds. ValueError where it does not hold `alone` of them."""
+    name = str(dtype).removeprefix("torch.")
+    least = predict(fields, replace(size, pages=alone), name).reserved
+    if least > memory:
+        raise ValueError(f"memory: {memory} bytes; one sequence of {alone * size.page} tokens takes {least}")
+    state = sum(entry_bytes(f, name) for f in every(fields) if f.per == "sequence")
+    found = within(fields, size, name, memory, size.snapshots * state)
+    return replace(found, pages=max(found.pages, alone))  # windows alone take the same memory with any number
