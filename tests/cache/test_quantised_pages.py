@@ -14,10 +14,11 @@ from assay.cache import Paged, PageSize, Slot
 from assay.cache.coded import Quantised
 from assay.cache.formats import Format, Formats, predict_quantised
 from assay.cache.quantised import dequantise, quantise
+from assay.cost.bill import Question, bill
 from assay.model.lm import state_table
 from assay.ops.step import rows_step
 from assay.spec.base import StateField
-from tests.cache.models import feed, logits, model, run, tokens
+from tests.cache.models import feed, logits, model, run, spec, tokens
 
 PAGE, RESIDUAL = 4, 6
 FIELDS = {"a": (StateField("k", "token", (2, 5)), StateField("v", "token", (2, 5)), StateField("x", "token", (3,)))}
@@ -277,3 +278,12 @@ def test_windows_are_quantised_beyond_the_residual() -> None:
     got = torch.cat([run(lm, store, [slot], rows_step(p, store.length(slot), horizon=64)) for p in ids.split(1, 1)])
     assert 0 < float((got - logits(lm, ids)[0]).abs().max()) < 0.05
     assert store.report()["whole_pages"] <= 2 * 3
+
+
+@pytest.mark.parametrize(("kv", "bits"), [("int8", 8), ("int4", 4)])
+def test_the_bill_is_of_a_scale_a_vector(kv: str, bits: int) -> None:
+    """`assay bill --kv-dtype` counts a scale and a zero for every vector of a head: `token`, of all fields."""
+    told = predict_quantised(
+        state_table(spec(("full", "full"))), PageSize(1, 4, 9), "float32", Formats({"*": f"int{bits}/token"})
+    )
+    assert bill(spec(("full", "full")), Question(36, kv_dtype=kv)).state_bytes == told.stored
