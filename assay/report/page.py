@@ -33,7 +33,7 @@ _GROUPS = (
         "Speed and memory",
         (plots_machine.latency, plots_machine.memory, plots_machine.growth, plots_machine.kernels),
     ),
-    ("Inside the model", (plots_inside.attention, plots_inside.lens, plots_inside.wavelengths)),
+    ("Inside the model", (plots_inside.attention, plots_inside.sparsity, plots_inside.lens, plots_inside.wavelengths)),
 )
 
 

@@ -1,4 +1,4 @@
-"""What happens inside: attention sinks, the logit lens, position wavelengths."""
+"""What happens inside: attention sinks, what a few keys hold, the logit lens, position wavelengths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from assay.report.collect import Stage, over_seeds
-from assay.report.figures import SHARES, Canvas, Plot, Style, arms_with
+from assay.report.figures import SHARES, Canvas, Plot, Style, arms_with, series
 from assay.report.words import axis, kind, number
 
 Styles = Mapping[str, Style]
@@ -25,6 +25,31 @@ def attention(stage: Stage, styles: Styles) -> list[Plot]:
         canvas = Canvas("layer", axis(key), x_kind="whole", y_kind=kind(key))
         for arm in arms_with(stage.arms, "attention"):
             canvas.line(arm, styles[arm.name], over_seeds(arm.rows["attention"], "layer", key))
+        if canvas.y_kind == "share":
+            canvas.axes["y"] = SHARES
+        if canvas.traces:
+            plots.append(canvas.plot(title, note))
+    return plots
+
+
+def sparsity(stage: Stage, styles: Styles) -> list[Plot]:
+    """What a few keys hold and what is lost without the others, by who chooses them, for arms that were told to."""
+    quantities = (
+        ("mass", "Attention that a few keys hold", "Of the queries that see the most; of the model as it is."),
+        ("loss_delta_nats", "Loss without the other keys", "What the loss grows by when all layers see no others."),
+        ("accuracy", "Passkeys found without the other keys", "Half the length back, and as far back as there are."),
+    )
+    found = [
+        (arm, [row for row in arm.rows["sparsity"] if row.get("method") != "none"])
+        for arm in arms_with(stage.arms, "sparsity")
+    ]
+    told = [(arm, rows) for arm, rows in found if rows]
+    plots = []
+    for key, title, note in quantities:
+        canvas = Canvas("keys that a query sees", axis(key), True, x_kind="binary", y_kind=kind(key))
+        for arm, rows in told:
+            for named, style, group in series(arm, rows, "method", styles[arm.name], alone=len(told) == 1):
+                canvas.line(named, style, over_seeds(group, "keep", key))
         if canvas.y_kind == "share":
             canvas.axes["y"] = SHARES
         if canvas.traces:

@@ -59,6 +59,7 @@ TITLES = {
     "norms": "Time of the norms",
     "growth": "How time, memory and FLOPs grow with the context",
     "kernels": "Kernels, summed up",
+    "sparsity": "What a few keys hold, and what is lost without the others",
 }
 NOTES = {
     "decode_fit": "The fit: a fixed time, a time for each sequence, and a time for each byte of state that is read.",

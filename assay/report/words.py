@@ -37,6 +37,8 @@ _NAMES = {
     "memory_gb_s": "memory bandwidth",
     "train_s": "training time",
     "sink_mass": "attention on the first token",
+    "mass": "attention that is kept",
+    "loss_delta_nats": "loss added",
     "max_logit": "largest attention logit",
     "in_context_nats": "in-context gain",
     "state_byte_s": "rate of reading state",
@@ -50,7 +52,7 @@ DURING = "training."
 """What the name of a measurement begins with that was made at several points of the training."""
 PLACES = (
     "layer", "ratio", "factor", "length", "floor", "distance", "context", "batch", "position", "dim", "head",
-    "variant", "tuned", "kind", "phase",
+    "variant", "tuned", "kind", "phase", "method", "share", "keep",
     "backend", "cache", "cell", "width", "tokens", "samples", "chance", "reason",
 )  # fmt: skip
 """Columns of a measurement that say where it was made, or how; the others are what was found."""
@@ -188,7 +190,7 @@ def kind(metric: str) -> str:
         metric.endswith("_s") and not metric.endswith(("tok_s", "flop_s", "gb_s", "byte_s"))
     ):
         return "seconds"
-    return "share" if metric in ("mfu", "accuracy") or metric.endswith(("_share", "_mass")) else ""
+    return "share" if metric in ("mfu", "accuracy", "mass", "share") or metric.endswith(("_share", "_mass")) else ""
 
 
 def axis(metric: str) -> str:

@@ -11,7 +11,8 @@ from tests.report.conftest import HOSTILE
 from tests.report.synthetic import line
 from tests.report.test_page import Page, strings
 
-Rows = list[dict[str, object]]
+Row = dict[str, object]
+Rows = list[Row]
 
 
 def page(*results: Result) -> Page:
@@ -100,6 +101,30 @@ def test_rows_of_a_table_are_averaged_only_over_seeds() -> None:
     assert "arm busiest a 0.100 a 0.300" in page(measured("load", same)).text
     both = seeds("load", {0: same, 1: [{"busiest": 0.2}, {"busiest": 0.4}]})
     assert "arm busiest a 0.150 a 0.350" in page(*both).text
+
+
+def test_what_few_keys_hold_is_drawn_by_who_chose_them() -> None:
+    """A line a method, mean over seeds; the model as it is stands in the table alone."""
+
+    def rows(more: float) -> Rows:
+        whole: Row = {"method": "none", "share": 1.0, "keep": 64, "mass": 1.0, "loss_delta_nats": 0.0, "accuracy": None}
+        return [
+            whole,
+            *(
+                whole | {"method": m, "share": k / 64, "keep": k, "mass": base * k + more, "loss_delta_nats": 1 / k}
+                for m, base in (("oracle", 0.02), ("random", 0.01))
+                for k in (8, 16)
+            ),
+        ]
+
+    found = page(*seeds("sparsity", {0: rows(0.0), 1: rows(0.1)}))
+    mass, loss = found.figures
+    assert [trace["x"] for trace in mass["data"]] == [[8, 16]] * 2
+    assert mass["data"][0]["y"] == pytest.approx([0.21, 0.37]) and mass["data"][1]["y"] == pytest.approx([0.13, 0.21])
+    assert loss["data"][0]["y"] == pytest.approx([1 / 8, 1 / 16])
+    assert mass["layout"]["yaxis"]["title"]["text"] == "attention that is kept"
+    for said in ("What a few keys hold", "Loss without the other keys", "oracle", "random", "none"):
+        assert said in found.text
 
 
 def test_kernels_have_a_view_a_pass_and_a_table_of_slopes() -> None:
