@@ -102,6 +102,17 @@ def test_a_tenant_that_comes_back_to_an_empty_queue_starts_where_the_last_one_le
     assert order == [4, 3, 2] and len(queue) == 0
 
 
+def test_a_new_tenant_starts_with_the_one_that_has_waited_most() -> None:
+    queue = Queue()
+    for id, served in enumerate((10.0, 100.0)):
+        queue.push(str(id), (0.0, 0.0, id))
+        queue.charge(str(id), served)
+    queue.push("new", (-1.0, 0.0, 2))  # lifted to 10, not to 100: level with the first, and ranks before
+    assert queue.first() == 2
+    queue.charge("new", 1.0)
+    assert queue.first() == 0
+
+
 def test_priority_orders_a_tenants_own_jobs_alone() -> None:
     """One place, equal jobs: tenants take turns whatever priority they claim, each with its most urgent job first."""
     jobs = [
