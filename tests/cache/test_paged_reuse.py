@@ -113,7 +113,10 @@ def test_what_is_not_finite_stays_with_its_text() -> None:
     store.close(slot)
     for pool in store._token_pools(("token", 0)):
         pool.fill_(float("nan"))
-    assert float((read(lm, store, store.open(), ids[0]) - logits(lm, ids)[0]).abs().max()) < 1e-10
+    slot = store.open()
+    assert float((read(lm, store, slot, ids[0]) - logits(lm, ids)[0]).abs().max()) < 1e-10
+    group = store.groups["token", 0]
+    assert all(bool(pool[group.tables[slot.row].pages].isfinite().all()) for pool in store._token_pools(("token", 0)))
     assert store.report()["evictions"] == 2
 
 
