@@ -50,7 +50,7 @@ class Quantised(Paged):
         self.rounded = {key: getattr(torch, form) for key, form in forms.items() if isinstance(form, str)}
         self.forms = {key: form for key, form in forms.items() if isinstance(form, Format)}
         super().__init__(fields, size, dtype, device, backing)
-        self.format_key = f"{sorted((*key, str(form)) for key, form in forms.items())} {self.formats.residual}"
+        self.format_key += f" {sorted((*key, str(form)) for key, form in forms.items())} {self.formats.residual}"
         self.packed = {(part, f.name): self._packed(part, f) for part, f in self._coded_fields()}
         kinds = {kind for part, _ in self.forms if (kind := self.kinds[part]) is not None}
         self.ledgers = {kind: Ledger(self.formats.whole(kind[1] or None, size)) for kind in kinds}

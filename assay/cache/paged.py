@@ -41,8 +41,6 @@ class Paged(Store):
     longest beginning of it that every field still has.
     """
 
-    format_key = ""  # how pages are stored, where not as they are: tiers keep apart what differs in it
-
     def __init__(
         self,
         fields: Fields,
@@ -53,6 +51,7 @@ class Paged(Store):
     ) -> None:
         super().__init__(fields, size, dtype, device)
         self.size, self.backing = size, backing
+        self.format_key = str(dtype)  # how pages are stored: tiers keep apart what differs in it
         tokens = {kind for kind in self.kinds.values() if kind is not None and kind[0] == "token"}
         self.groups = {kind: Group(kind[1] or None, size, self.device) for kind in sorted(tokens)}
         self.snapshots = None if self.saves is None else Snapshots(size.rows * size.saves, size.snapshots)

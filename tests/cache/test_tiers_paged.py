@@ -107,6 +107,11 @@ def test_other_models_pages_and_formats_are_not_found(tmp_path: Path) -> None:
     serve(lm, cache_of(lm, Backing(Tiers([tier]), "m")), text)
     for name, quantised, size in (("other", False, SIZE), ("m", True, SIZE), ("m", False, PageSize(2, 2, 24, 8))):
         assert serve(lm, cache_of(lm, Backing(Tiers([tier]), name), quantised, size), text)[0] == 0
+    half = model.__wrapped__(("full", "full")).float()
+    assert (
+        serve(half, Paged(state_table(lm.spec), SIZE, torch.float32, backing=Backing(Tiers([tier]), "m")), text)[0] == 0
+    )
+    assert tier.stats()["damaged"] == 0, "nobody takes another's records for damage"
 
 
 def test_a_full_memory_takes_what_fits() -> None:
