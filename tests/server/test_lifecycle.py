@@ -54,7 +54,9 @@ def test_a_cancelled_request_is_gone_before_the_next_step(live: Live) -> None:
         return engine.stats()["pages_used"], engine.stats()["running"]
 
     with live.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # dropped, it would close the stream
+        next(lines)
+        assert live.ask(lambda engine: engine.stats()["pages_used"]) > 0
         assert live.ask(cancelled) == (0, 0)
     until(lambda: resting(live))
 
@@ -81,7 +83,8 @@ def test_a_crowd_is_told_to_come_back() -> None:
             server.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as first,
             server.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}),
         ):
-            next(first.iter_lines())
+            lines = first.iter_lines()  # dropped, it would close the stream
+            next(lines)
             until(lambda: (server.metric("assay_running"), server.metric("assay_waiting")) == (1, 1))
             refused = server.post("/v1/completions", LONG)
             assert refusal(refused, 429)["type"] == "rate_limit_error" and refused.headers["retry-after"] == "1"
