@@ -20,7 +20,7 @@ PAGE = 4
 
 
 def store_of(lm: LM, pages: int = 60, **size: int) -> Paged:
-    made = {"rows": 3, "page": PAGE, "pages": pages, "chunk": 8, "tails": 20, "snapshots": 8, **size}
+    made = {"rows": 4, "page": PAGE, "pages": pages, "chunk": 8, "tails": 20, "snapshots": 8, **size}
     return Paged(state_table(lm.spec), PageSize(**made), torch.float64)
 
 
@@ -96,6 +96,10 @@ def test_a_known_page_is_not_written(forked: bool) -> None:
     twin = store.fork(slot) if forked else None
     store.rewind(slot, 6)
     feed(lm, store, [slot], 18 - ids[:, 6:7])
+    changed = [*ids[0, :6].tolist(), *(18 - ids[0, 6:7]).tolist(), 1]
+    feed(lm, store, [slot], torch.tensor([[1]]))
+    store.settle([slot])
+    assert store.length(store.open([*changed, 0])) == 8, "the page has the name of what it holds now"
     again = store.open(ids[0].tolist())
     start, whole = store.length(again), logits(lm, ids)[0]
     assert start == (8 if forked else 4)
@@ -271,6 +275,20 @@ def test_a_fork_writes_a_copy_and_both_go_on() -> None:
     both = feed(lm, store, [slot, twin], tokens(2, 3, 7))
     assert float((both - feed(lm, fresh, slots, tokens(2, 3, 7))).abs().max()) < 1e-12
     assert used == 3 and store.groups["token", 0].report()["used"] == 2 + 2 * 2, "two pages are shared, two are not"
+
+
+def test_a_copy_on_write_needs_a_page() -> None:
+    lm, ids = model(("full",)), tokens(1, 6)
+    store = store_of(lm, 2)
+    slot = store.open()
+    feed(lm, store, [slot], ids)
+    twin = store.fork(slot)
+    assert not store.fits([(slot, 1)]) and not store.fits([(slot, 1), (twin, 1)])
+    with pytest.raises(ValueError, match="1 pages more are needed"):
+        feed(lm, store, [slot], ids[:, :1])
+    store.close(twin)
+    assert store.fits([(slot, 2)]) and not store.fits([(slot, 3)])
+    feed(lm, store, [slot], ids[:, :2])
 
 
 def test_one_group_serves_every_layer_of_one_window() -> None:
