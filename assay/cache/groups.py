@@ -234,7 +234,7 @@ class Group:
 
     def report(self) -> dict[str, int | None]:
         blocks, free, cached = self.blocks, len(self.blocks.free), len(self.blocks.cached)
-        used = blocks.total - free - cached
+        used = sum(map(bool, blocks.refs))  # counted, not what is left: the three make the whole only if none is lost
         return {
             "keep": self.keep,
             "pages": blocks.total,

@@ -188,7 +188,7 @@ class Engine:
         """What runs and waits, pages of all kinds together, and the cache's own report."""
         running, found = len(self.scheduler.running), self.runner.cache.report()
         groups = found.get("groups", ())
-        names = {"pages_total": "pages", "pages_used": "used", "pages_cached": "cached"}
+        names = {"pages_total": "pages", "pages_used": "used", "pages_cached": "cached", "pages_free": "free"}
         pages = {name: sum(group[key] or 0 for group in groups) for name, key in names.items()}
         return {"running": running, "waiting": len(self.jobs) - running, **pages, **found}
 

@@ -78,6 +78,7 @@ GAUGES = {
     "assay_waiting": ("waiting", "Sequences that wait for room."),
     "assay_pages_used": ("pages_used", "Cache pages that running sequences hold."),
     "assay_pages_cached": ("pages_cached", "Cache pages that nobody holds, kept for prompts that begin alike."),
+    "assay_pages_free": ("pages_free", "Cache pages that nobody holds and in which nothing stands."),
     "assay_pages_total": ("pages_total", "Cache pages there are."),
 }
 COUNTERS = {"assay_prefix_hit_tokens": ("hit_tokens", "Prompt tokens that were found stored and not computed.")}
