@@ -145,8 +145,8 @@ class Chooser:
         self._rows: dict[Hashable, Row] = {}
         self._batch = Batch((), (), self.device)
 
-    def enter(self, key: Hashable, request: Request, choice: int = 0) -> None:
-        """Begin a sequence; `choice` is its number among the replies of its request.
+    def enter(self, key: Hashable, request: Request, choice: int = 0, said: Sequence[int] = ()) -> None:
+        """Begin a sequence; `choice` is its number among the replies of its request. said: tokens that it has already.
 
         ValueError for a token that the model does not have, and for a grammar that cannot be followed.
         """
@@ -155,7 +155,10 @@ class Chooser:
             if token >= self.vocab:
                 raise ValueError(f"logit_bias: token {token}; this model has ids 0 to {self.vocab - 1}")
         follower = None if request.grammar is None else self._grammars.start(request.grammar, request.stop_tokens)
-        self._rows[key] = Row.of(request, choice, follower)
+        row = Row.of(request, choice, follower)
+        for token in said:
+            row.choose(token, None, ())
+        self._rows[key] = row
 
     def fork(self, key: Hashable, new: Hashable, choice: int) -> None:
         """A sequence that has said what `key` has, and draws what follows by itself."""

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from assay.cache import PageSize, Size, predict, within
 from assay.cache.size import Fields, entry_bytes, every
+from assay.engine.policy import SchedulerConfig
 from assay.spec.base import Spec
 from assay.spec.model import ModelSpec
 
@@ -95,3 +96,18 @@ def fitted(size: PageSize, alone: int, fields: Fields, dtype: torch.dtype, memor
     state = sum(entry_bytes(f, name) for f in every(fields) if f.per == "sequence")
     found = within(fields, size, name, memory, size.snapshots * state)
     return replace(found, pages=max(found.pages, alone))  # windows alone take the same memory with any number
+
+
+def scheduling(config: EngineConfig, capacity: int, border: int | None) -> SchedulerConfig:
+    """The scheduler of an engine whose sequences have up to `capacity` tokens."""
+    chunk, budget = config.chunk, config.budget
+    return SchedulerConfig(
+        policy=config.policy,
+        budget=max(budget, border or 1),
+        chunk=max(chunk, border or 1),
+        border=border,
+        max_running=config.max_running,
+        capacity=capacity,
+        reserve=config.reserve,
+        preempt=config.preempt,
+    )

@@ -16,10 +16,11 @@ from torch import Tensor
 from assay.cache import Slot, Swapped
 from assay.data.tokenizers import Tokenizer
 from assay.engine.chooser import Chooser, Chosen, Unchoosable
-from assay.engine.config import EngineConfig, cache_size, sequence_limit
+from assay.engine.config import EngineConfig, cache_size, scheduling, sequence_limit
+from assay.engine.handoff import Handed, layout
 from assay.engine.request import Request
 from assay.engine.runner import CHUNK, Finish, Runner, Token, Work, check_context, check_continues, check_source
-from assay.engine.scheduler import Job, Plan, Scheduler, SchedulerConfig
+from assay.engine.scheduler import Job, Plan, Scheduler
 from assay.engine.text import Reply
 from assay.model.lm import LM, state_table
 from assay.spec.load import digest
@@ -28,7 +29,8 @@ from assay.spec.model import ModelSpec
 
 @dataclass(eq=False)
 class Running:
-    """One reply on its way. known: the prompt and what was said. reused: tokens of the prompt that were stored."""
+    """One reply on its way. known: the prompt and what was said. reused: tokens of the prompt that were stored. given:
+    what another engine stored of it, kept until it goes on here."""
 
     number: int
     choice: int
@@ -39,6 +41,7 @@ class Running:
     slot: Slot | None = None
     swapped: Swapped | None = None
     reused: int = 0
+    given: Swapped | None = None
 
     @property
     def said(self) -> int:
@@ -48,6 +51,7 @@ class Running:
         """Count the token in, and say what it adds to the text."""
         token = chosen.token
         self.known.append(token)
+        self.given = None
         stop = token in self.request.stop_tokens
         text = "" if stop else self.reply.push(token)
         finish: Finish | None = "stop" if stop or chosen.last or self.reply.stopped else None
@@ -77,6 +81,9 @@ class _Room:
 
     def open(self, job: int) -> int | None:
         live = self.jobs[job]
+        if live.given is not None:
+            live.slot = self.runner.swap_in(live.given, live.request.horizon)
+            return None if live.slot is None else self.runner.cache.length(live.slot)
         request, known = live.request, live.known if self.salt is not None else ()
         key = self.salt(request) if self.salt is not None else b""
         live.slot = self.runner.open(request.horizon, request.source, known, key)
@@ -172,6 +179,36 @@ class Engine:
             self.scheduler.cancel(job)
             self._forget(job)
 
+    def hand_over(self, number: int, choice: int = 0) -> Handed:
+        """Take a running reply out, with all that is stored of it, for another engine's `adopt`. ValueError where it
+        has said nothing yet, or does not run."""
+        found = (job for job, live in self.jobs.items() if (live.number, live.choice) == (number, choice))
+        job = next(found, None)
+        live = None if job is None else self.jobs[job]
+        if job is None or live is None or live.slot is None or not live.said:
+            raise ValueError(f"hand_over: reply {choice} of request {number} does not run, or has said nothing yet")
+        said = tuple(live.known[len(live.request.prompt) :])
+        moved, live.slot = self.runner.swap_out(live.slot), None
+        self.scheduler.cancel(job)
+        self._forget(job)
+        return Handed(live.request, choice, said, live.arrival, live.reused, layout(self.runner.cache), moved)
+
+    def adopt(self, handed: Handed) -> int:
+        """Go on with a reply that another engine has begun; its number here. ValueError where that cannot be."""
+        request, said, job = handed.request, handed.said, self._ids
+        check_request(self.spec, request, self.tokens)
+        handed.check(self.runner.cache)
+        self.chooser.enter(job, request, handed.choice, said)
+        reply, known = Reply(self.tokenizer, request.stop), [*request.prompt, *said]
+        for token in said:
+            reply.push(token)
+        number, self._requests, self._ids = self._requests, self._requests + 1, job + 1
+        live = Running(number, handed.choice, request, known, reply, handed.arrival)
+        live.reused, live.given = handed.reused, handed.swapped
+        self.jobs[job] = live
+        self._add(job)
+        return number
+
     def step(self) -> list[Token]:
         """One step of everything that can run; what was said, and what ended without saying more."""
         began = self.clock()
@@ -201,8 +238,8 @@ class Engine:
         live = self.jobs[job]
         asked, arrival = live.request.serving, live.arrival
         deadline = None if asked.deadline_s is None else arrival + asked.deadline_s
-        prompt, new = len(live.request.prompt), live.request.max_new
-        self.scheduler.add(Job(job, prompt, new, arrival, asked.priority, asked.tenant, deadline))
+        known, new = len(live.known), live.request.max_new - live.said
+        self.scheduler.add(Job(job, known, new, arrival, asked.priority, asked.tenant, deadline))
 
     def _release(self, job: int) -> None:
         """The other choices of a request may run: what they read is stored now, or never will be."""
@@ -258,20 +295,6 @@ class Engine:
     def _forget(self, job: int) -> None:
         self.chooser.leave(job)
         del self.jobs[job]
-
-
-def scheduling(config: EngineConfig, capacity: int, border: int | None) -> SchedulerConfig:
-    chunk, budget = config.chunk, config.budget
-    return SchedulerConfig(
-        policy=config.policy,
-        budget=max(budget, border or 1),
-        chunk=max(chunk, border or 1),
-        border=border,
-        max_running=config.max_running,
-        capacity=capacity,
-        reserve=config.reserve,
-        preempt=config.preempt,
-    )
 
 
 def check_request(spec: ModelSpec, request: Request, tokens: int) -> None:

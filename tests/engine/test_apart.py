@@ -1,0 +1,255 @@
+"""Replies that begin in one engine and go on in another, against replies that stay."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from assay.cache import Swapped
+from assay.engine.config import EngineConfig
+from assay.engine.engine import Engine
+from assay.engine.handoff import pack, unpack
+from assay.engine.request import Grammar, Request, SamplingParams
+from assay.engine.runner import Runner, Token
+from assay.engine.scheduler import Plan, Scheduler
+from assay.model.lm import LM, build
+from assay.spec.load import validate
+from assay.spec.model import ModelSpec
+from tests.cache.models import spec, tokens
+from tests.engine.test_engine import empty, pressed
+from tests.engine.test_runner import TEXT
+
+KEY = b"k" * 32
+MIXERS: dict[str, dict[str, Any]] = {
+    "mla": {"kind": "mla", "heads": 2, "nope_dim": 4, "rope_dim": 2, "value_dim": 4, "kv_rank": 6, "position": "p"},
+    "mamba2": {"kind": "mamba2", "head_dim": 8, "state_size": 4, "chunk": 4},
+}
+MODELS = ("full", "window", "linear", "full-window-linear", "first-linear", "mla", "mamba2", "mla-mamba2-window")
+WILD = SamplingParams(temperature=1.2, seed=5, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2)
+PAGES = EngineConfig(tokens=64, page=4, border=1, max_running=4)
+ROWS = EngineConfig(tokens=64, page=None, max_running=4)
+
+
+@cache
+def lm_of(kind: str, dtype: torch.dtype = torch.float64) -> LM:
+    names = kind.split("-")
+    tree = spec([name for name in names if name not in MIXERS] or ["full"]).model_dump(mode="json")
+    plain = tree["blocks"]
+    whole = {name: {"mixer": MIXERS[name], "ffn": {"kind": "gated", "width": 24}} for name in names if name in MIXERS}
+    keep = {name: plain[name] for name in names if name in plain}
+    tree |= {"blocks": keep | whole, "layers": len(names), "pattern": names}
+    return build(validate(ModelSpec, tree, "test"), seed=3).to(dtype).eval()
+
+
+def asked(length: int = 21, new: int = 9, **more: Any) -> Request:
+    return Request(prompt=tuple(tokens(1, length, 4)[0].tolist()), max_new=new, **{"sampling": WILD, **more})
+
+
+def ends(engine: Engine) -> list[Token]:
+    said: list[Token] = []
+    while engine.busy:
+        said += engine.step()
+    return said
+
+
+def begun(engine: Engine, request: Request) -> tuple[int, list[Token]]:
+    """Stepped until the first choice has said a token."""
+    number, said = engine.submit(request), list[Token]()
+    while not said:
+        said += engine.step()
+    return number, said
+
+
+def moved(source: Engine, target: Engine, number: int, choice: int = 0) -> int:
+    """Through bytes."""
+    return target.adopt(unpack(pack(source.hand_over(number, choice), KEY), KEY))
+
+
+def words(said: list[Token]) -> list[Any]:
+    return [(t.id, t.text, t.finish, t.logprob, t.top) for t in said]
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The logits of every step."""
+    logits: list[Tensor] = []
+    step = Runner.step
+
+    def told(self: Runner, work: Any) -> Tensor:
+        logits.append(step(self, work))
+        return logits[-1]
+
+    monkeypatch.setattr(Runner, "step", told)
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "config"),
+    [
+        *((kind, torch.float32, PAGES) for kind in MODELS),
+        *((kind, torch.float64, ROWS) for kind in ("full-window-linear", "mla-mamba2-window")),
+    ],
+)
+def test_it_goes_on_with_the_same_bits(
+    kind: str, dtype: torch.dtype, config: EngineConfig, heard: list[Tensor]
+) -> None:
+    lm, request = lm_of(kind, dtype), asked(logprobs=2)
+    stays, reads, writes = (Engine(lm, TEXT, config) for _ in range(3))
+    _, expected = begun(stays, request)
+    expected += ends(stays)
+    alone = list(heard)
+    heard.clear()
+    number, said = begun(reads, request)
+    adopted = moved(reads, writes, number)
+    empty_rows(reads)
+    said += ends(writes)
+    assert {t.request for t in said[1:]} == {adopted}
+    assert words(said) == words(expected)
+    assert all(torch.equal(a, b) for a, b in zip(alone, heard, strict=True))
+    empty_rows(writes)
+
+
+def empty_rows(engine: Engine) -> None:
+    engine.runner.cache.check_integrity()
+    assert not engine.busy and not engine.runner.horizons and engine.runner.cache.used_bytes() == 0
+
+
+def same(a: Swapped, b: Swapped) -> bool:
+    tensors = all(torch.equal(a.tensors[key], b.tensors[key]) for key in a.tensors)
+    return (
+        tensors and a.tensors.keys() == b.tensors.keys() and (a.length, a.saved, a.text) == (b.length, b.saved, b.text)
+    )
+
+
+@pytest.mark.parametrize("kind", ["full-window-linear", "mla"])
+def test_what_is_stored_after_more_steps_is_the_same(kind: str) -> None:
+    """Twice handed over, against once at the end."""
+    lm, request = lm_of(kind), asked(new=12)
+    stays, reads, writes = (Engine(lm, TEXT, PAGES) for _ in range(3))
+    home, _ = begun(stays, request)
+    number, _ = begun(reads, request)
+    adopted = moved(reads, writes, number)
+    for _ in range(7):
+        stays.step()
+        writes.step()
+    there, here = writes.hand_over(adopted), stays.hand_over(home)
+    assert there.said == here.said and len(here.said) == 8
+    assert same(there.swapped, here.swapped)
+    assert unpack(pack(here, KEY), KEY).request == request
+
+
+def test_choices_grammars_and_stops_go_on() -> None:
+    """Each choice goes by itself, with the state of its grammar, and a stop text that has begun is kept back."""
+    lm = lm_of("full-linear")
+    grammar = Grammar(choice=("\x01\x02\x03\x04", "\x01\x02\x05\x06\x07", "\x08\x01\x02\x03"))
+    for request in (asked(n=3), asked(grammar=grammar), asked(stop=("\x0e\x0b", "\x01"))):
+        stays, reads, writes = (Engine(lm, TEXT, PAGES) for _ in range(3))
+        stays.submit(request)
+        expected, said = ends(stays), list[Token]()
+        number = reads.submit(request)
+        while reads.busy:
+            fresh = reads.step()
+            said += fresh
+            for token in fresh:
+                if token.finish is None:
+                    moved(reads, writes, number, token.choice)
+        said += ends(writes)
+        for choice in range(request.n):
+            mine, its = ([t for t in some if t.choice == choice] for some in (said, expected))
+            assert words(mine) == words(its)
+            assert {t.reused for t in mine} == {t.reused for t in its}
+        assert len({tuple(t.id for t in said if t.choice == c) for c in range(request.n)}) == request.n
+        empty(reads)
+        empty(writes)
+
+
+def test_where_there_is_no_room_it_waits_and_is_not_read_again(heard: list[Tensor]) -> None:
+    """Three replies in an engine that runs one: each goes on from what was handed over, never from its prompt."""
+    lm = lm_of("full-linear")
+    reads, writes = Engine(lm, TEXT, PAGES), Engine(lm, TEXT, PAGES.model_copy(update={"max_running": 1}))
+    requests = [asked(20 + i, 6, sampling=SamplingParams(seed=i)) for i in range(3)]
+    expected = []
+    for request in requests:
+        alone = Engine(lm, TEXT, PAGES)
+        alone.submit(request)
+        expected.append(words(ends(alone)))
+    said: dict[int, list[Token]] = {}
+    for request in requests:
+        number, first = begun(reads, request)
+        said[moved(reads, writes, number)] = first
+    steps = 0
+    while writes.busy:
+        steps += 1
+        for token in writes.step():
+            said[token.request].append(token)
+        writes.runner.cache.check_integrity()
+    assert [words(found) for found in said.values()] == expected
+    assert steps == 3 * 5
+    empty(writes)
+
+
+@pytest.mark.parametrize("preempt", ["recompute", "swap"])
+def test_preempted_after_its_hand_over_it_says_the_same(preempt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replies of 35 tokens in an engine with memory for one of 48."""
+    lm, requests = lm_of("full-window-linear"), [asked(5 + i, 30 - i) for i in range(2)]
+    config = pressed(PAGES.model_copy(update={"tokens": 48, "preempt": preempt}), lm)
+    reads, writes = Engine(lm, TEXT, PAGES), Engine(lm, TEXT, config)
+    plans: list[Plan] = []
+    plan = Scheduler.plan
+    monkeypatch.setattr(Scheduler, "plan", lambda *a: plans.append(plan(*a)) or plans[-1])
+    said: dict[int, list[Token]] = {}
+    for request in requests:
+        number, first = begun(reads, request)
+        said[moved(reads, writes, number)] = first
+    for token in ends(writes):
+        said[token.request].append(token)
+    assert any(one.preempted for one in plans)
+    for request, found in zip(requests, said.values(), strict=True):
+        alone = Engine(lm, TEXT, PAGES)
+        alone.submit(request)
+        assert words(found) == words(ends(alone))
+    empty(writes)
+
+
+def test_cancelled_before_it_goes_on() -> None:
+    lm = lm_of("full-linear")
+    reads, writes = Engine(lm, TEXT, PAGES), Engine(lm, TEXT, PAGES)
+    number, _ = begun(reads, asked())
+    writes.cancel(moved(reads, writes, number))
+    assert writes.step() == []
+    empty(writes)
+
+
+def test_what_cannot_go_on_is_refused() -> None:
+    lm = lm_of("full-linear")
+    reads = Engine(lm, TEXT, PAGES)
+    with pytest.raises(ValueError, match="has said nothing"):
+        reads.hand_over(reads.submit(asked()))
+    reads.cancel(0)
+    number, _ = begun(reads, asked())
+    handed = reads.hand_over(number)
+    with pytest.raises(ValueError, match="does not run"):
+        reads.hand_over(number)
+    for other in (Engine(lm_of("full-linear", torch.float32), TEXT, PAGES), Engine(lm, TEXT, ROWS)):
+        with pytest.raises(ValueError, match="layout"):
+            other.adopt(handed)
+        assert not other.busy
+    with pytest.raises(ValueError, match="sequences of up to 8"):
+        Engine(lm, TEXT, PAGES.model_copy(update={"tokens": 8})).adopt(handed)
+
+
+def test_bytes_that_changed_or_come_from_elsewhere_are_refused() -> None:
+    reads = Engine(lm_of("full-linear"), TEXT, PAGES)
+    number, _ = begun(reads, asked())
+    blob = pack(reads.hand_over(number), KEY)
+    changed = bytearray(blob)
+    changed[len(blob) // 2] ^= 1
+    for bad in (bytes(changed), blob[:-1], b"", blob[:40]):
+        with pytest.raises(ValueError, match="damaged, or comes from elsewhere"):
+            unpack(bad, KEY)
+    with pytest.raises(ValueError, match="damaged, or comes from elsewhere"):
+        unpack(blob, b"another" * 4)
