@@ -13,6 +13,8 @@ from jaxtyping import config as shapes
 from tests.shapes import install
 
 torch.set_num_threads(1)
+# Nothing is compiled behind a test's back: those of the kernels ask for them.
+os.environ.setdefault("ASSAY_NATIVE", "0")
 
 settings.register_profile(
     "assay",

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from assay.ops.linear import linear
 from assay.ops.precision import high
 from assay.ops.step import Step
 from assay.parts.base import Head
@@ -62,7 +63,7 @@ class LmHead(HeadSpec):
 class LmHeadPart(Head):
     def forward(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N V"]:
         bias = self.bias.to(features.dtype) if self.spec.tie and self.spec.bias else None
-        logits = F.linear(features, table.to(features.dtype), bias) if self.spec.tie else self.out(features, step)
+        logits = linear(features, table.to(features.dtype), bias) if self.spec.tie else self.out(features, step)
         logits = logits if self.spec.scale == 1.0 else logits * self.spec.scale
         cap = self.spec.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

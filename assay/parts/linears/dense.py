@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.ops.linear import linear
 from assay.ops.step import Step
 from assay.parts.base import Linear, empty
 from assay.spec.base import Fan, Init, LinearSpec, Site, Weight
@@ -46,4 +46,4 @@ class DenseLinear(Linear):
             self.register_parameter(key, empty(weight))
 
     def forward(self, x: Tensor, step: Step | None) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)

@@ -1,0 +1,117 @@
+"""The compiled kernels against float64, against themselves in other company, and where they must not be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from assay.ops import native
+from assay.ops.linear import linear
+from assay.ops.native import Kernels, Unbuildable, library
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Of a sum of n products: float32 rounds each, bfloat16 the result once.
+ROUND = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+floats = st.sampled_from(DTYPES)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Compiled for this run, in a folder of its own."""
+    try:
+        return Kernels(library(tmp_path_factory.mktemp("native", numbered=True)))
+    except Unbuildable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def used(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels where the program looks for them; the names of those that were asked."""
+    asked: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            asked.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setattr(native, "kernels", lambda: Watched())
+    yield asked
+
+
+def drawn(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@given(
+    st.integers(1, 32), st.integers(1, 70), st.integers(1, 40), floats, st.booleans(), st.integers(0, 5), st.integers()
+)
+def test_linear_is_the_product_in_float64_to_the_rounding(
+    kernels: Kernels, rows: int, size: int, out: int, dtype: torch.dtype, biased: bool, pad: int, seed: int
+) -> None:
+    seed %= 1 << 32
+    x, w = drawn(seed, dtype, rows, size + pad)[:, pad:], drawn(seed + 1, dtype, out, size)
+    b = drawn(seed + 2, dtype, out) if biased else None
+    found = kernels.linear(x, w, b)
+    assert found is not None and found.dtype == dtype
+    exact = F.linear(x.double(), w.double(), None if b is None else b.double())
+    terms = x.double().abs() @ w.double().abs().T + (0 if b is None else b.double().abs())
+    bound = ROUND[dtype] * exact.abs() + (size + 2) * ROUND[torch.float32] * terms
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+@given(st.integers(1, 32), st.integers(1, 100), st.integers(1, 50), floats, st.integers(1, 3))
+def test_a_row_has_the_same_bits_in_any_company_and_with_any_number_of_threads(
+    kernels: Kernels, rows: int, size: int, out: int, dtype: torch.dtype, threads: int
+) -> None:
+    x, w = drawn(0, dtype, rows, size), drawn(1, dtype, out, size)
+    alone = torch.cat([y for i in range(rows) if (y := kernels.linear(x[i : i + 1], w, None)) is not None])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = kernels.linear(x, w, None)
+    finally:
+        torch.set_num_threads(before)
+    assert together is not None and torch.equal(together, alone)
+
+
+def test_what_is_not_a_number_stays_visible(kernels: Kernels) -> None:
+    for dtype in DTYPES:
+        w = drawn(0, dtype, 5, 40)
+        w[1, 3], w[2, 39], w[3, 0] = float("nan"), float("inf"), float("-inf")
+        found = kernels.linear(torch.ones(2, 40, dtype=dtype), w, None)
+        assert found is not None
+        assert found[:, 1].isnan().all() and found[:, 2:4].isinf().all() and found[:, [0, 4]].isfinite().all()
+
+
+def test_other_types_sizes_and_layouts_are_left_to_torch(kernels: Kernels) -> None:
+    x, w = drawn(0, torch.float32, 3, 8), drawn(1, torch.float32, 4, 8)
+    assert kernels.linear(x.double(), w.double(), None) is None
+    assert kernels.linear(x, w.bfloat16(), None) is None
+    assert kernels.linear(x, drawn(1, torch.float32, 8, 4).T, None) is None
+    assert kernels.linear(drawn(0, torch.float32, 33, 8), w, None) is None
+    assert kernels.linear(x[:0], w, None) is None
+    assert kernels.linear(x[:, :0], w[:, :0], None) is None
+    assert kernels.linear(x, w, torch.ones(4, dtype=torch.float64)) is None
+
+
+def test_only_inference_on_plain_tensors_is_served(used: list[str]) -> None:
+    x, w = drawn(0, torch.float32, 2, 8), drawn(1, torch.float32, 4, 8)
+    with torch.no_grad():
+        linear(x, w)
+    assert used == []
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as counter:
+            linear(x, w)
+        assert used == [] and counter.get_total_flops() == 2 * 2 * 8 * 4
+        torch.testing.assert_close(linear(x, w), F.linear(x, w))
+        assert used == ["linear"]
+    y = linear(x, w.clone().requires_grad_())
+    y.sum().backward()
+    assert used == ["linear"]
