@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.assay-installed
 OUT ?= runs/tour
 DEMO ?= runs/demo
+MINUTES ?= 60
 # Two workers of one thread each: more threads a worker only get in each other's way.
 TEST := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 --dist worksteal
 # What `make check` leaves to `make test`, so that it stays within two minutes.
 QUICK := tests/spec tests/cli tests/project
 
-.PHONY: setup study demo test test-full check lint format types bench docs clean
+.PHONY: setup study demo test test-full check lint format types bench bench-serve soak docs clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,14 @@ types: setup
 bench: setup
 	$(BIN)/assay bench gpt-11m --train --batch 16 --seq 256 --dtype bf16
 	$(BIN)/assay bench gpt-11m --train --batch 16 --seq 256 --dtype f32
+
+# Sixteen requests at once to a real model: assay in process and over HTTP beside transformers and llama.cpp.
+bench-serve: setup
+	$(BIN)/python benchmarks/serve.py --out runs/bench-serve
+
+# A server under mixed load for an hour, killed in the middle: MINUTES=5 for a short one.
+soak: setup
+	env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
 
 docs: setup
 	$(BIN)/python docs/generate.py
