@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from assay.ops import native
 from assay.ops.linear import linear
-from assay.ops.native import Kernels, Unbuildable, library
+from assay.ops.native import Kernels
+from tests.ops.natives import DTYPES, ROUND, drawn
 
-DTYPES = (torch.float32, torch.bfloat16)
-# Of a sum of n products: float32 rounds each, bfloat16 the result once.
-ROUND = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 floats = st.sampled_from(DTYPES)
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """Compiled for this run, in a folder of its own."""
-    try:
-        return Kernels(library(tmp_path_factory.mktemp("native", numbered=True)))
-    except Unbuildable as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def used(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The kernels where the program looks for them; the names of those that were asked."""
-    asked: list[str] = []
-
-    class Watched:
-        def __getattr__(self, name: str) -> object:
-            asked.append(name)
-            return getattr(kernels, name)
-
-    monkeypatch.setattr(native, "kernels", lambda: Watched())
-    yield asked
-
-
-def drawn(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @given(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assay.ops.attend import matmul, oracle, sdpa, tiled
+from assay.ops.attend import decode, matmul, oracle, sdpa, tiled
 from assay.ops.attend.call import Call
 from assay.ops.attend.plan import BACKENDS, Plan, materialised
 from assay.ops.attend.rule import Scores, softmax
@@ -80,6 +80,10 @@ def attend(
 ) -> Float[Tensor, "N H V"]:
     """softmax(scores + mask) v for every token and head. A token that sees nothing gives 0. ValueError if the plan
     names a backend that cannot serve these scores. What it looks at is published `here`, for who asks by name."""
+    if here is None or not here.listen:
+        found = decode.run(q, view, scores, made)
+        if found is not None:
+            return found
     call, name = _call(q, view, step, sees, scores, made)
     if here is not None:
         publish(call, here)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("kernels.cpp")  # it includes the headers beside it
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp")
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -43,7 +43,8 @@ def key(tool: str) -> str:
     version = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout
     lines = CPUINFO.read_text("utf-8", "replace").splitlines() if CPUINFO.is_file() else []
     able = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    told = (SOURCE.read_text("utf-8"), *FLAGS, version, torch.__version__, platform.machine(), able, str(runtime()))
+    sources = (path.read_text("utf-8") for path in sorted((SOURCE, *SOURCE.parent.glob("*.h"))))
+    told = (*sources, *FLAGS, version, torch.__version__, platform.machine(), able, str(runtime()))
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
 
 

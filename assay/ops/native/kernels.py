@@ -1,16 +1,22 @@
-"""The compiled kernels as functions of tensors. Each answers None for what it does not serve: torch does that then."""
+"""The compiled kernels as functions of tensors. Each answers None for what it does not serve: torch does that then.
+
+Legend: N rows of float32 or bfloat16, H query heads, G key heads, S entries of a view, K and V head sizes.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 ROWS = 32  # beyond this many, torch's blocked products are as fast
+LANES, WIDEST = 16, 256  # heads are whole lanes wide, and so many at most
 TYPES = (torch.float32, torch.bfloat16)
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+Numbers = LONG * 15
 
 
 class Kernels:
@@ -18,9 +24,19 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
-        self._linear = loaded.assay_linear
-        self._linear.argtypes = [INT, POINTER, LONG, INT, LONG, POINTER, POINTER, POINTER, LONG]
-        self._linear.restype = None
+
+        def function(name: str, *types: type) -> Callable[..., None]:
+            found = getattr(loaded, f"assay_{name}")
+            found.argtypes, found.restype = types, None
+            return found
+
+        self._linear = function("linear", INT, POINTER, LONG, INT, LONG, POINTER, POINTER, POINTER, LONG)
+        self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
+        self._silu_mul = function("silu_mul", INT, POINTER, POINTER, LONG, POINTER)
+        self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
+        self._attend = function(
+            "attend", INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT
+        )
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         """x [..., K] of up to 32 rows with w [N, K], all float32 or all bfloat16, summed in float32."""
@@ -37,4 +53,66 @@ class Kernels:
         bias = None if b is None else b.data_ptr()
         half = dtype is torch.bfloat16
         self._linear(half, x.data_ptr(), x.stride(0), rows, size, w.data_ptr(), bias, y.data_ptr(), out)
+        return y
+
+    def rms_norm(self, x: Tensor, w: Tensor | None, eps: float, shift: float) -> Tensor | None:
+        """x / sqrt(mean(x^2) + eps) * (w + shift) over the last axis, computed in float32, for up to 32 tokens."""
+        dtype, size = x.dtype, x.shape[-1]
+        if x.shape[0] > ROWS or dtype not in TYPES or not x.numel():
+            return None
+        if w is not None and (w.dtype != dtype or not w.is_contiguous()):
+            return None
+        x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+        rows, stride = x.numel() // size, x.stride(-2) if x.dim() > 1 else size
+        y = torch.empty(x.shape, dtype=dtype)
+        weight = None if w is None else w.data_ptr()
+        self._rms_norm(dtype is torch.bfloat16, x.data_ptr(), stride, rows, size, weight, shift, eps, y.data_ptr())
+        return y
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor | None:
+        """silu(gate) * up, computed in float32, for up to 32 rows."""
+        dtype = gate.dtype
+        if gate.shape[0] > ROWS or dtype not in TYPES or up.dtype != dtype or gate.shape != up.shape:
+            return None
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty(gate.shape, dtype=dtype)
+        self._silu_mul(dtype is torch.bfloat16, gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
+        return y
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+        """x [N, H, K] turned by cos [N, 1, K] and sin [N, 1, K/2 or less] of float32, in half-split pairs."""
+        if x.dim() != 3 or x.shape[0] > ROWS or x.dtype not in TYPES or x.stride(2) != 1:
+            return None
+        rows, heads, size = x.shape
+        half = sin.shape[-1]
+        if cos.shape != (rows, 1, size) or sin.shape != (rows, 1, half) or 2 * half > size:
+            return None
+        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in (cos, sin)):
+            return None
+        y = torch.empty(x.shape, dtype=x.dtype)
+        strides = (x.stride(0), x.stride(1), rows, heads, size, half)
+        self._turn(x.dtype is torch.bfloat16, x.data_ptr(), *strides, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
+        return y
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None, sink: Tensor | None
+    ) -> Tensor | None:
+        """softmax(scores) v for q [N, H, K], one query a sequence, over k [N, S, G, K] and v [N, S, G, V] as they are
+        stored; seen [N, S] says which entries count. A row that sees nothing gives 0."""
+        (rows, heads, size), dtype = q.shape, q.dtype
+        entries, groups, width = k.shape[1], k.shape[2], v.shape[3]
+        if not 0 < rows <= ROWS or dtype not in TYPES or k.dtype != dtype or v.dtype != dtype or not entries:
+            return None
+        if size % LANES or width % LANES or max(size, width) > WIDEST or heads % groups:
+            return None
+        if not q.stride(2) == k.stride(3) == v.stride(3) == seen.stride(1) == 1:
+            return None
+        y = torch.empty(rows, heads, width, dtype=dtype)
+        numbers = Numbers(
+            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], seen.stride(0), rows, heads, groups, entries, size, width
+        )
+        sinks = None if sink is None else sink.float().contiguous()
+        pointers = (t.data_ptr() for t in (q, k, v, seen, y))
+        at = None if sinks is None else sinks.data_ptr()
+        self._attend(dtype is torch.bfloat16, *pointers, at, numbers, scale, softcap or 0.0)
         return y

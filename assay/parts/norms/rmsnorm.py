@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from assay.ops.norm import rms_norm
-from assay.ops.precision import high
 from assay.ops.step import Step
 from assay.parts.base import Norm
 from assay.spec.base import Init, NormSpec, Site, Weight
@@ -44,11 +43,8 @@ class RmsNormPart(Norm):
     """[..., D] -> [..., D]; statistics and scale in float32 or better, then the input's dtype."""
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
-        wide = high(x)
         mode = self.spec.weight
-        w = None if mode == "none" else self.weight.to(wide.dtype)
-        w = w + 1 if mode == "plus_one" and w is not None else w
-        return rms_norm(wide, w, self.spec.eps).to(x.dtype)
+        return rms_norm(x, None if mode == "none" else self.weight, self.spec.eps, 1.0 if mode == "plus_one" else 0.0)
 
 
 def reference(spec: RmsNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from assay.ops.native import serving
 from assay.ops.state import State
 from assay.ops.step import Step, View
 from assay.parts.base import Position
@@ -148,6 +149,10 @@ class _Turn(torch.autograd.Function):
 
 def turn(x: Float[Tensor, "*n H K"], angle: Turns) -> Float[Tensor, "*n H K"]:
     """Rotate the leading dimensions in half-split pairs; in x's dtype, so exact to its rounding of cos and sin."""
+    native = serving(x)
+    found = None if native is None else native.turn(x, *angle)
+    if found is not None:
+        return found
     cos, sin = angle.to(x.dtype)
     return _Turn.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _rotated(x, cos, sin)
 
@@ -175,7 +180,7 @@ class RopePosition(Position):
         """The step's table; float64, which only checks use, and a size nobody announced are computed here."""
         table, size = step.table(self) or {}, x.shape[-1]
         if size in table and x.dtype != torch.float64:
-            return table[size].to(x.dtype)
+            return table[size] if serving(x) is not None else table[size].to(x.dtype)
         return self.at(step.positions, step.seq, size, step).to(x.dtype)
 
     def on_qk(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,90 @@
+// Sixteen floats at a time, on any machine: the compiler makes of it what its registers hold.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef float Loose __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint32_t LooseBits __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint16_t Half __attribute__((vector_size(32), aligned(2), may_alias));
+
+inline float widened(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// To the nearest, ties to even; a NaN stays one.
+inline uint16_t narrowed(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline float get(const float* p) { return *p; }
+inline float get(const uint16_t* p) { return widened(*p); }
+inline void put(float* p, float f) { *p = f; }
+inline void put(uint16_t* p, float f) { *p = narrowed(f); }
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+inline Vec load(const uint16_t* p) {
+  const Half h = *reinterpret_cast<const Half*>(p);
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, Bits) << 16);
+}
+
+// Lane i with lane i + 8, then + 4, + 2, + 1.
+inline float total(Vec v) {
+  typedef float V8 __attribute__((vector_size(32)));
+  typedef float V4 __attribute__((vector_size(16)));
+  const V8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const V4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+// e^x to 2 units in the last place, Cody and Waite's reduction with Cephes' polynomial; below -87 it is 2^-126 or so.
+inline Vec exponential(Vec x) {
+  typedef int32_t Whole __attribute__((vector_size(64)));
+  x = x < -87.0f ? Vec{} - 87.0f : x;
+  x = x > 88.0f ? Vec{} + 88.0f : x;
+  const Vec scaled = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+  const Vec n = scaled - 12582912.0f;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * reinterpret_cast<Vec>((__builtin_convertvector(n, Whole) + 127) << 23);
+}
+
+template <class T> inline Vec some(const T* p, long count) {  // up to 16 of them, then zeros
+  if (count >= LANES) return load(p);
+  T rest[LANES] = {};
+  std::memcpy(rest, p, count * sizeof(T));
+  return load(rest);
+}
+
+template <class T> inline void store(T* p, Vec v, long count) {
+  float f[LANES];
+  std::memcpy(f, &v, sizeof(v));
+  for (long i = 0; i < std::min<long>(count, LANES); i++) put(p + i, f[i]);
+}
+
+// Many values are shared out among threads; a few are done before the others would have woken up.
+constexpr long ALONE = 1 << 15;
+
+}  // namespace

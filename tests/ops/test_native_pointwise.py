@@ -1,0 +1,55 @@
+"""Compiled norm, gate and turn against their formulas in float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assay.ops.activations import reference
+from assay.ops.native import Kernels
+from assay.parts.positions.rope import Rope, turns
+from assay.parts.positions.rope import reference as rope_reference
+from tests.ops.natives import DTYPES, ROUND, drawn
+
+floats = st.sampled_from(DTYPES)
+
+
+@given(st.integers(1, 9), st.integers(1, 70), floats, st.booleans(), st.sampled_from((0.0, 1.0)), st.booleans())
+def test_norm_is_the_formula_in_float64_to_the_rounding(
+    kernels: Kernels, rows: int, size: int, dtype: torch.dtype, weighted: bool, shift: float, heads: bool
+) -> None:
+    x = drawn(0, dtype, rows, 3, size) if heads else drawn(0, dtype, rows, size + 3)[:, 1 : size + 1]
+    w = drawn(1, dtype, size) if weighted else None
+    found = kernels.rms_norm(x, w, 1e-3, shift)
+    assert found is not None and found.shape == x.shape
+    wide = x.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    exact = exact if w is None else exact * (w.double() + shift)
+    torch.testing.assert_close(found.double(), exact, rtol=ROUND[dtype] + 1e-6, atol=1e-6)
+
+
+@given(st.integers(1, 5), st.integers(1, 70), floats)
+def test_the_gate_is_the_formula_in_float64_to_the_rounding(
+    kernels: Kernels, rows: int, size: int, dtype: torch.dtype
+) -> None:
+    gate, up = 30 * drawn(0, dtype, rows, size), drawn(1, dtype, rows, size)
+    found = kernels.silu_mul(gate, up)
+    assert found is not None
+    exact = reference("silu", gate.double()) * up.double()
+    torch.testing.assert_close(found.double(), exact, rtol=ROUND[dtype] + 1e-6, atol=1e-30)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 20), st.integers(0, 9), floats, st.integers(0, 3))
+def test_the_turn_is_ropes_reference_to_the_rounding(
+    kernels: Kernels, rows: int, heads: int, half: int, still: int, dtype: torch.dtype, pad: int
+) -> None:
+    size = 2 * half + still
+    x = drawn(0, dtype, rows, heads, size + pad)[:, :, pad:]
+    positions = torch.arange(rows) * 7
+    spec = Rope(theta=100.0, dim=2 * half)
+    cos, sin = turns(spec, positions, size, torch.full((1,), 99)).to(torch.float32)
+    found = kernels.turn(x, cos, sin)
+    assert found is not None
+    exact, _ = rope_reference(spec, {}, x, x[:, :1], positions)
+    torch.testing.assert_close(found.double(), exact, rtol=ROUND[dtype], atol=1e-5)
