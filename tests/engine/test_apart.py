@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -16,37 +15,11 @@ from assay.engine.handoff import pack, unpack
 from assay.engine.request import Grammar, Request, SamplingParams
 from assay.engine.runner import Runner, Token
 from assay.engine.scheduler import Plan, Scheduler
-from assay.model.lm import LM, build
-from assay.spec.load import validate
-from assay.spec.model import ModelSpec
-from tests.cache.models import spec, tokens
+from tests.engine.apart import PAGES, ROWS, TEXT, asked, lm_of
 from tests.engine.test_engine import empty, pressed
-from tests.engine.test_runner import TEXT
 
 KEY = b"k" * 32
-MIXERS: dict[str, dict[str, Any]] = {
-    "mla": {"kind": "mla", "heads": 2, "nope_dim": 4, "rope_dim": 2, "value_dim": 4, "kv_rank": 6, "position": "p"},
-    "mamba2": {"kind": "mamba2", "head_dim": 8, "state_size": 4, "chunk": 4},
-}
 MODELS = ("full", "window", "linear", "full-window-linear", "first-linear", "mla", "mamba2", "mla-mamba2-window")
-WILD = SamplingParams(temperature=1.2, seed=5, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2)
-PAGES = EngineConfig(tokens=64, page=4, border=1, max_running=4)
-ROWS = EngineConfig(tokens=64, page=None, max_running=4)
-
-
-@cache
-def lm_of(kind: str, dtype: torch.dtype = torch.float64) -> LM:
-    names = kind.split("-")
-    tree = spec([name for name in names if name not in MIXERS] or ["full"]).model_dump(mode="json")
-    plain = tree["blocks"]
-    whole = {name: {"mixer": MIXERS[name], "ffn": {"kind": "gated", "width": 24}} for name in names if name in MIXERS}
-    keep = {name: plain[name] for name in names if name in plain}
-    tree |= {"blocks": keep | whole, "layers": len(names), "pattern": names}
-    return build(validate(ModelSpec, tree, "test"), seed=3).to(dtype).eval()
-
-
-def asked(length: int = 21, new: int = 9, **more: Any) -> Request:
-    return Request(prompt=tuple(tokens(1, length, 4)[0].tolist()), max_new=new, **{"sampling": WILD, **more})
 
 
 def ends(engine: Engine) -> list[Token]:
