@@ -46,7 +46,7 @@ def test_attention_is_the_softmax_in_float64_to_the_rounding(
     q, seen = drawn(2, dtype, rows, heads, sizes["size"]), drawn(3, torch.float32, rows, entries).abs() < 3
     seen &= torch.rand(rows, entries, generator=torch.Generator().manual_seed(4)) < sizes["density"]
     sink = drawn(5, dtype, heads) if sizes["sink"] else None
-    found = kernels.attend(q, k, v, seen, 0.3, sizes["softcap"], sink)
+    found = kernels.attend(q, (k, v), seen, 0.3, sizes["softcap"], sink)
     assert found is not None
     z = torch.einsum("rhk,rshk->rhs", q.double(), k.double().repeat_interleave(sizes["shared"], 2)) * 0.3
     z = z if sizes["softcap"] is None else 3.0 * torch.tanh(z / 3.0)
@@ -65,12 +65,10 @@ def test_attention_of_a_sequence_has_the_same_bits_in_any_company(
     k, v = drawn(0, dtype, 3, entries + more, 2, 32), drawn(1, dtype, 3, entries + more, 2, 16)
     q, seen = drawn(2, dtype, 3, 4, 32), torch.ones(3, entries + more, dtype=torch.bool)
     seen[1, entries:] = False
-    alone = kernels.attend(
-        q[1:2], k[1:2, :entries], v[1:2, :entries], torch.ones(1, entries, dtype=torch.bool), 0.2, None, None
-    )
+    alone = kernels.attend(q[1:2], (k[1:2, :entries], v[1:2, :entries]), torch.ones(1, entries, dtype=torch.bool), 0.2)
     torch.set_num_threads(3)
     try:
-        together = kernels.attend(q, k, v, seen, 0.2, None, None)
+        together = kernels.attend(q, (k, v), seen, 0.2)
     finally:
         torch.set_num_threads(1)
     assert together is not None and alone is not None and torch.equal(together[1], alone[0])
@@ -79,14 +77,14 @@ def test_attention_of_a_sequence_has_the_same_bits_in_any_company(
 def test_what_is_stored_where_nobody_looks_is_not_read(kernels: Kernels) -> None:
     k, v = drawn(0, torch.float32, 1, 20, 1, 16), drawn(1, torch.float32, 1, 20, 1, 16)
     q, seen = drawn(2, torch.float32, 1, 1, 16), torch.arange(20)[None] < 9
-    clean = kernels.attend(q, k, v, seen, 1.0, None, None)
+    clean = kernels.attend(q, (k, v), seen, 1.0)
     k[:, 9:], v[:, 9:] = float("nan"), float("inf")
-    dirty = kernels.attend(q, k, v, seen, 1.0, None, None)
+    dirty = kernels.attend(q, (k, v), seen, 1.0)
     assert clean is not None and dirty is not None and torch.equal(clean, dirty)
-    nothing = kernels.attend(q, k, v, seen & False, 1.0, None, None)
+    nothing = kernels.attend(q, (k, v), seen & False, 1.0)
     assert nothing is not None and not nothing.any()
     k[:, 3] = float("nan")
-    spoilt = kernels.attend(q, k, v, seen, 1.0, None, None)
+    spoilt = kernels.attend(q, (k, v), seen, 1.0)
     assert spoilt is not None and spoilt.isnan().all()
 
 

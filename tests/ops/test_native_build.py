@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,44 +30,42 @@ MAKES = 'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo made > "$2"; fi; shi
 def test_it_is_compiled_once_and_again_for_another_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("CXX", fake(tmp_path, MAKES))
+    tool = fake(tmp_path, MAKES)
     home = tmp_path / "cache"
-    first = build.library(home)
+    first = build.library(home, tool)
     assert first.read_text() == "made\n" and home.stat().st_mode & 0o777 == 0o700
     assert capsys.readouterr().err.count("\n") == 1
-    assert build.library(home) == first and capsys.readouterr().err == ""
+    assert build.library(home, tool) == first and capsys.readouterr().err == ""
     assert (tmp_path / "calls").read_text().count("x") == 2  # the unit, then the library
     source = tmp_path / "other.cpp"
     source.write_text("other")
     monkeypatch.setattr(build, "SOURCE", source)
-    assert build.library(home) != first
+    assert build.library(home, tool) != first
     assert sorted(p.name for p in home.iterdir() if p.suffix != ".so") == ["lock"]
 
 
-def test_a_failed_build_leaves_nothing_and_says_what_the_compiler_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", fake(tmp_path, "echo 'kernels.cpp:1: error: no such thing' >&2; exit 1"))
+def test_a_failed_build_leaves_nothing_and_says_what_the_compiler_said(tmp_path: Path) -> None:
+    tool = fake(tmp_path, "echo 'kernels.cpp:1: error: no such thing' >&2; exit 1")
     with pytest.raises(Unbuildable, match="no such thing"):
-        build.library(tmp_path / "cache")
+        build.library(tmp_path / "cache", tool)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
-def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", fake(tmp_path, MAKES))
+def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+    tool = fake(tmp_path, MAKES)
     home = tmp_path / "cache"
     home.mkdir()
     home.chmod(0o755)
     with pytest.raises(Unbuildable, match="0700"):
-        build.library(home)
+        build.library(home, tool)
 
 
 def test_without_a_compiler_torch_is_used_and_one_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(native, "ALLOWED", True)
+    monkeypatch.setattr(native, "ENVIRONMENT", replace(native.ENVIRONMENT, native=True))
+    monkeypatch.setattr(build, "ENVIRONMENT", replace(build.ENVIRONMENT, compiler=None))
     native.kernels.cache_clear()
     try:
         with torch.inference_mode():

@@ -20,4 +20,5 @@ def run(q: Tensor, view: View, scores: Scores, made: Plan | None) -> Tensor | No
     native = None if scores.bias is not None or scores.dropout else serving(q)
     if native is None:
         return None
-    return native.attend(q, view.dense("k"), view.dense("v"), mask[:, 0], scores.scale, scores.softcap, scores.sink)
+    stored = view.dense("k"), view.dense("v")
+    return native.attend(q, stored, mask[:, 0], scores.scale, scores.softcap, scores.sink)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import cache
 
@@ -11,14 +10,13 @@ from torch import Tensor
 
 from assay.ops.native.build import Unbuildable, library
 from assay.ops.native.kernels import Kernels
-
-ALLOWED = os.environ.get("ASSAY_NATIVE", "1") != "0"
+from assay.spec.environment import ENVIRONMENT
 
 
 @cache
 def kernels() -> Kernels | None:
     """The kernels, compiled by the first call where this machine has none yet; None, said once, where it cannot."""
-    if not ALLOWED:
+    if not ENVIRONMENT.native:
         return None
     try:
         return Kernels(library())

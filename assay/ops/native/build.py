@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from assay.spec.environment import ENVIRONMENT
+
 SOURCE = Path(__file__).with_name("kernels.cpp")  # it includes the headers beside it
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp")
 CPUINFO = Path("/proc/cpuinfo")
@@ -24,9 +26,9 @@ class Unbuildable(Exception):
     """Why there is no library, in words."""
 
 
-def compiler() -> str:
-    """$CXX, g++ or c++, whichever is there first. Unbuildable where none is."""
-    for name in (os.environ.get("CXX"), "g++", "c++"):
+def compiler(chosen: str | None = None) -> str:
+    """The one chosen, $CXX, g++ or c++, whichever is there first. Unbuildable where none is."""
+    for name in (chosen, ENVIRONMENT.compiler, "g++", "c++"):
         found = shutil.which(name) if name else None
         if found is not None:
             return found
@@ -48,13 +50,6 @@ def key(tool: str) -> str:
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
 
 
-def folder() -> Path:
-    """native/ in $ASSAY_CACHE, or in assay/ of the user's cache folder."""
-    chosen = os.environ.get("ASSAY_CACHE")
-    home = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
-    return home / "native"
-
-
 def private(place: Path) -> Path:
     """The folder, made if need be. Unbuildable where somebody else could put a library into it."""
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -64,11 +59,11 @@ def private(place: Path) -> Path:
     return place
 
 
-def library(place: Path | None = None) -> Path:
-    """The compiled kernels: found under their key, or built now. Unbuildable says why there are none."""
+def library(place: Path = ENVIRONMENT.cache / "native", chosen: str | None = None) -> Path:
+    """The kernels as this compiler makes them: found under their key, or built now. Unbuildable says why not."""
     try:
-        tool = compiler()
-        home = private(folder() if place is None else place)
+        tool = compiler(chosen)
+        home = private(place)
         found = home / f"kernels-{key(tool)}.so"
         with (home / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

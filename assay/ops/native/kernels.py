@@ -95,11 +95,17 @@ class Kernels:
         return y
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None, sink: Tensor | None
+        self,
+        q: Tensor,
+        stored: tuple[Tensor, Tensor],
+        seen: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor | None:
-        """softmax(scores) v for q [N, H, K], one query a sequence, over k [N, S, G, K] and v [N, S, G, V] as they are
-        stored; seen [N, S] says which entries count. A row that sees nothing gives 0."""
-        (rows, heads, size), dtype = q.shape, q.dtype
+        """softmax(scores) v for q [N, H, K], one query a sequence, over `stored` k [N, S, G, K] and v [N, S, G, V];
+        seen [N, S] says which entries count. A row that sees nothing gives 0."""
+        (rows, heads, size), dtype, (k, v) = q.shape, q.dtype, stored
         entries, groups, width = k.shape[1], k.shape[2], v.shape[3]
         if not 0 < rows <= ROWS or dtype not in TYPES or k.dtype != dtype or v.dtype != dtype or not entries:
             return None
