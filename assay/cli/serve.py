@@ -2,10 +2,15 @@
 
 One line on stdout says the address once requests can be answered; the log goes to stderr, a JSON object a line. SIGTERM
 and Ctrl-C let running replies finish for 10 seconds. Any address but this machine's own needs --api-key-file.
+--replicas N serves from N processes with an engine each; --apart from two, one that reads prompts and one that goes on
+with the replies. --threads, --max-running and --memory are then of each process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +20,13 @@ from assay.cli import _engine as options
 from assay.cli.common import Device, Part, fail, load_parts, pick_device
 
 if TYPE_CHECKING:
+    from assay.engine.apart.cluster import Cluster
+    from assay.engine.apart.router import ClusterConfig
+    from assay.engine.config import EngineConfig
     from assay.engine.engine import Engine
+    from assay.engine.server.worker import Served
+
+ROUTES = ("least_loaded", "round_robin", "prefix")
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes one that is free.")]
@@ -31,6 +42,12 @@ Memory = Annotated[
     typer.Option("--memory", min=1, metavar="BYTES", help="Of the cache. [default: 512 tokens a running reply]"),
 ]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms that give the same each time.")]
+Replicas = Annotated[int, typer.Option("--replicas", min=1, help="Processes with an engine each.")]
+Apart = Annotated[bool, typer.Option("--apart", help="One process reads prompts, another goes on with the replies.")]
+Route = Annotated[
+    str | None,
+    typer.Option("--route", help="Among replicas: round_robin, least_loaded or prefix. [default: least_loaded]"),
+]
 Ready = Annotated[
     Path | None, typer.Option("--ready-file", metavar="FILE", help="Gets the address once requests can be answered.")
 ]
@@ -48,6 +65,9 @@ def run(
     max_running: Running = 16,
     page: Page = 16,
     memory: Memory = None,
+    replicas: Replicas = 1,
+    apart: Apart = False,
+    route: Route = None,
     ready_file: Ready = None,
     part: Part = None,
 ) -> None:
@@ -61,27 +81,68 @@ def run(
     name, limits = Path(ckpt).resolve().name, Limits()
     config = ServerConfig(name=name, host=host, port=port, keys=keys, limits=limits)
     pick_device(device)
+    load_parts(part)
 
     from assay.engine.config import EngineConfig
     from assay.engine.server.run import serve
 
-    load_parts(part)
     engine = EngineConfig(max_running=max_running, page=page, memory=memory)
+    cluster = processes(replicas, apart, route)
 
     def ready(url: str) -> None:
         print(f"{name} is served at {url}", flush=True)
         if ready_file is not None:
             ready_file.write_text(f"{url}\n")
 
-    def make() -> Engine:
-        """In the thread that will run it: thread counts are a thread's own."""
-        import torch
+    build = partial(built, ckpt, device, dtype, engine, threads, deterministic)
+    with ExitStack() as open_:
 
-        from assay.engine.engine import Engine
+        def make() -> Served:
+            if cluster is None:
+                return build()
+            return open_.enter_context(front(ckpt, engine, cluster, partial(elsewhere, build, part)))
 
-        if threads is not None:
-            torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
-        return Engine(*options.load(ckpt, device, dtype), engine)
+        serve(config, make, max_running * (1 if apart else replicas) + limits.waiting, ready)
 
-    serve(config, make, max_running + limits.waiting, ready)
+
+def processes(replicas: int, apart: bool, route: str | None) -> ClusterConfig | None:
+    """What was asked for beside one engine in this process; None: nothing."""
+    if apart and (replicas > 1 or route is not None):
+        fail("--apart: one process reads and one goes on; accepted: without --replicas and --route")
+    if route is not None and route not in ROUTES:
+        fail(f"--route {route!r}: accepted: {', '.join(ROUTES)}")
+    if not apart and replicas == 1:
+        return None
+    from assay.engine.apart.router import ClusterConfig
+
+    return ClusterConfig.model_validate({"route": "apart" if apart else route or ROUTES[0], "replicas": replicas})
+
+
+def built(
+    ckpt: str, device: str, dtype: str | None, config: EngineConfig, threads: int | None, deterministic: bool
+) -> Engine:
+    """In the thread that will run it: thread counts are a thread's own."""
+    import torch
+
+    from assay.engine.engine import Engine
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    return Engine(*options.load(ckpt, device, dtype), config)
+
+
+def elsewhere(build: Callable[[], Engine], part: list[Path] | None) -> Engine:
+    """In another process, which knows no mechanisms of the user's yet."""
+    load_parts(part)
+    return build()
+
+
+def front(ckpt: str, engine: EngineConfig, cluster: ClusterConfig, make: Callable[[], Engine]) -> Cluster:
+    """Of engines in other processes; the weights are read there alone."""
+    from assay.data.tokenizers import Tokenizer
+    from assay.engine.apart.cluster import Cluster
+    from assay.train.checkpoint import load_spec
+
+    folder = Path(ckpt)
+    return Cluster(make, load_spec(folder), Tokenizer.load(folder), engine, cluster)

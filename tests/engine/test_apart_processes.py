@@ -13,13 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from assay.cli.main import main
 from assay.engine.apart.cluster import PATIENCE_S, Cluster
 from assay.engine.apart.router import ClusterConfig
 from assay.engine.config import EngineConfig
 from assay.engine.engine import Engine
 from assay.engine.request import Grammar, Request, SamplingParams, Serving
 from assay.engine.runner import Token
+from assay.train.checkpoint import save_checkpoint
 from tests.engine.apart import PAGES, TEXT, WILD, asked, engine, lm_of
+from tests.server.live import tiny
+from tests.server.live import words as spoken
+from tests.server.test_process import SHORT, Process
 
 KIND = "full-window-linear"
 LONG = asked(20, 40, sampling=SamplingParams(temperature=0.0))
@@ -212,3 +217,46 @@ def test_what_the_processes_cannot_be_is_said() -> None:
         Cluster(broken, lm_of(KIND).spec, TEXT, PAGES, ClusterConfig(replicas=1))
     with pytest.raises(ValueError, match="accepted: a page size"):
         cluster(PAGES.model_copy(update={"page": None}), route="prefix")
+
+
+def children(pid: int) -> list[int]:
+    """The processes that this one spawned to work."""
+    found = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    return [p for p in found if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+def test_the_server_over_two_processes(tmp_path: Path) -> None:
+    """Says what it says alone; ends as it should; and is not well any more when a process is gone."""
+    save_checkpoint(tmp_path / "tiny", tiny(), spoken())
+    ask = {**SHORT, "prompt": "a longer prompt", "max_tokens": 12, "ignore_eos": True}
+    answers = []
+    for options in ((), ("--apart",), ("--replicas", "2", "--route", "prefix")):
+        served = Process(tmp_path / "tiny", tmp_path / "log", "--threads", "1", *options)
+        body = served.client.post("/v1/completions", json=ask).json()
+        answers.append(body["choices"][0])
+        assert served.client.get("/health").status_code == 200
+        pids = children(served.child.pid)
+        assert len(pids) == (2 if options else 0)
+        if "--apart" in options:
+            os.kill(pids[-1], signal.SIGKILL)
+            assert served.client.post("/v1/completions", json=ask).status_code == 500
+            assert served.client.get("/health").status_code == 503
+            assert served.client.post("/v1/completions", json=ask).status_code == 503
+        served.end(signal.SIGTERM)
+        assert served.status() == 0 and gone(pids, PATIENCE_S)
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--apart", "--replicas", "2"), "without --replicas"),
+        (("--replicas", "2", "--route", "nearest"), "accepted: least_loaded, round_robin, prefix"),
+    ],
+)
+def test_what_the_command_refuses(
+    options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tmp_path), *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

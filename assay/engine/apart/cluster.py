@@ -18,8 +18,6 @@ from multiprocessing.process import BaseProcess
 from queue import Empty, SimpleQueue
 from typing import Any, Self
 
-import torch
-
 from assay.data.tokenizers import Tokenizer
 from assay.engine.apart import wire
 from assay.engine.apart.router import ClusterConfig, Role, Router
@@ -84,13 +82,12 @@ class Cluster:
         tokenizer: Tokenizer,
         engine: EngineConfig,
         config: ClusterConfig,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         check_continues(spec)
         if config.route == "prefix" and engine.page is None:
             raise ValueError("route: 'prefix' goes by pages, and these engines have rows; accepted: a page size")
         self.spec, self.tokenizer, self.config, self.settings = spec, tokenizer, engine, config
-        self.fields, self.dtype = state_table(spec), dtype
+        self.fields, self.dtype = state_table(spec), ""  # the dtype is what the processes say
         self.tokens = sequence_limit(spec, engine.tokens)
         self.problem = ""
         self.failed = False
@@ -130,7 +127,7 @@ class Cluster:
                     raise ValueError(message["why"])
                 seat.why = message["why"] if message is not None else ""
                 raise RuntimeError(seat.ended())
-            seat.stats = message["stats"]
+            seat.stats, self.dtype = message["stats"], message["dtype"]
             missing.discard(number)
 
     def __enter__(self) -> Self:

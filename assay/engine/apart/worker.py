@@ -174,7 +174,7 @@ def work(pipe: Connection, post: Post, make: Callable[[], Engine]) -> None:
 def _serve(pipe: Connection, post: Post, make: Callable[[], Engine]) -> None:
     try:
         engine = make()
-        wire.put(pipe, {"is": "ready", "stats": engine.stats()})
+        wire.put(pipe, {"is": "ready", "stats": engine.stats(), "dtype": str(engine.runner.cache.dtype)})
         Worker(pipe, post, engine).serve()
     except (EOFError, ConnectionError):
         raise

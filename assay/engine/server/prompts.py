@@ -15,9 +15,9 @@ from assay.engine.request import Grammar, Request, SamplingParams, Serving
 from assay.engine.server.config import Limits, ServerConfig
 from assay.engine.server.errors import ApiError
 from assay.engine.server.schema import Bounds, ChatBody, CompletionBody, Drawing, Json, Message, NamedTool
+from assay.engine.server.worker import Served
 from assay.engine.template import chat_template, encode
 from assay.engine.tools import Reader, call_form, call_reader
-from assay.model.lm import state_table
 
 COMPLETION_TOKENS = 16  # of a completion that does not say: OpenAI's default
 Ids = tuple[int, ...]
@@ -42,10 +42,10 @@ class Desk:
     calls: str | None
 
     @classmethod
-    def of(cls, engine: Engine, config: ServerConfig) -> Desk:
-        model = engine.runner.model
-        fields = [field for fields in state_table(model.spec, model.prefix).values() for field in fields]
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    def of(cls, engine: Served, config: ServerConfig) -> Desk:
+        store = engine.runner.cache if isinstance(engine, Engine) else engine
+        fields = [field for fields in store.fields.values() for field in fields]
+        dtype = str(store.dtype).removeprefix("torch.")
 
         def state_bytes(tokens: int) -> int:
             return sum(field.bytes(tokens, dtype) for field in fields)

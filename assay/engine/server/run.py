@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from assay.engine.engine import Engine
 from assay.engine.server.app import create_app
 from assay.engine.server.config import ServerConfig
 from assay.engine.server.errors import ApiError
 from assay.engine.server.guard import Gate
 from assay.engine.server.logs import Log, Uvicorn
 from assay.engine.server.metrics import Metrics
-from assay.engine.server.worker import Worker
+from assay.engine.server.worker import Served, Worker
 
 GOING = "the server is shutting down"
 
@@ -30,7 +29,7 @@ class Server:
     limit: replies that may run or wait at once.
     """
 
-    def __init__(self, config: ServerConfig, make: Callable[[], Engine], limit: int, log: Log | None = None) -> None:
+    def __init__(self, config: ServerConfig, make: Callable[[], Served], limit: int, log: Log | None = None) -> None:
         self.config, self.gate, self.log = config, Gate(), log or Log()
         self.metrics = Metrics()
         self.worker = Worker(make, limit, self.metrics, self.log)
@@ -115,7 +114,7 @@ async def _main(server: Server, listener: socket.socket, ready: Callable[[], Non
     await server.run(listener, ready)
 
 
-def serve(config: ServerConfig, make: Callable[[], Engine], limit: int, ready: Callable[[str], None]) -> None:
+def serve(config: ServerConfig, make: Callable[[], Served], limit: int, ready: Callable[[str], None]) -> None:
     """Answer until SIGTERM or SIGINT. `ready` is told the URL once the first request can be answered."""
     listener = listen(config.host, config.port)
     server = Server(config, make, limit)

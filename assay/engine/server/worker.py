@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
 
+from assay.engine.apart.cluster import Cluster
 from assay.engine.engine import Engine
 from assay.engine.request import Request
 from assay.engine.runner import Token
 from assay.engine.server.errors import ApiError
 
 T = TypeVar("T")
+Served = Engine | Cluster
 Status = Literal["loading", "ready", "failed", "stopped"]
 Ending = Literal["cancelled", "error"]
 LOOK_S = 0.05  # seconds between two reports of a busy engine: one goes over all pools of the cache
@@ -87,12 +89,12 @@ class Worker:
     """`start` makes the engine in a thread of its own; `submit` gives it requests. Everything but what begins with
     an underscore belongs to the event loop."""
 
-    def __init__(self, make: Callable[[], Engine], limit: int, observer: Observer, log: Callable[..., None]) -> None:
+    def __init__(self, make: Callable[[], Served], limit: int, observer: Observer, log: Callable[..., None]) -> None:
         self.status: Status = "loading"
         self.stats: Mapping[str, Any] = {}
         self.under_way, self.limit = 0, limit
         self._make, self._observer, self._log = make, observer, log
-        self._inbox: SimpleQueue[Callable[[Engine], None]] = SimpleQueue()
+        self._inbox: SimpleQueue[Callable[[Served], None]] = SimpleQueue()
         self._open: dict[int, _Open] = {}
         self._running, self._looked = True, 0.0
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -118,6 +120,8 @@ class Worker:
 
     async def submit(self, requests: Sequence[Request]) -> Call:
         """A call under way. ApiError 429 when too much is; 400 for what the engine refuses of it."""
+        if self.status == "failed":
+            raise ApiError(503, "the engine has failed")
         size = sum(request.n for request in requests)
         if size > self.limit:
             raise ApiError(400, f"n: {size} replies in one call; accepted: up to {self.limit} in all", "n")
@@ -138,7 +142,7 @@ class Worker:
             self._release(call, call.left)
             self._inbox.put(lambda engine: self._drop(engine, call, "cancelled"))
 
-    async def ask(self, question: Callable[[Engine], T]) -> T:
+    async def ask(self, question: Callable[[Served], T]) -> T:
         """The answer of the engine's own thread, between two steps."""
         answer: asyncio.Future[T] = self._loop.create_future()
         self._inbox.put(lambda engine: self._tell(_settle, answer, _answer(question, engine)))
@@ -179,18 +183,20 @@ class Worker:
                 if engine.busy and self._running:
                     self._step(engine)
                 self._look(engine, not engine.busy)
+                if isinstance(engine, Cluster) and engine.failed:
+                    raise RuntimeError(engine.problem)
         except BaseException as error:  # nothing is known of the engine any more: better none than a wrong one
             self._log("engine", error=error)
             self.status = "failed"
             self._tell(self._fail, self._calls(), ApiError(500, "the engine has failed"))
 
-    def _look(self, engine: Engine, now: bool) -> None:
+    def _look(self, engine: Served, now: bool) -> None:
         """Take the engine's report; while it works, only from time to time."""
         at = time.monotonic()
         if now or at - self._looked > LOOK_S:
             self.stats, self._looked = engine.stats(), at
 
-    def _obey(self, engine: Engine) -> None:
+    def _obey(self, engine: Served) -> None:
         """Run the commands that have come; without work, wait for one."""
         wait = not engine.busy
         while True:
@@ -200,7 +206,7 @@ class Worker:
                 return
             wait = False
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self, engine: Served) -> None:
         began = time.monotonic()
         try:
             tokens = engine.step()
@@ -215,12 +221,13 @@ class Worker:
         if batch:
             self._tell(self._receive, batch)
 
-    def _note_starts(self, engine: Engine, tokens: Sequence[Token], at: float) -> None:
+    def _note_starts(self, engine: Served, tokens: Sequence[Token], at: float) -> None:
         """Who has waited until the step that began at `at`."""
         fresh = {number: place for number, place in self._open.items() if not place.started}
         if not fresh:
             return
-        running = {live.number for live in engine.jobs.values() if live.slot is not None}
+        jobs = engine.jobs.values() if isinstance(engine, Engine) else ()  # other processes tell of their first token
+        running = {live.number for live in jobs if live.slot is not None}
         for number in fresh.keys() & (running | {token.request for token in tokens if token.id is not None}):
             fresh[number].started = True
             self._observer.started(at - fresh[number].call.began)
@@ -237,7 +244,7 @@ class Worker:
                 del self._open[token.request]
         return place.call, Said(place.index, token, at)
 
-    def _submit(self, engine: Engine, call: Call) -> None:
+    def _submit(self, engine: Served, call: Call) -> None:
         if call.accepted.done():  # the client has gone before its turn came
             return
         try:
@@ -250,14 +257,14 @@ class Worker:
         self._observer.submitted(call.requests)
         self._tell(_settle, call.accepted, None)
 
-    def _drop(self, engine: Engine, call: Call, outcome: Ending) -> None:
+    def _drop(self, engine: Served, call: Call, outcome: Ending) -> None:
         for number in [number for number, place in self._open.items() if place.call is call]:
             place = self._open.pop(number)
             engine.cancel(number)
             for _ in range(place.left):
                 self._observer.ended(outcome)
 
-    def _drop_all(self, engine: Engine, error: ApiError) -> None:
+    def _drop_all(self, engine: Served, error: ApiError) -> None:
         calls = self._calls()
         for call in calls:
             self._drop(engine, call, "error")
@@ -266,7 +273,7 @@ class Worker:
     def _calls(self) -> list[Call]:
         return list({id(place.call): place.call for place in self._open.values()}.values())
 
-    def _quit(self, engine: Engine) -> None:
+    def _quit(self, engine: Served) -> None:
         self._running = False
 
     def _tell(self, heard: Callable[..., None], *what: Any) -> None:
@@ -283,7 +290,7 @@ def _settle(future: asyncio.Future[Any], value: Any) -> None:
         future.set_result(value)
 
 
-def _answer(question: Callable[[Engine], T], engine: Engine) -> T | Exception:
+def _answer(question: Callable[[Served], T], engine: Served) -> T | Exception:
     try:
         return question(engine)
     except Exception as error:
