@@ -39,7 +39,7 @@ from assay.spec.load import validate
 from assay.spec.model import ModelSpec
 from assay.train.checkpoint import save_checkpoint
 
-QUIET_S, REST_S, HEALTH_S, DRAIN_S, READY_S = 15.0, 10.0, 10.0, 10.0, 120.0
+QUIET_S, REST_S, HEALTH_S, DRAIN_S, READY_S = 15.0, 3.0, 10.0, 10.0, 120.0
 GROWTH = 16 << 20
 """Bytes that a process may have grown by, from the end of the first quarter of its life to its end, by the median slope
 of its resident memory."""
@@ -143,7 +143,7 @@ class Soak:
 
     async def gauges(self, http: httpx.AsyncClient) -> dict[str, float]:
         found = gauges((await http.get("/metrics")).text)
-        for name in ("running", "waiting", "pages_used", "pages_cached"):
+        for name in ("running", "waiting", "pages_used", "pages_cached", "pages_total"):
             self.most[name] = max(self.most.get(name, 0.0), found[f"assay_{name}"])
         return found
 

@@ -226,7 +226,7 @@ class Traffic:
     async def leave(self) -> None:
         """Hear some of a stream, and go."""
         case = self.draw.choice(self.cases)
-        body: dict[str, Any] = {"model": self.model, "prompt": list(case.prompt), "max_tokens": 300, "n": 2}
+        body: dict[str, Any] = {"model": self.model, "prompt": list(case.prompt), "max_tokens": 600, "n": 2}
         events = await self.api.completions.create(stream=True, extra_body={"ignore_eos": True}, **body)
         left = self.draw.randint(0, 20)
         async for _ in events:
@@ -237,7 +237,7 @@ class Traffic:
 
     async def hang_up(self) -> None:
         case, more = self.draw.choice(self.cases), {"ignore_eos": True}
-        body: dict[str, Any] = {"model": self.model, "prompt": list(case.prompt), "max_tokens": 400, "n": 2}
+        body: dict[str, Any] = {"model": self.model, "prompt": list(case.prompt), "max_tokens": 600, "n": 2}
         try:
             async with asyncio.timeout(self.draw.uniform(0.01, 0.4)):
                 await self.api.completions.create(extra_body=more, **body)
