@@ -28,7 +28,7 @@ from assay.engine.request import Request, SamplingParams
 from assay.model.lm import build
 from assay.spec.load import load_model
 
-ARMS = {
+ARMS: dict[str, tuple[ClusterConfig, dict[str, str | int]]] = {
     "whole prompts": (ClusterConfig(replicas=1), {"policy": "prefill_first", "chunk": 4096, "budget": 4096}),
     "chunks of 64": (ClusterConfig(replicas=1), {"chunk": 64, "budget": 64}),
     "two replicas": (ClusterConfig(replicas=2), {"chunk": 64, "budget": 64}),
