@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from assay.ops.native import serving
-
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"]
 
 
@@ -23,13 +21,6 @@ def activate(name: Activation, x: Tensor) -> Tensor:
     if name == "silu":
         return F.silu(x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-def glu(name: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) * up. In inference on a CPU a few rows of SwiGLU take one pass of a compiled kernel."""
-    native = serving(gate) if name == "silu" else None
-    found = None if native is None else native.silu_mul(gate, up)
-    return activate(name, gate) * up if found is None else found
 
 
 def reference(name: Activation, x: Tensor) -> Tensor:

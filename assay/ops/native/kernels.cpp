@@ -23,12 +23,6 @@ void assay_rms_norm(int half, const void* x, long xs, long m, long d, const void
   else rms_norm((const float*)x, xs, m, d, (const float*)w, shift, eps, (float*)y);
 }
 
-// y = silu(gate) * up, all dense.
-void assay_silu_mul(int half, const void* gate, const void* up, long count, void* y) {
-  if (half) silu_mul((const uint16_t*)gate, (const uint16_t*)up, count, (uint16_t*)y);
-  else silu_mul((const float*)gate, (const float*)up, count, (float*)y);
-}
-
 void assay_turn(int bf16, const void* x, long xs, long xh, long m, long heads, long d, long half, const float* cos,
                 const float* sin, void* y) {
   if (bf16) turn((const uint16_t*)x, xs, xh, m, heads, d, half, cos, sin, (uint16_t*)y);

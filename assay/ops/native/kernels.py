@@ -32,7 +32,6 @@ class Kernels:
 
         self._linear = function("linear", INT, POINTER, LONG, INT, LONG, POINTER, POINTER, POINTER, LONG)
         self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
-        self._silu_mul = function("silu_mul", INT, POINTER, POINTER, LONG, POINTER)
         self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
         self._attend = function(
             "attend", INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT
@@ -40,43 +39,32 @@ class Kernels:
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         """x [..., K] of up to 32 rows with w [N, K], all float32 or all bfloat16, summed in float32."""
-        shape, dtype = x.shape, x.dtype
-        size, out = shape[-1], w.shape[0]
-        rows = shape[0] if len(shape) == 2 else x.numel() // max(size, 1)
-        if not 0 < rows <= ROWS or dtype not in TYPES or w.dtype != dtype or not w.is_contiguous() or not size:
-            return None
-        if b is not None and (b.dtype != dtype or not b.is_contiguous()):
-            return None
-        if len(shape) != 2 or x.stride(1) != 1:
-            x = x.reshape(rows, size).contiguous()
-        y = torch.empty((*shape[:-1], out), dtype=dtype)
-        bias = None if b is None else b.data_ptr()
+        if x.dim() != 2 or (x.shape[1] != 1 and x.stride(1) != 1):
+            found = self.linear(x.reshape(-1, x.shape[-1]).contiguous(), w, b) if x.dim() and x.numel() else None
+            return None if found is None else found.view(*x.shape[:-1], -1)
+        (rows, size), out, dtype = x.shape, w.shape[0], x.dtype
         half = dtype is torch.bfloat16
+        if not 0 < rows <= ROWS or not (half or dtype is torch.float32) or w.dtype is not dtype or not size:
+            return None
+        if not w.is_contiguous() or (b is not None and (b.dtype is not dtype or not b.is_contiguous())):
+            return None
+        y = x.new_empty(rows, out)  # much of the time of a small map would be `torch.empty` with a shape to be made
+        bias = None if b is None else b.data_ptr()
         self._linear(half, x.data_ptr(), x.stride(0), rows, size, w.data_ptr(), bias, y.data_ptr(), out)
         return y
 
     def rms_norm(self, x: Tensor, w: Tensor | None, eps: float, shift: float) -> Tensor | None:
         """x / sqrt(mean(x^2) + eps) * (w + shift) over the last axis, computed in float32, for up to 32 tokens."""
-        dtype, size = x.dtype, x.shape[-1]
-        if x.shape[0] > ROWS or dtype not in TYPES or not x.numel():
+        dtype = x.dtype
+        half = dtype is torch.bfloat16
+        if x.shape[0] > ROWS or not (half or dtype is torch.float32) or not x.numel():
             return None
-        if w is not None and (w.dtype != dtype or not w.is_contiguous()):
+        if w is not None and (w.dtype is not dtype or not w.is_contiguous()):
             return None
-        x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
-        rows, stride = x.numel() // size, x.stride(-2) if x.dim() > 1 else size
-        y = torch.empty(x.shape, dtype=dtype)
-        weight = None if w is None else w.data_ptr()
-        self._rms_norm(dtype is torch.bfloat16, x.data_ptr(), stride, rows, size, weight, shift, eps, y.data_ptr())
-        return y
-
-    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor | None:
-        """silu(gate) * up, computed in float32, for up to 32 rows."""
-        dtype = gate.dtype
-        if gate.shape[0] > ROWS or dtype not in TYPES or up.dtype != dtype or gate.shape != up.shape:
-            return None
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty(gate.shape, dtype=dtype)
-        self._silu_mul(dtype is torch.bfloat16, gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
+        x = x.contiguous()
+        size, y = x.shape[-1], torch.empty_like(x)
+        rows, weight = x.numel() // size, None if w is None else w.data_ptr()
+        self._rms_norm(half, x.data_ptr(), size, rows, size, weight, shift, eps, y.data_ptr())
         return y
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
@@ -89,7 +77,7 @@ class Kernels:
             return None
         if any(t.dtype != torch.float32 or not t.is_contiguous() for t in (cos, sin)):
             return None
-        y = torch.empty(x.shape, dtype=x.dtype)
+        y = x.new_empty(rows, heads, size)
         strides = (x.stride(0), x.stride(1), rows, heads, size, half)
         self._turn(x.dtype is torch.bfloat16, x.data_ptr(), *strides, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
         return y
@@ -113,7 +101,7 @@ class Kernels:
             return None
         if not q.stride(2) == k.stride(3) == v.stride(3) == seen.stride(1) == 1:
             return None
-        y = torch.empty(rows, heads, width, dtype=dtype)
+        y = q.new_empty(rows, heads, width)
         numbers = Numbers(
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], seen.stride(0), rows, heads, groups, entries, size, width
         )

@@ -1,4 +1,4 @@
-// One pass over the values: norm, gate and turn.
+// One pass over the values: norm and turn.
 #pragma once
 
 #include "vectors.h"
@@ -22,23 +22,15 @@ template <class T> void rms_norm(const T* x, long xs, long m, long d, const T* w
   }
 }
 
-template <class T> void silu_mul(const T* gate, const T* up, long count, T* y) {
-#pragma omp parallel for if (count > ALONE)
-  for (long j = 0; j < count; j += LANES) {
-    const Vec g = some(gate + j, count - j);
-    store(y + j, g / (1.0f + exponential(-g)) * some(up + j, count - j), count - j);
-  }
-}
-
 // Rows of heads: x[i, h] with cos[i] (d of them) and sin[i] (half of them), in half-split pairs.
 template <class T>
 void turn(const T* x, long xs, long xh, long m, long heads, long d, long half, const float* cos, const float* sin, T* y) {
 #pragma omp parallel for if (m * heads * d > ALONE)
   for (long i = 0; i < m; i++)
     for (long h = 0; h < heads; h++) {
-      const T* from = x + i * xs + h * xh;
-      T* to = y + (i * heads + h) * d;
-      const float *c = cos + i * d, *s = sin + i * half;
+      const T* __restrict from = x + i * xs + h * xh;
+      T* __restrict to = y + (i * heads + h) * d;
+      const float *__restrict c = cos + i * d, *__restrict s = sin + i * half;
       for (long j = 0; j < half; j++) {
         const float a = get(from + j), b = get(from + half + j);
         put(to + j, a * c[j] - b * s[j]);

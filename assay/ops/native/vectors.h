@@ -29,8 +29,8 @@ inline float widened(uint16_t h) {
 inline uint16_t narrowed(float f) {
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const uint32_t near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : near);
 }
 
 inline float get(const float* p) { return *p; }
@@ -78,10 +78,19 @@ template <class T> inline Vec some(const T* p, long count) {  // up to 16 of the
   return load(rest);
 }
 
-template <class T> inline void store(T* p, Vec v, long count) {
-  float f[LANES];
-  std::memcpy(f, &v, sizeof(v));
-  for (long i = 0; i < std::min<long>(count, LANES); i++) put(p + i, f[i]);
+inline void save(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+inline void save(uint16_t* p, Vec v) {
+  const Bits u = reinterpret_cast<Bits>(v);
+  const Bits near = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const Bits kept = (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : near;
+  *reinterpret_cast<Half*>(p) = __builtin_convertvector(kept, Half);
+}
+
+template <class T> inline void store(T* p, Vec v, long count) {  // the first `count` of them
+  if (count >= LANES) return save(p, v);
+  T rest[LANES];
+  save(rest, v);
+  std::memcpy(p, rest, count * sizeof(T));
 }
 
 // Many values are shared out among threads; a few are done before the others would have woken up.

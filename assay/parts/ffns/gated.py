@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.activations import Activation, glu
+from assay.ops.activations import Activation, activate
 from assay.ops.activations import reference as reference_activation
 from assay.ops.here import Here
 from assay.ops.step import Step
@@ -53,7 +53,7 @@ class Gated(FfnSpec):
 
 class GatedFfn(Ffn):
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        y = self.down(glu(self.spec.act, self.gate(x, step), self.up(x, step)), step)
+        y = self.down(activate(self.spec.act, self.gate(x, step)) * self.up(x, step), step)
         return y * torch.sigmoid(self.share(x, step)) if self.spec.share else y
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.activations import Activation, activate, glu
+from assay.ops.activations import Activation, activate
 from assay.ops.activations import reference as reference_activation
 from assay.ops.grouped import grouped
 from assay.ops.here import Here
@@ -174,7 +174,7 @@ class MoeFfn(Ffn):
             return mapped("down", activate(self.spec.act, up))
         gate = mapped("gate", rows)
         if rule is None:
-            return mapped("down", glu(self.spec.act, gate, up))
+            return mapped("down", activate(self.spec.act, gate) * up)
         gate, up = gate.clamp(max=rule.limit), up.clamp(-rule.limit, rule.limit)
         return mapped("down", (up + 1) * gate * torch.sigmoid(rule.alpha * gate))
 
