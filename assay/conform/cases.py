@@ -36,6 +36,10 @@ def close(a: Tensor, b: Tensor, what: str, tolerance: float = TIGHT) -> None:
         assert worst <= tolerance, f"{what}: differs by {worst:.2e}, more than {tolerance:.0e}"
 
 
+class Refusal(Exception):
+    """What a law is about is refused, by the store and not by the part: the reason."""
+
+
 @dataclass(frozen=True)
 class Case:
     """`part` is the module under test; `mixer` the attention a position scheme is tried in."""

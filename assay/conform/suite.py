@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from assay.conform import laws, stored
-from assay.conform.cases import Case, case
+from assay.conform.cases import Case, Refusal, case
 from assay.conform.fields import law_fields
 from assay.spec.base import PartSpec
 
@@ -27,6 +27,10 @@ LAWS: Mapping[str, Law] = MappingProxyType(
         "executed": laws.law_executed,
         "chunking": stored.law_chunking,
         "rewind": stored.law_rewind,
+        "paging": stored.law_paging,
+        "prefix": stored.law_prefix,
+        "swap": stored.law_swap,
+        "quantised": stored.law_quantised,
         "split": laws.law_split,
         "checkpoint": laws.law_checkpoint,
         "device": laws.law_device,
@@ -68,7 +72,10 @@ def obeys(spec: PartSpec, law: str, device: torch.device | str = "cpu") -> str:
     """Empty, or the reason where the part refuses the law and it is shown to fail. AssertionError when it is broken."""
     reason = spec.refusals().get(law)
     if reason is None:
-        LAWS[law](case(spec, device))
+        try:
+            LAWS[law](case(spec, device))
+        except Refusal as refused:
+            return str(refused)
         return ""
     try:
         LAWS[law](case(spec, device))

@@ -161,9 +161,10 @@ class Runner:
 
     def swap_in(self, moved: Swapped, horizon: int) -> Slot | None:
         """The reverse; None where there is no room."""
+        if not self.cache.holds(moved):
+            return None
         slot = self.cache.swap_in(moved)
-        if slot is not None:
-            self.horizons[slot] = horizon
+        self.horizons[slot] = horizon
         return slot
 
     @torch.inference_mode()
