@@ -44,6 +44,14 @@ def test_a_row_has_the_same_bits_in_any_company_and_with_any_number_of_threads(
     assert together is not None and torch.equal(together, alone)
 
 
+def test_axes_before_the_last_and_strides_are_as_torch_has_them(kernels: Kernels) -> None:
+    x, w = drawn(0, torch.float32, 6, 3, 8), drawn(1, torch.float32, 5, 8)
+    for given_x in (x, x[0, 0], x.transpose(0, 1), x[:, 1], x[:, 1].T.contiguous().T):
+        found = kernels.linear(given_x, w, None)
+        assert found is not None
+        torch.testing.assert_close(found, F.linear(given_x, w))
+
+
 def test_what_is_not_a_number_stays_visible(kernels: Kernels) -> None:
     for dtype in DTYPES:
         w = drawn(0, dtype, 5, 40)

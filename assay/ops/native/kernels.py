@@ -40,7 +40,8 @@ class Kernels:
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         """x [..., K] of up to 32 rows with w [N, K], all float32 or all bfloat16, summed in float32."""
         if x.dim() != 2 or (x.shape[1] != 1 and x.stride(1) != 1):
-            found = self.linear(x.reshape(-1, x.shape[-1]).contiguous(), w, b) if x.dim() and x.numel() else None
+            few = x.dim() and 0 < x.numel() <= ROWS * x.shape[-1]
+            found = self.linear(x.reshape(-1, x.shape[-1]).contiguous(), w, b) if few else None
             return None if found is None else found.view(*x.shape[:-1], -1)
         (rows, size), out, dtype = x.shape, w.shape[0], x.dtype
         half = dtype is torch.bfloat16
