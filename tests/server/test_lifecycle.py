@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -75,6 +77,17 @@ def test_a_slow_reader_holds_nobody_up(live: Live) -> None:
         assert live.ok("/v1/completions", {"prompt": "a", "max_tokens": 5})
         until(lambda: live.ask(lambda engine: not engine.busy), 30)
     until(lambda: resting(live))
+
+
+@pytest.mark.slow
+def test_a_connection_outlives_a_clients_own_patience(live: Live) -> None:
+    """httpx keeps idle connections for 5 seconds: a server that closed them then would meet requests on their way."""
+    connection = http.client.HTTPConnection(live.url.removeprefix("http://"))
+    for pause in (6.0, 0.0):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b""
+        time.sleep(pause)
+    connection.close()
 
 
 def test_a_crowd_is_told_to_come_back() -> None:

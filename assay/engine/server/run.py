@@ -21,6 +21,9 @@ from assay.engine.server.metrics import Metrics
 from assay.engine.server.worker import Served, Worker
 
 GOING = "the server is shutting down"
+IDLE_S = 75
+"""Seconds until an idle connection is closed, as nginx has it: longer than clients keep theirs (httpx 5, uvicorn's own
+default), so that it is they who close, and no request meets a connection that is being closed."""
 
 
 class Server:
@@ -43,7 +46,15 @@ class Server:
 
     async def run(self, listener: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
         """Until `leave`. Raises what making the engine raised."""
-        http = _Http(uvicorn.Config(self.app, lifespan="off", access_log=False, log_config=None, server_header=False))
+        config = uvicorn.Config(
+            self.app,
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=IDLE_S,
+        )
+        http = _Http(config)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         try:
             if await self._ready():
