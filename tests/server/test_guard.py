@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,20 @@ def test_other_sites_pages_are_refused(live: Live) -> None:
         "/v1/completions", headers={"origin": live.url, "access-control-request-method": "POST"}
     )
     assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("kind, status", [("application/json", 413), ("text/plain", 415)])
+def test_who_sends_too_much_hears_it(live: Live, kind: str, status: int) -> None:
+    """A client that sends all of its body before it reads: no reset takes its answer away, nor does it wait for it."""
+    address, began = live.url.removeprefix("http://").split(":"), time.monotonic()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\n"
+    head += f"content-length: {64 << 20}\r\n\r\n"
+    with socket.create_connection((address[0], int(address[1]))) as client:
+        client.sendall(head.encode())
+        for _ in range(64):
+            client.sendall(b" " * (1 << 20))
+        assert client.recv(1 << 16).startswith(f"HTTP/1.1 {status}".encode())
+    assert time.monotonic() - began < 5.0
 
 
 def test_headers_that_every_answer_has(live: Live) -> None:
