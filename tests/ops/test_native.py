@@ -44,6 +44,14 @@ def test_a_row_has_the_same_bits_in_any_company_and_with_any_number_of_threads(
     assert together is not None and torch.equal(together, alone)
 
 
+def test_a_sum_of_two_products_is_rounded_to_the_nearest_and_ties_to_even(kernels: Kernels) -> None:
+    w = drawn(1, torch.bfloat16, 300, 2)
+    w[:, 1] = w[:, 0] * (1 + 2.0**-7)
+    x = torch.full((1, 2), 0.5, dtype=torch.bfloat16)
+    found = kernels.linear(x, w, None)
+    assert found is not None and torch.equal(found[0], w.float().mean(1).bfloat16())
+
+
 def test_axes_before_the_last_and_strides_are_as_torch_has_them(kernels: Kernels) -> None:
     x, w = drawn(0, torch.float32, 6, 3, 8), drawn(1, torch.float32, 5, 8)
     for given_x in (x, x[0, 0], x.transpose(0, 1), x[:, 1], x[:, 1].T.contiguous().T):

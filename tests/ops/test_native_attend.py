@@ -74,6 +74,14 @@ def test_attention_of_a_sequence_has_the_same_bits_in_any_company(
     assert together is not None and alone is not None and torch.equal(together[1], alone[0])
 
 
+def test_a_mean_of_two_values_is_rounded_to_the_nearest_and_ties_to_even(kernels: Kernels) -> None:
+    v = drawn(0, torch.bfloat16, 1, 2, 1, 256)
+    v[0, 1] = v[0, 0] * (1 + 2.0**-7)  # neighbours, or nearly: their mean is a tie
+    q = torch.zeros(1, 1, 16, dtype=torch.bfloat16)
+    found = kernels.attend(q, (torch.zeros(1, 2, 1, 16, dtype=torch.bfloat16), v), torch.ones(1, 2).bool(), 1.0)
+    assert found is not None and torch.equal(found[0], v.float().mean(1)[0].bfloat16())
+
+
 def test_what_is_stored_where_nobody_looks_is_not_read(kernels: Kernels) -> None:
     k, v = drawn(0, torch.float32, 1, 20, 1, 16), drawn(1, torch.float32, 1, 20, 1, 16)
     q, seen = drawn(2, torch.float32, 1, 1, 16), torch.arange(20)[None] < 9
