@@ -38,8 +38,8 @@ def lm_of(kind: str, dtype: torch.dtype = torch.float64) -> LM:
     return build(validate(ModelSpec, tree, "test"), seed=3).to(dtype).eval()
 
 
-def asked(length: int = 21, new: int = 9, **more: Any) -> Request:
-    return Request(prompt=tuple(tokens(1, length, 4)[0].tolist()), max_new=new, **{"sampling": WILD, **more})
+def asked(length: int = 21, new: int = 9, seed: int = 4, **more: Any) -> Request:
+    return Request(prompt=tuple(tokens(1, length, seed)[0].tolist()), max_new=new, **{"sampling": WILD, **more})
 
 
 @cache

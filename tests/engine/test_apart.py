@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,9 +94,12 @@ def empty_rows(engine: Engine) -> None:
 
 def same(a: Swapped, b: Swapped) -> bool:
     tensors = all(torch.equal(a.tensors[key], b.tensors[key]) for key in a.tensors)
-    return (
-        tensors and a.tensors.keys() == b.tensors.keys() and (a.length, a.saved, a.text) == (b.length, b.saved, b.text)
+    tables = all(
+        book.base == b.tables[kind].base and torch.equal(book.positions, b.tables[kind].positions)
+        for kind, book in a.tables.items()
     )
+    keys = (a.tensors.keys(), a.tables.keys()) == (b.tensors.keys(), b.tables.keys())
+    return tensors and tables and keys and (a.length, a.saved, a.text) == (b.length, b.saved, b.text)
 
 
 @pytest.mark.parametrize("kind", ["full-window-linear", "mla"])
@@ -112,7 +116,9 @@ def test_what_is_stored_after_more_steps_is_the_same(kind: str) -> None:
     there, here = writes.hand_over(adopted), stays.hand_over(home)
     assert there.said == here.said and len(here.said) == 8
     assert same(there.swapped, here.swapped)
-    assert unpack(pack(here, KEY), KEY).request == request
+    through = unpack(pack(here, KEY), KEY)
+    assert same(through.swapped, here.swapped)
+    assert replace(through, swapped=here.swapped) == here
 
 
 def test_choices_grammars_and_stops_go_on() -> None:
@@ -140,16 +146,14 @@ def test_choices_grammars_and_stops_go_on() -> None:
         empty(writes)
 
 
-def test_where_there_is_no_room_it_waits_and_is_not_read_again(heard: list[Tensor]) -> None:
-    """Three replies in an engine that runs one: each goes on from what was handed over, never from its prompt."""
+@pytest.mark.parametrize("lacking", ["rows", "pages"])
+def test_where_there_is_no_room_it_waits_and_is_not_read_again(lacking: str) -> None:
+    """Three replies where one can run: each goes on from what was handed over, never from its prompt."""
     lm = lm_of("full-linear")
-    reads, writes = Engine(lm, TEXT, PAGES), Engine(lm, TEXT, PAGES.model_copy(update={"max_running": 1}))
-    requests = [asked(20 + i, 6, sampling=SamplingParams(seed=i)) for i in range(3)]
-    expected = []
-    for request in requests:
-        alone = Engine(lm, TEXT, PAGES)
-        alone.submit(request)
-        expected.append(words(ends(alone)))
+    few = PAGES.model_copy(update={"max_running": 1})
+    config = few if lacking == "rows" else pressed(PAGES.model_copy(update={"tokens": 48}), lm)
+    reads, writes = Engine(lm, TEXT, PAGES), Engine(lm, TEXT, config)
+    requests = [asked(20 + i, 6, i, sampling=SamplingParams(seed=i)) for i in range(3)]
     said: dict[int, list[Token]] = {}
     for request in requests:
         number, first = begun(reads, request)
@@ -160,7 +164,10 @@ def test_where_there_is_no_room_it_waits_and_is_not_read_again(heard: list[Tenso
         for token in writes.step():
             said[token.request].append(token)
         writes.runner.cache.check_integrity()
-    assert [words(found) for found in said.values()] == expected
+    for request, found in zip(requests, said.values(), strict=True):
+        alone = Engine(lm, TEXT, PAGES)
+        alone.submit(request)
+        assert words(found) == words(ends(alone))
     assert steps == 3 * 5
     empty(writes)
 
