@@ -202,7 +202,7 @@ class Soak:
         heard = asyncio.Semaphore(0)
 
         async def long() -> str | None:
-            body: dict[str, Any] = {"model": NAME, "prompt": "a", "max_tokens": 150, "extra_body": {"ignore_eos": True}}
+            body: dict[str, Any] = {"model": NAME, "prompt": "a", "max_tokens": 80, "extra_body": {"ignore_eos": True}}
             finish = None
             async for one in await traffic.api.completions.create(stream=True, **body):
                 heard.release()
