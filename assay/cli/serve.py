@@ -20,12 +20,16 @@ from assay.cli import _engine as options
 from assay.cli.common import Device, Part, fail, load_parts, pick_device
 
 if TYPE_CHECKING:
+    from assay.data.tokenizers import Tokenizer
     from assay.engine.apart.cluster import Cluster
     from assay.engine.apart.router import ClusterConfig
     from assay.engine.config import EngineConfig
     from assay.engine.engine import Engine
     from assay.engine.server.worker import Served
+    from assay.engine.storage import Storage
+    from assay.model.lm import LM
 
+KV_DTYPES = ("bf16", "int8", "int4")
 ROUTES = ("least_loaded", "round_robin", "prefix")
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
@@ -41,6 +45,13 @@ Memory = Annotated[
     int | None,
     typer.Option("--memory", min=1, metavar="BYTES", help="Of the cache. [default: 512 tokens a running reply]"),
 ]
+KvDtype = Annotated[
+    str | None, typer.Option("--kv-dtype", help="Keys and values as bf16, int8 or int4. [default: as the model]")
+]
+CacheDir = Annotated[
+    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Where pages are kept that memory no longer has.")
+]
+CacheBytes = Annotated[int, typer.Option("--cache-bytes", min=1, metavar="BYTES", help="Of --cache-dir at most.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms that give the same each time.")]
 Replicas = Annotated[int, typer.Option("--replicas", min=1, help="Processes with an engine each.")]
 Apart = Annotated[bool, typer.Option("--apart", help="One process reads prompts, another goes on with the replies.")]
@@ -65,6 +76,9 @@ def run(
     max_running: Running = 16,
     page: Page = 16,
     memory: Memory = None,
+    kv_dtype: KvDtype = None,
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = 8 << 30,
     replicas: Replicas = 1,
     apart: Apart = False,
     route: Route = None,
@@ -73,10 +87,7 @@ def run(
 ) -> None:
     from assay.engine.server.config import Limits, ServerConfig, read_keys
 
-    if not Path(ckpt).is_dir():
-        fail(f"{ckpt}: no such folder; accepted: a checkpoint")
-    if dtype is not None and dtype not in options.DTYPES:
-        fail(f"--dtype {dtype!r}: accepted: {', '.join(options.DTYPES)}")
+    check(ckpt, dtype, kv_dtype)
     keys = None if api_key_file is None else read_keys(api_key_file)
     name, limits = Path(ckpt).resolve().name, Limits()
     config = ServerConfig(name=name, host=host, port=port, keys=keys, limits=limits)
@@ -88,13 +99,8 @@ def run(
 
     engine = EngineConfig(max_running=max_running, page=page, memory=memory)
     cluster = processes(replicas, apart, route)
-
-    def ready(url: str) -> None:
-        print(f"{name} is served at {url}", flush=True)
-        if ready_file is not None:
-            ready_file.write_text(f"{url}\n")
-
-    build = partial(built, ckpt, device, dtype, engine, threads, deterministic)
+    stored = partial(storage, Path(ckpt), kv_dtype, cache_dir, cache_bytes)
+    build = partial(built, partial(options.load, ckpt, device, dtype), engine, stored, threads, deterministic)
     with ExitStack() as open_:
 
         def make() -> Served:
@@ -102,7 +108,21 @@ def run(
                 return build()
             return open_.enter_context(front(ckpt, engine, cluster, partial(elsewhere, build, part)))
 
-        serve(config, make, max_running * (1 if apart else replicas) + limits.waiting, ready)
+        serve(config, make, max_running * (1 if apart else replicas) + limits.waiting, partial(ready, name, ready_file))
+
+
+def check(ckpt: str, dtype: str | None, kv_dtype: str | None) -> None:
+    if not Path(ckpt).is_dir():
+        fail(f"{ckpt}: no such folder; accepted: a checkpoint")
+    for name, given, accepted in (("dtype", dtype, options.DTYPES), ("kv-dtype", kv_dtype, KV_DTYPES)):
+        if given is not None and given not in accepted:
+            fail(f"--{name} {given!r}: accepted: {', '.join(accepted)}")
+
+
+def ready(name: str, file: Path | None, url: str) -> None:
+    print(f"{name} is served at {url}", flush=True)
+    if file is not None:
+        file.write_text(f"{url}\n")
 
 
 def processes(replicas: int, apart: bool, route: str | None) -> ClusterConfig | None:
@@ -118,8 +138,20 @@ def processes(replicas: int, apart: bool, route: str | None) -> ClusterConfig | 
     return ClusterConfig.model_validate({"route": "apart" if apart else route or ROUTES[0], "replicas": replicas})
 
 
+def storage(ckpt: Path, kv_dtype: str | None, folder: Path | None, limit: int, model: LM) -> Storage:
+    from assay.engine.storage import Storage, kv_formats, on_disk
+    from assay.model.lm import state_table
+
+    formats = None if kv_dtype is None else kv_formats(kv_dtype, state_table(model.spec, model.prefix))
+    return Storage(formats, None if folder is None else on_disk(ckpt, folder, limit))
+
+
 def built(
-    ckpt: str, device: str, dtype: str | None, config: EngineConfig, threads: int | None, deterministic: bool
+    load: Callable[[], tuple[LM, Tokenizer]],
+    config: EngineConfig,
+    stored: Callable[[LM], Storage],
+    threads: int | None,
+    deterministic: bool,
 ) -> Engine:
     """In the thread that will run it: thread counts are a thread's own."""
     import torch
@@ -129,7 +161,8 @@ def built(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
-    return Engine(*options.load(ckpt, device, dtype), config)
+    model, tokenizer = load()
+    return Engine(model, tokenizer, config, storage=stored(model))
 
 
 def elsewhere(build: Callable[[], Engine], part: list[Path] | None) -> Engine:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
-from assay.cache import PageSize, Size, predict, within
-from assay.cache.size import Fields, entry_bytes, every
+from assay.cache import PageSize, Size, predict
+from assay.cache.formats import Formats, predict_quantised
+from assay.cache.size import Fields
 from assay.engine.policy import SchedulerConfig
 from assay.spec.base import Spec
 from assay.spec.model import ModelSpec
@@ -62,7 +65,9 @@ def source_limit(spec: ModelSpec) -> int:
     return 0 if spec.encoder is None else position_limit(spec.encoder) or spec.encoder.context
 
 
-def cache_size(config: EngineConfig, spec: ModelSpec, fields: Fields, dtype: torch.dtype) -> Size | PageSize:
+def cache_size(
+    config: EngineConfig, spec: ModelSpec, fields: Fields, dtype: torch.dtype, formats: Formats | None = None
+) -> Size | PageSize:
     """The room of this engine's cache. ValueError where the memory does not hold one sequence of the longest."""
     longest, source = sequence_limit(spec, config.tokens), source_limit(spec)
     chunk = min(config.chunk, longest)
@@ -84,18 +89,25 @@ def cache_size(config: EngineConfig, spec: ModelSpec, fields: Fields, dtype: tor
         snapshots=snapshots,
         border=config.border,
     )
-    return size if config.memory is None else fitted(size, alone, fields, dtype, config.memory)
-
-
-def fitted(size: PageSize, alone: int, fields: Fields, dtype: torch.dtype, memory: int) -> PageSize:
-    """The size with as many pages as the memory holds. ValueError where it does not hold `alone` of them."""
+    if config.memory is None:
+        return size
     name = str(dtype).removeprefix("torch.")
-    least = predict(fields, replace(size, pages=alone), name).reserved
-    if least > memory:
-        raise ValueError(f"memory: {memory} bytes; one sequence of {alone * size.page} tokens takes {least}")
-    state = sum(entry_bytes(f, name) for f in every(fields) if f.per == "sequence")
-    found = within(fields, size, name, memory, size.snapshots * state)
-    return replace(found, pages=max(found.pages, alone))  # windows alone take the same memory with any number
+    if formats is None:
+        return fitted(size, alone, config.memory, lambda size: predict(fields, size, name).reserved)
+    return fitted(size, alone, config.memory, lambda size: predict_quantised(fields, size, name, formats).reserved)
+
+
+def fitted(size: PageSize, alone: int, memory: int, reserved: Callable[[PageSize], int]) -> PageSize:
+    """The size with as many pages as the memory holds. ValueError where it does not hold `alone` of them."""
+    least = replace(size, pages=alone)
+    if reserved(least) > memory:
+        raise ValueError(f"memory: {memory} bytes; one sequence of {least.tokens} tokens takes {reserved(least)}")
+    # Windows alone take the same memory with any number of pages: then one sequence's are enough.
+    grows = reserved(replace(size, pages=alone + 1)) > reserved(least)
+    if not grows:
+        return least
+    fits = bisect_right(range(alone, alone + memory), memory, key=lambda pages: reserved(replace(size, pages=pages)))
+    return replace(size, pages=alone + fits - 1)
 
 
 def scheduling(config: EngineConfig, capacity: int, border: int | None) -> SchedulerConfig:

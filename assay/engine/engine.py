@@ -21,6 +21,7 @@ from assay.engine.handoff import Handed, layout
 from assay.engine.request import Request
 from assay.engine.runner import CHUNK, Finish, Runner, Token, Work, check_context, check_continues, check_source
 from assay.engine.scheduler import Job, Plan, Scheduler
+from assay.engine.storage import Storage
 from assay.engine.text import Reply
 from assay.model.lm import LM, state_table
 from assay.spec.load import digest
@@ -128,13 +129,15 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        storage: Storage | None = None,
     ) -> None:
         config = config if config is not None else EngineConfig()
         check_continues(model.spec)
         self.spec, self.tokenizer, self.config, self.clock = model.spec, tokenizer, config, clock
         fields, dtype = state_table(model.spec, model.prefix), next(model.parameters()).dtype
         self.tokens = sequence_limit(model.spec, config.tokens)
-        self.runner = Runner(model, cache_size(config, model.spec, fields, dtype))
+        formats = storage.formats if storage is not None else None
+        self.runner = Runner(model, cache_size(config, model.spec, fields, dtype, formats), storage)
         self.chooser = Chooser(model.spec.vocab, tokenizer, self.runner.device)
         self.jobs: dict[int, Running] = {}
         self.waiting: dict[int, list[int]] = {}  # further choices of a request, until its first has read the prompt

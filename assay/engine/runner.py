@@ -11,8 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from assay.cache import Cache, Paged, PageSize, Size, Slot, Swapped
+from assay.cache.coded import Quantised
+from assay.cache.size import Fields
 from assay.engine.config import position_limit
+from assay.engine.storage import Storage
 from assay.model.lm import LM, Output, state_table
+from assay.ops.native import kernels
 from assay.ops.step import Piece, Step, joined
 from assay.spec.model import ModelSpec
 
@@ -117,19 +121,28 @@ class Work:
     emit: bool = True
 
 
+def made(fields: Fields, size: Size | PageSize, weight: Tensor, storage: Storage) -> Cache | Paged:
+    """A cache of this size, in the dtype and on the device of the model's weights. ValueError for rows with formats."""
+    dtype, device = weight.dtype, weight.device
+    if isinstance(size, Size):
+        if storage != Storage():
+            raise ValueError("page: null: rows are kept in the model's dtype and in memory; accepted: pages")
+        return Cache(fields, size, dtype, device)
+    if storage.formats is None:
+        return Paged(fields, size, dtype, device, storage.backing)
+    return Quantised(fields, size, dtype, device, storage.formats, storage.backing)
+
+
 class Runner:
     """A model, its cache, and the horizon of each open sequence. Puts the model into evaluation mode."""
 
-    def __init__(self, model: LM, size: Size | PageSize) -> None:
+    def __init__(self, model: LM, size: Size | PageSize, storage: Storage | None = None) -> None:
         check_continues(model.spec)
         weight = next(model.parameters())
         self.model, self.device = model.eval(), weight.device
-        fields = state_table(model.spec, model.prefix)
-        self.cache: Cache | Paged = (
-            Cache(fields, size, weight.dtype, weight.device)
-            if isinstance(size, Size)
-            else Paged(fields, size, weight.dtype, weight.device)
-        )
+        if self.device.type == "cpu":
+            kernels()  # compiled now, where there are none yet, and not in the first request
+        self.cache = made(state_table(model.spec, model.prefix), size, weight, storage or Storage())
         self.horizons: dict[Slot, int] = {}
         self.sources: dict[Slot, Ids] = {}  # of sequences whose source nobody has encoded yet
 

@@ -6,6 +6,7 @@ import itertools
 from collections import defaultdict
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from assay.cache import PageSize, predict
+from assay.cache.backing import Backing
+from assay.cache.tiers import DiskTier, Tiers
 from assay.engine.config import EngineConfig, cache_size
 from assay.engine.engine import Engine
 from assay.engine.request import Request, SamplingParams, Serving
 from assay.engine.runner import Runner, Token
+from assay.engine.storage import Storage, kv_formats
 from assay.model.lm import LM, state_table
 from tests.cache.models import model, tokens
 from tests.engine.test_runner import TEXT, alone
@@ -210,3 +214,51 @@ def test_what_cannot_be_served_is_refused_by_name(change: dict[str, Any], messag
     with pytest.raises(ValueError, match=message):
         engine.submit(asked(0, 5, 6).model_copy(update=change))
     empty(engine)
+
+
+@pytest.mark.parametrize("layers", [("full",), ("window", "linear")], ids="-".join)
+def test_pages_outlive_the_engine_on_a_disk(layers: tuple[str, ...], tmp_path: Path) -> None:
+    """Another engine, with a cache that has never seen the prompt, goes on from what the first one left."""
+    lm, request = model(layers), asked(0, 30, 5)
+    reused = []
+    for _ in range(2):
+        backing = Backing(Tiers([DiskTier(tmp_path / "pages", 1 << 24)]), "model")
+        engine = Engine(lm, TEXT, EngineConfig(tokens=64, page=4, border=1), storage=Storage(backing=backing))
+        number = engine.submit(request)
+        said: list[Token] = []
+        while engine.busy:
+            said += engine.step()
+        backing.tiers.close()
+        assert told(said)[number, 0] == alone(lm, request)
+        reused.append(said[-1].reused)
+    assert reused == [0, 28]
+
+
+def test_keys_and_values_in_fewer_bits() -> None:
+    """Eight bits of older tokens: smaller, and the replies of a confident model stay."""
+    lm, requests = model(("full", "linear")), [asked(2 * i, 30, 5) for i in range(3)]
+    fields = state_table(lm.spec)
+    held = {}
+    for dtype in (None, "int8", "int4"):
+        storage = Storage(None if dtype is None else kv_formats(dtype, fields))
+        engine = Engine(lm, TEXT, EngineConfig(tokens=2048, page=16, max_running=2), storage=storage)
+        for request in requests:
+            engine.submit(request)
+        said: list[Token] = []
+        while engine.busy:
+            said += engine.step()
+            engine.runner.cache.check_integrity()
+        held[dtype] = engine.runner.cache.reserved_bytes()
+        assert all(len(reply) == 5 for reply in told(said).values())
+        empty(engine)
+    assert held["int4"] < held["int8"] < held[None]
+
+
+def test_storage_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="no layer of this model stores keys and values"):
+        kv_formats("int8", state_table(model(("linear",)).spec))
+    with pytest.raises(ValueError, match="kv dtype: 'int3'; accepted: bf16, int8, int4"):
+        kv_formats("int3", state_table(model(("full",)).spec))
+    storage = Storage(kv_formats("int8", state_table(model(("full",)).spec)))
+    with pytest.raises(ValueError, match="rows are kept in the model's dtype"):
+        Engine(model(("full",)), TEXT, EngineConfig(tokens=64, page=None), storage=storage)

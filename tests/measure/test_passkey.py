@@ -69,8 +69,8 @@ def test_a_random_model_is_at_chance_and_a_table_that_ends_refuses() -> None:
 
 def test_answers_are_greedy_decoding() -> None:
     """The teacher-forced answer is right exactly when the model's own is."""
-    from assay.engine.request import Request, SamplingParams
     from assay.engine.engine import generate
+    from assay.engine.request import Request, SamplingParams
 
     how = recipe(16, mix={"share": 0.5, "passkey": {"digits": 2, "statement": "#", "end": ";"}})
     seen = subject(how=how, dtype=torch.float32)

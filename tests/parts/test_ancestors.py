@@ -12,8 +12,8 @@ from assay.conform.cases import Case, noise
 from assay.conform.stored import feed, open_cache
 from assay.cost.bill import Question, bill
 from assay.data.tokenizers import Tokenizer, _bytes
-from assay.engine.request import Request, SamplingParams
 from assay.engine.engine import generate
+from assay.engine.request import Request, SamplingParams
 from assay.model.lm import LM, build
 from assay.ops.step import rows_step
 from assay.spec.load import load_model

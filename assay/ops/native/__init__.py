@@ -20,7 +20,7 @@ def kernels() -> Kernels | None:
         return None
     try:
         return Kernels(library())
-    except (Unbuildable, OSError) as error:
+    except (Unbuildable, OSError, AttributeError) as error:
         print(f"assay: decoding without compiled kernels, more slowly: {error}", file=sys.stderr, flush=True)
         return None
 
