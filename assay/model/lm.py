@@ -36,6 +36,9 @@ class LM(nn.Module):
     def __init__(self, spec: ModelSpec, prefix: str = "") -> None:
         super().__init__()
         self.spec, self.prefix = spec, prefix
+        taken = next((n for n in spec.positions if hasattr(nn.ModuleDict, n)), None)
+        if taken is not None:
+            raise ValueError(f"positions: the name {taken!r} is one that torch's modules use; accepted: another name")
         self.positions = nn.ModuleDict({n: p.build(self._site(f"positions.{n}")) for n, p in spec.positions.items()})
         self.embed = spec.embed.build(embed_site(spec, prefix))
         blocks: list[Block] = []

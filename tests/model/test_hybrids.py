@@ -23,6 +23,7 @@ PATTERNS = {
     "lab-64-kimi-linear": ["kda"] * 3 + ["mla"],
     "lab-64-nemotron-h": ["mamba2", "dense", "mamba2", "dense", "gqa", "dense", "mamba2", "dense"],
     "lab-64-falcon-h1": ["gqa", "mamba2"] * 2,
+    "lab-64-bamba": ["mamba2"] * 9 + ["gqa"],
 }
 ATTENTION = {"kind": "gqa", "heads": 4, "kv_heads": 2}
 
@@ -113,3 +114,12 @@ def test_windows_bound_the_state() -> None:
         sheet: Any = Sheet(load_model(name))
         assert len({sheet.state_bytes(Question(n)) for n in (32, 33, 1 << 20)}) == 1
         assert sheet.state_bytes(Question(31)) < sheet.state_bytes(Question(32))
+
+
+def test_a_position_named_as_a_method_of_torch_is_refused() -> None:
+    spec = load_model("lab-64-bamba")
+    tree = spec.model_dump()
+    tree["positions"] = {"half": tree["positions"]["turns"]}
+    tree["blocks"]["attention"]["mixer"]["position"] = "half"
+    with pytest.raises(ValueError, match="positions: the name 'half'"):
+        LM(ModelSpec.model_validate(tree))
