@@ -109,8 +109,9 @@ class GrammarLimits(Spec):
 
 
 class Serving(Spec):
-    """How a request is treated beside others. priority: higher goes first. deadline_s: seconds after its arrival at
-    which it is given up; null: never. tenant: prompts are shared in the cache with the same tenant's requests only."""
+    """How a request is treated beside others. priority: a lower one is more urgent. deadline_s: seconds after its
+    arrival at which it is given up; null: never. tenant: prompts are shared in the cache with the same tenant's
+    requests only."""
 
     priority: int = 0
     deadline_s: float | None = Field(default=None, gt=0.0)
