@@ -8,7 +8,7 @@ from assay.data.tokenizers import Tokenizer
 from assay.engine.config import EngineConfig, sequence_limit
 from assay.engine.engine import Engine
 from assay.engine.request import Request
-from assay.engine.runner import CHUNK, Token
+from assay.engine.runner import CHUNK, Token, check_source
 from assay.model.lm import LM
 
 PAGE = 16
@@ -16,12 +16,14 @@ SNAPSHOTS = 8  # states of recurrent layers that are kept, to go on from
 
 
 class Session:
-    """A model with one conversation of up to `capacity` tokens at a time (null: the model's context).
+    """A model with one conversation of up to `capacity` tokens at a time (null: the model's context). ValueError for a
+    model that answers nothing but what its encoder has read.
 
     A prompt that begins as an earlier one goes on from what that one has stored, in whole pages.
     """
 
     def __init__(self, model: LM, tokenizer: Tokenizer, capacity: int | None = None) -> None:
+        check_source(model.spec, ())
         limit = sequence_limit(model.spec, None)
         self.capacity = limit if capacity is None else min(capacity, limit)
         self.tokenizer, self.used = tokenizer, 0

@@ -36,6 +36,7 @@ ROWS = {
     "failures": "metric score prompt text why",
     "diagnostic": "task accuracy floor steps",
 }
+OTHERS = {"sparsity"}  # measured by itself: tests/measure/test_sparsity.py
 OF_TASKS = {"task"}  # what only a model that was trained on a task has: tests/measure/test_diagnostic.py
 QUICK: dict[str, dict[str, Any]] = {
     "extrapolation": {"ratios": [1, 2], "windows": 2},
@@ -54,7 +55,7 @@ QUICK: dict[str, dict[str, Any]] = {
 
 
 def test_the_folder_is_the_list() -> None:
-    assert set(topics()) == set(ROWS) | OF_TASKS
+    assert set(topics()) == set(ROWS) | OF_TASKS | OTHERS
     assert topics()["latency"] == ("batches", "contexts", "cache", "seconds")
 
 

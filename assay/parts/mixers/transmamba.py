@@ -128,13 +128,17 @@ class Table(NamedTuple):
 class TransMambaMixer(Placed):
     """[N, D] -> [N, D]. Head counts are read from the tensors, so a shard of the heads runs the same lines."""
 
+    def __init__(self, spec: TransMamba, site: Site) -> None:
+        super().__init__(spec, site)
+        self.near = spec.near  # made once: nothing that is traced can make a spec
+
     def prepare_key(self) -> object:
         return ("transmamba", self.spec.switch)
 
     def prepare(self, step: Step, state: State | None) -> Table:
         assert state is not None
         self.check_bound()
-        return Table(attend.plan(step, state.layout(step), self.spec.near), lanes(step, state.keeps))
+        return Table(attend.plan(step, state.layout(step), self.near), lanes(step, state.keeps))
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         size = self.spec.size(self.site)
@@ -148,7 +152,7 @@ class TransMambaMixer(Placed):
         scores = attend.Scores(q.shape[-1] ** -0.5, bias=self.scheme[0].bias() if self.scheme else None)
         q, k = self.scheme[0].on_qk(q, k, step) if self.scheme else (q, k)
         view = here.state.append(step, k=k, v=v)
-        return attend.attend(q, view, step, self.spec.near, scores, step.table(self).plan, here)
+        return attend.attend(q, view, step, self.near, scores, step.table(self).plan, here)
 
     def recalled(self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], step: Step, here: Here) -> Float[Tensor, "N H K"]:
         rule, where = self.spec.dt, step.table(self).lanes
