@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from assay.engine.storage import Storage
     from assay.model.lm import LM
 
-KV_DTYPES = ("bf16", "int8", "int4")
 ROUTES = ("least_loaded", "round_robin", "prefix")
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
@@ -51,7 +50,9 @@ KvDtype = Annotated[
 CacheDir = Annotated[
     Path | None, typer.Option("--cache-dir", metavar="DIR", help="Where pages are kept that memory no longer has.")
 ]
-CacheBytes = Annotated[int, typer.Option("--cache-bytes", min=1, metavar="BYTES", help="Of --cache-dir at most.")]
+CacheBytes = Annotated[
+    int | None, typer.Option("--cache-bytes", min=1, metavar="BYTES", help="Of --cache-dir at most. [default: 8 GiB]")
+]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms that give the same each time.")]
 Replicas = Annotated[int, typer.Option("--replicas", min=1, help="Processes with an engine each.")]
 Apart = Annotated[bool, typer.Option("--apart", help="One process reads prompts, another goes on with the replies.")]
@@ -78,7 +79,7 @@ def run(
     memory: Memory = None,
     kv_dtype: KvDtype = None,
     cache_dir: CacheDir = None,
-    cache_bytes: CacheBytes = 8 << 30,
+    cache_bytes: CacheBytes = None,
     replicas: Replicas = 1,
     apart: Apart = False,
     route: Route = None,
@@ -99,7 +100,9 @@ def run(
 
     engine = EngineConfig(max_running=max_running, page=page, memory=memory)
     cluster = processes(replicas, apart, route)
-    stored = partial(storage, Path(ckpt), kv_dtype, cache_dir, cache_bytes)
+    if cache_bytes is not None and cache_dir is None:
+        fail("--cache-bytes: there is no folder that it could bound; accepted: with --cache-dir")
+    stored = partial(storage, Path(ckpt), kv_dtype, cache_dir, cache_bytes or 8 << 30)
     build = partial(built, partial(options.load, ckpt, device, dtype), engine, stored, threads, deterministic)
     with ExitStack() as open_:
 
@@ -114,6 +117,8 @@ def run(
 def check(ckpt: str, dtype: str | None, kv_dtype: str | None) -> None:
     if not Path(ckpt).is_dir():
         fail(f"{ckpt}: no such folder; accepted: a checkpoint")
+    from assay.engine.storage import KV_DTYPES
+
     for name, given, accepted in (("dtype", dtype, options.DTYPES), ("kv-dtype", kv_dtype, KV_DTYPES)):
         if given is not None and given not in accepted:
             fail(f"--{name} {given!r}: accepted: {', '.join(accepted)}")
@@ -132,6 +137,8 @@ def processes(replicas: int, apart: bool, route: str | None) -> ClusterConfig | 
     if route is not None and route not in ROUTES:
         fail(f"--route {route!r}: accepted: {', '.join(ROUTES)}")
     if not apart and replicas == 1:
+        if route is not None:
+            fail("--route: one process has nobody to choose among; accepted: with --replicas 2 or more")
         return None
     from assay.engine.apart.router import ClusterConfig
 

@@ -253,6 +253,12 @@ def test_the_server_over_two_processes(tmp_path: Path) -> None:
     [
         (("--apart", "--replicas", "2"), "without --replicas"),
         (("--replicas", "2", "--route", "nearest"), "accepted: least_loaded, round_robin, prefix"),
+        (("--route", "prefix"), "--route: one process has nobody to choose among; accepted: with --replicas 2 or more"),
+        (
+            ("--cache-bytes", "1000"),
+            "--cache-bytes: there is no folder that it could bound",
+        ),
+        (("--kv-dtype", "int3"), "accepted: bf16, int8, int4"),
     ],
 )
 def test_what_the_command_refuses(
