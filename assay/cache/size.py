@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from assay.spec.base import StateField
@@ -150,18 +151,27 @@ def predict(fields: Fields, size: Size | PageSize, dtype: str) -> Bytes:
     return Bytes(stored, reserved - stored)
 
 
+def most_pages(size: PageSize, least: int, budget: int, reserved: Callable[[PageSize], int]) -> PageSize | None:
+    """The size with as many pages, `least` or more, as `budget` bytes hold beside everything else that it reserves, and
+    no more than change that; None where `least` do not fit."""
+    counts = range(least, least + budget + 1)
+
+    def cost(pages: int) -> int:
+        return reserved(replace(size, pages=pages))
+
+    fitting = bisect_right(counts, budget, key=cost)
+    if not fitting:
+        return None
+    return replace(size, pages=counts[bisect_left(counts, cost(counts[fitting - 1]), key=cost)])
+
+
 def within(fields: Fields, size: PageSize, dtype: str, budget: int, snapshot_budget: int = 0) -> PageSize:
     """The size with as many pages as `budget` bytes hold beside everything else it reserves, and as many snapshots as
     `snapshot_budget` bytes of them. ValueError where not one page fits."""
     one = sum(entry_bytes(f, dtype) for f in every(fields) if f.per == "sequence")
     size = replace(size, pages=1, snapshots=snapshot_budget // one if one else 0)
-    reserved = lambda pages: predict(fields, replace(size, pages=pages), dtype).reserved  # noqa: E731
-    if reserved(1) > budget:
-        raise ValueError(f"budget: {budget} bytes; one page and what stands beside it take {reserved(1)}")
-    low, high = 1, 2
-    while reserved(high) <= budget and reserved(high) > reserved(low):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if reserved(middle) <= budget else (low, middle)
-    return replace(size, pages=low)
+    found = most_pages(size, 1, budget, lambda size: predict(fields, size, dtype).reserved)
+    if found is None:
+        least = predict(fields, size, dtype).reserved
+        raise ValueError(f"budget: {budget} bytes; one page and what stands beside it take {least}")
+    return found

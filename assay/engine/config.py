@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -12,7 +11,7 @@ from pydantic import Field
 
 from assay.cache import PageSize, Size, predict
 from assay.cache.formats import Formats, predict_quantised
-from assay.cache.size import Fields
+from assay.cache.size import Fields, most_pages
 from assay.engine.policy import SchedulerConfig
 from assay.spec.base import Spec
 from assay.spec.model import ModelSpec
@@ -99,15 +98,11 @@ def cache_size(
 
 def fitted(size: PageSize, alone: int, memory: int, reserved: Callable[[PageSize], int]) -> PageSize:
     """The size with as many pages as the memory holds. ValueError where it does not hold `alone` of them."""
-    least = replace(size, pages=alone)
-    if reserved(least) > memory:
+    found = most_pages(size, alone, memory, reserved)
+    if found is None:
+        least = replace(size, pages=alone)
         raise ValueError(f"memory: {memory} bytes; one sequence of {least.tokens} tokens takes {reserved(least)}")
-    # Windows alone take the same memory with any number of pages: then one sequence's are enough.
-    grows = reserved(replace(size, pages=alone + 1)) > reserved(least)
-    if not grows:
-        return least
-    fits = bisect_right(range(alone, alone + memory), memory, key=lambda pages: reserved(replace(size, pages=pages)))
-    return replace(size, pages=alone + fits - 1)
+    return found
 
 
 def scheduling(config: EngineConfig, capacity: int, border: int | None) -> SchedulerConfig:

@@ -20,6 +20,7 @@ from assay.ops import attend as ops
 from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.step import Step, View
+from assay.parts.base import Mixer
 from assay.parts.mixers.gqa import GqaMixer
 from assay.parts.mixers.mla import Asked, MlaMixer
 
@@ -63,8 +64,8 @@ class Call:
     made: ops.Plan | None
 
 
-class ToldGqa(GqaMixer):
-    """Grouped-query attention with a `choice` set beside it."""
+class Told(Mixer):
+    """A mixer with a `choice` set beside it, which is asked with the mixer's own input."""
 
     choice: Choice
     x: Tensor
@@ -72,20 +73,17 @@ class ToldGqa(GqaMixer):
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         self.x = x
         return super().forward(x, step, here)
+
+
+class ToldGqa(Told, GqaMixer):
+    """Grouped-query attention that looks where it is told."""
 
     def plan(self, q: Float[Tensor, "N H K"], view: View, step: Step) -> ops.Plan | None:
         return told(self, q, Call(view, step, self.spec.sees, self.rule(q), super().plan(q, view, step)))
 
 
-class ToldMla(MlaMixer):
-    """Latent attention with a `choice` set beside it."""
-
-    choice: Choice
-    x: Tensor
-
-    def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        self.x = x
-        return super().forward(x, step, here)
+class ToldMla(Told, MlaMixer):
+    """Latent attention that looks where it is told."""
 
     def mixed(self, q: Tensor, view: View, asked: Asked) -> Tensor:
         plan = told(self, q, Call(view, asked.step, Sees(), self.rule(), asked.plan))

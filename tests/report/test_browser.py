@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,9 @@ import pytest
 
 from assay.report import render
 from assay.spec.result import Result
+from tests.browser import browser as browser
 from tests.report.conftest import HOSTILE
 
-playwright_api = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: pip install playwright"
-)
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 STAGES = ("tour", "baseline", "positions")  # between them every kind of plot
 SIZES = {"laptop": (1280, 900), "phone": (390, 844)}
 DRAW_ALL = """async () => {
@@ -32,17 +25,6 @@ EMPTY_CARDS = """() => [...document.querySelectorAll('figure[data-figure]')].fil
   const marks = card.querySelectorAll('.scatterlayer .point, .scatterlayer .js-line, .heatmaplayer image');
   return ![...marks].some((mark) => mark.getBoundingClientRect().width > 0);
 }).map((card) => card.querySelector('h4').textContent)"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is on the path (on Debian: apt-get install chromium)")
-    with playwright_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 class Visit:

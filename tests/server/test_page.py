@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.browser import browser as browser
+from tests.browser import playwright_api
 from tests.server.live import Live, until
 from tests.server.test_lifecycle import resting
 
-playwright_api = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: pip install playwright"
-)
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SIZES = {"laptop": (1280, 900), "phone": (390, 844)}
 HOSTILE = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script><b>b</b>&amp;'
 KEY = "the-key-of-the-page-test"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is on the path (on Debian: apt-get install chromium)")
-    with playwright_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 class Visit:

@@ -14,6 +14,7 @@ from assay.ops.activations import Activation, activate
 from assay.ops.activations import reference as reference_activation
 from assay.ops.here import Here
 from assay.ops.step import Step
+from assay.parts._checks import halved
 from assay.parts.base import Ffn
 from assay.spec.base import Fan, FfnSpec, Site
 
@@ -27,7 +28,7 @@ class DenseFfn(FfnSpec):
     bias: bool = False
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"a width of {self.width} is not cut in two"} if self.width % 2 else {}
+        return halved(self.width, f"a width of {self.width} is")
 
     def linears(self, site: Site) -> dict[str, Fan]:
         return {

@@ -13,6 +13,7 @@ from torch import Tensor
 from assay.ops.here import Here
 from assay.ops.scan.elementwise import shift
 from assay.ops.step import Step
+from assay.parts._checks import halved
 from assay.parts.base import Ffn, InLanes
 from assay.spec.base import Cost, Fan, FfnSpec, Init, Site, StateField, Weight
 
@@ -25,7 +26,7 @@ class RwkvChannel(FfnSpec):
     width: int = Field(ge=1)
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"a width of {self.width} is not cut in two"} if self.width % 2 else {}
+        return halved(self.width, f"a width of {self.width} is")
 
     def linears(self, site: Site) -> dict[str, Fan]:
         return {

@@ -15,7 +15,7 @@ from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Step
-from assay.parts._checks import whole_heads
+from assay.parts._checks import halved, whole_heads
 from assay.parts.base import Mixer
 from assay.spec.base import Cost, Fan, MixerSpec, Site, StateField
 
@@ -41,7 +41,7 @@ class Cross(MixerSpec):
         return self.heads if self.kv_heads is None else self.kv_heads
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"{self.groups} heads are not cut in two"} if self.groups % 2 else {}
+        return halved(self.groups, f"{self.groups} heads are")
 
     def size(self, site: Site) -> int:
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads

@@ -14,7 +14,7 @@ from torch import Tensor
 from assay.ops.here import Here
 from assay.ops.scan import decayed as ops
 from assay.ops.step import Step
-from assay.parts._checks import token_by_token
+from assay.parts._checks import halved, token_by_token
 from assay.parts.mixers._decayed import DecayedMixer, Retention
 from assay.spec.base import Cost, Fan, NormSpec, Site
 
@@ -37,7 +37,7 @@ class Gla(Retention):
     norm: NormSpec = Field(default="rmsnorm", validate_default=True)
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
+        return halved(self.heads, f"{self.heads} heads are")
 
     def key_size(self, site: Site) -> int:
         return self.key_dim if self.key_dim is not None else site.d_in // (2 * self.heads)

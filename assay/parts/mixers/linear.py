@@ -14,7 +14,7 @@ from torch import Tensor
 from assay.ops.here import Here
 from assay.ops.scan import decayed as ops
 from assay.ops.step import Step
-from assay.parts._checks import whole_heads
+from assay.parts._checks import halved, whole_heads
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, MixerSpec, Site, StateField
 
@@ -40,7 +40,7 @@ class LinearAttention(MixerSpec):
     chunk: int = Field(default=ops.CHUNK, ge=1)
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
+        return halved(self.heads, f"{self.heads} heads are")
 
     def size(self, site: Site) -> int:
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads

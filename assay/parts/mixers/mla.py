@@ -20,7 +20,7 @@ from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Step, View
-from assay.parts._checks import token_by_token
+from assay.parts._checks import halved, token_by_token
 from assay.parts.base import Placed
 from assay.parts.norms.rmsnorm import RmsNorm
 from assay.parts.selectors import indexer
@@ -73,7 +73,7 @@ class Mla(MixerSpec):
     select: SelectorSpec | None = None
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
+        return halved(self.heads, f"{self.heads} heads are")
 
     def check(self, site: Site) -> None:
         token_by_token("norm", self.norm)

@@ -20,7 +20,7 @@ from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Layout, Step, View
-from assay.parts._checks import whole_heads
+from assay.parts._checks import halved, whole_heads
 from assay.parts.base import Placed, Position
 from assay.spec.base import Cost, Fan, MixerSpec, PositionSpec, Site, Spec, StateField, Weight
 
@@ -81,7 +81,7 @@ class Nsa(MixerSpec):
         return self.dim(site) if self.compress.hidden is None else self.compress.hidden
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"{self.groups} key heads are not cut in two"} if self.groups % 2 else {}
+        return halved(self.groups, f"{self.groups} key heads are")
 
     def check(self, site: Site) -> None:
         if self.heads % self.groups:

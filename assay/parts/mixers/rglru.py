@@ -17,6 +17,7 @@ from assay.ops.conv import short_conv
 from assay.ops.here import Here
 from assay.ops.scan.elementwise import scan
 from assay.ops.step import Step
+from assay.parts._checks import halved
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, Site, StateField, Weight
 
@@ -41,7 +42,7 @@ class RgLru(MixerSpec):
     bias: bool = True
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
+        return halved(self.heads, f"{self.heads} heads are")
 
     def channels(self, site: Site) -> int:
         return site.d_in if self.width is None else self.width

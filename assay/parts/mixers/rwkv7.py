@@ -15,7 +15,7 @@ from assay.ops.here import Here
 from assay.ops.precision import high
 from assay.ops.scan.delta import CHUNK, executed, rank_one, run
 from assay.ops.step import Step
-from assay.parts._checks import whole_heads
+from assay.parts._checks import halved, whole_heads
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, Site, Spec, StateField, Weight
 
@@ -56,7 +56,7 @@ class Rwkv7(MixerSpec):
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
+        return halved(self.heads, f"{self.heads} heads are")
 
     def check(self, site: Site) -> None:
         whole_heads(self.heads, self.head_dim, site)

@@ -21,7 +21,7 @@ from assay.ops.scan import decayed
 from assay.ops.sees import Sees
 from assay.ops.state import State
 from assay.ops.step import Step
-from assay.parts._checks import token_by_token, whole_heads
+from assay.parts._checks import halved, token_by_token, whole_heads
 from assay.parts.base import Placed
 from assay.parts.mixers.mamba2 import TimeStep
 from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, PositionSpec, Site, StateField, Weight
@@ -64,7 +64,7 @@ class TransMamba(MixerSpec):
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads
 
     def refusals(self) -> Mapping[str, str]:
-        return {"split": f"{self.heads} heads are not cut in two"} if self.heads % 2 else {}
+        return halved(self.heads, f"{self.heads} heads are")
 
     def check(self, site: Site) -> None:
         whole_heads(self.heads, self.head_dim, site)
