@@ -16,7 +16,7 @@ from torch import Tensor
 from assay.cache.blocks import Blocks
 from assay.cache.size import PageSize
 from assay.cache.tables import ROUND, Arrival, Writing
-from assay.ops.step import Layout
+from assay.ops.step import InPages, Layout
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Table:
 @dataclass(frozen=True)
 class PageCut:
     """The pages that a step reads, as many of each of its sequences: a run of pages (a slice of the store itself), or
-    picked ones (a copy)."""
+    picked ones (a copy, if they are asked for by name)."""
 
     table: Int[Tensor, "B _"]
     run: tuple[int, int] | None  # its first page, and one past its last
@@ -56,6 +56,9 @@ class PageCut:
         """[P, page, ...] to [B, S, ...]."""
         chosen = pool.index_select(0, self.table.view(-1)) if self.run is None else pool[self.run[0] : self.run[1]]
         return chosen.view(self.table.shape[0], -1, *pool.shape[2:])
+
+    def fields(self, pools: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return InPages(pools, self.table) if self.run is None else {n: self.of(pool) for n, pool in pools.items()}
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Stored:
         return self._view(tuple(self.pools), *self.seen)
 
     def _view(self, names: tuple[str, ...], cut: Reads, layout: Layout) -> View:
-        return View({name: cut.of(self.pools[name]) for name in names}, layout)
+        return View(cut.fields({name: self.pools[name] for name in names}), layout)
 
     def load(self, name: str, step: Step) -> Rows:
         assert self.saving is not None

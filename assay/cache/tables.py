@@ -5,7 +5,7 @@ Legend: n tokens that are stored, R rows of the cache, C entries of a row, B seq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from assay.ops.step import Layout, Step
+from assay.ops.step import InPages, Layout, Step
 
 ROUND = 64  # views grow in steps of so many entries, so that shapes change seldom
 
@@ -60,23 +60,33 @@ class Reads(Protocol):
     def of(self, pool: Tensor) -> Tensor:
         """[R or pages, C or page, ...] to [B, S, ...]."""
 
+    def fields(self, pools: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Each of them so, and copied only when it is asked for by its name."""
+
 
 @dataclass(frozen=True)
 class Cut:
-    """A run of rows (a slice of the store itself) or picked rows (a copy)."""
+    """A run of rows (a slice of the store itself) or picked rows (a copy, if they are asked for by name)."""
 
-    rows: tuple[int, ...]
     entries: int
+    run: tuple[int, int] | None  # its first row, and one past its last
+    table: Int[Tensor, "B 1"]
 
-    @property
-    def run(self) -> bool:
-        return self.rows == tuple(range(self.rows[0], self.rows[0] + len(self.rows)))
+    @classmethod
+    def of_rows(cls, rows: Sequence[int], entries: int, device: torch.device) -> Cut:
+        run = (rows[0], rows[0] + len(rows))
+        return cls(entries, run if tuple(rows) == tuple(range(*run)) else None, torch.tensor(rows, device=device)[:, None])
 
     def of(self, pool: Tensor) -> Tensor:
         """[R, C, ...] to [B, S, ...]."""
-        if self.run:
-            return pool[self.rows[0] : self.rows[0] + len(self.rows), : self.entries]
-        return pool[:, : self.entries].index_select(0, torch.tensor(self.rows, device=pool.device))
+        if self.run is not None:
+            return pool[self.run[0] : self.run[1], : self.entries]
+        return pool[:, : self.entries].index_select(0, self.table[:, 0])
+
+    def fields(self, pools: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.run is not None:
+            return {name: self.of(pool) for name, pool in pools.items()}
+        return InPages({name: pool[:, : self.entries] for name, pool in pools.items()}, self.table)  # a page is a row
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class Entries:
     def seen(self, rows: tuple[int, ...], aligned: bool) -> tuple[Cut, Layout]:
         """The part of the store that these rows fill, and what stands in it; the step's sequence i is `rows[i]`."""
         used = max(self.high[row] for row in rows)
-        cut = Cut(rows, min(self.capacity, -(-max(used, 1) // ROUND) * ROUND))
+        cut = Cut.of_rows(rows, min(self.capacity, -(-max(used, 1) // ROUND) * ROUND), self.index.device)
         index, positions = cut.of(self.index), cut.of(self.positions)
         own = torch.arange(len(rows), device=index.device)[:, None]
         return cut, Layout(torch.where(index >= 0, own, -1), index, positions, aligned)

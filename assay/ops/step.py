@@ -5,7 +5,7 @@ Legend: N tokens, B sequences, R x T rows and columns of the grid, S entries of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,25 @@ class Layout:
     index: Int[Tensor, "R S"]
     positions: Int[Tensor, "R S"]
     aligned: bool  # row r holds all that the tokens of grid row r may see
+
+
+@dataclass(frozen=True, eq=False)
+class InPages(Mapping[str, Tensor]):
+    """Fields in pages [P, page, ...], of which row r has those of table[r], one after another. A field that is asked
+    for by its name is copied together; a kernel that follows the table reads it where it stands."""
+
+    pools: Mapping[str, Tensor]
+    table: Int[Tensor, "R _"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        pool = self.pools[name]
+        return pool.index_select(0, self.table.view(-1)).view(self.table.shape[0], -1, *pool.shape[2:])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pools)
+
+    def __len__(self) -> int:
+        return len(self.pools)
 
 
 @dataclass(frozen=True)

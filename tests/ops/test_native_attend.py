@@ -27,8 +27,8 @@ def attentions(draw: st.DrawFn) -> dict[str, Any]:
         "groups": draw(st.integers(1, 3)),
         "shared": draw(st.integers(1, 3)),
         "entries": draw(st.sampled_from((1, 5, 16, 127, 128, 129, 300))),
-        "size": draw(st.sampled_from((16, 32, 48))),
-        "width": draw(st.sampled_from((16, 64))),
+        "size": draw(st.sampled_from((16, 48, 64, 128))),
+        "width": draw(st.sampled_from((16, 64, 128))),
         "softcap": draw(st.sampled_from((None, 3.0))),
         "sink": draw(st.booleans()),
         "density": draw(st.sampled_from((0.02, 0.6, 1.0))),
@@ -72,6 +72,23 @@ def test_attention_of_a_sequence_has_the_same_bits_in_any_company(
     finally:
         torch.set_num_threads(1)
     assert together is not None and alone is not None and torch.equal(together[1], alone[0])
+
+
+@given(attentions(), st.sampled_from((1, 3, 16, 50)), st.integers(1, 9), floats)
+def test_pages_in_any_order_have_the_bits_of_rows(
+    kernels: Kernels, sizes: dict[str, Any], page: int, count: int, dtype: torch.dtype
+) -> None:
+    """A page may stand in several rows, and pages that nobody has are not read."""
+    rows, groups = sizes["rows"], sizes["groups"]
+    q, seen = drawn(2, dtype, rows, groups * sizes["shared"], sizes["size"]), drawn(3, torch.float32, rows, page * count)
+    seen = torch.where(torch.arange(rows)[:, None] % 3 == 1, -1.0, seen) > -2 + 2 * sizes["density"]
+    k, v = (drawn(i, dtype, 3 * count + 1, page, groups, sizes[n]) for i, n in enumerate(("size", "width")))
+    table = torch.randint(3 * count, (rows, count), generator=torch.Generator().manual_seed(4))
+    k[-1], v[-1] = float("nan"), float("nan")
+    dense = tuple(t[table].flatten(1, 2) for t in (k, v))
+    rule = (seen, 0.3, sizes["softcap"], drawn(5, dtype, q.shape[1]) if sizes["sink"] else None)
+    found, expected = kernels.attend(q, (k, v), *rule, table), kernels.attend(q, dense, *rule)
+    assert found is not None and expected is not None and torch.equal(found, expected)
 
 
 def test_a_mean_of_two_values_is_rounded_to_the_nearest_and_ties_to_even(kernels: Kernels) -> None:

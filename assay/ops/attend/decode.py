@@ -7,7 +7,7 @@ from torch import Tensor
 from assay.ops.attend.plan import Plan
 from assay.ops.attend.rule import Scores
 from assay.ops.native import serving
-from assay.ops.step import View
+from assay.ops.step import InPages, View
 
 
 def run(q: Tensor, view: View, scores: Scores, made: Plan | None) -> Tensor | None:
@@ -20,5 +20,9 @@ def run(q: Tensor, view: View, scores: Scores, made: Plan | None) -> Tensor | No
     native = None if scores.bias is not None or scores.dropout else serving(q)
     if native is None:
         return None
-    stored = view.dense("k"), view.dense("v")
-    return native.attend(q, stored, mask[:, 0], scores.scale, scores.softcap, scores.sink)
+    rule = (mask[:, 0], scores.scale, scores.softcap, scores.sink)
+    if isinstance(view.fields, InPages):
+        found = native.attend(q, (view.fields.pools["k"], view.fields.pools["v"]), *rule, view.fields.table)
+        if found is not None:
+            return found
+    return native.attend(q, (view.dense("k"), view.dense("v")), *rule)

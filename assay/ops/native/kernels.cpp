@@ -29,10 +29,11 @@ void assay_turn(int bf16, const void* x, long xs, long xh, long m, long heads, l
   else turn((const float*)x, xs, xh, m, heads, d, half, cos, sin, (float*)y);
 }
 
-void assay_attend(int half, const void* q, const void* k, const void* v, const void* seen, void* y, const float* sink,
-                  const long* numbers, float scale, float softcap) {
-  const long* n = numbers + 9;
-  const Attend a{q, k, v, (const uint8_t*)seen, y, sink, numbers, n[0], n[1], n[2], n[3], n[4], n[5], scale, softcap};
+void assay_attend(int half, const void* q, const void* k, const void* v, const int64_t* table, const void* seen, void* y,
+                  const float* sink, const long* numbers, float scale, float softcap) {
+  const long* n = numbers + 8;
+  const Attend a{q, numbers, {k, numbers + 2}, {v, numbers + 5}, table, (const uint8_t*)seen, y, sink,
+                 n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], scale, softcap};
   if (half) attend<uint16_t>(a);
   else attend<float>(a);
 }

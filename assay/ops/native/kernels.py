@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ ROWS = 32  # beyond this many, torch's blocked products are as fast
 LANES, WIDEST = 16, 256  # heads are whole lanes wide, and so many at most
 TYPES = (torch.float32, torch.bfloat16)
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
-Numbers = LONG * 15
+Numbers = LONG * 17
 
 
 class Kernels:
@@ -34,7 +35,7 @@ class Kernels:
         self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
         self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
         self._attend = function(
-            "attend", INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT
+            "attend", INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT
         )
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
@@ -93,9 +94,10 @@ class Kernels:
         sink: Tensor | None = None,
     ) -> Tensor | None:
         """softmax(scores) v for q [N, H, K], one query a sequence, over `stored` k [N, S, G, K] and v [N, S, G, V];
-        seen [N, S] says which entries count. A row that sees nothing gives 0."""
+        seen [N, S] says which entries count. A row that sees nothing gives 0. With a table [N, P] of int64 the keys and
+        values stand in pages [_, S / P, G, .], of which row n has those of table[n], and are read there."""
         (rows, heads, size), dtype, (k, v) = q.shape, q.dtype, stored
-        entries, groups, width = k.shape[1], k.shape[2], v.shape[3]
+        page, groups, width, entries = k.shape[1], k.shape[2], v.shape[3], seen.shape[1]
         if not 0 < rows <= ROWS or dtype not in TYPES or k.dtype != dtype or v.dtype != dtype or not entries:
             return None
         if size % LANES or width % LANES or max(size, width) > WIDEST or heads % groups:
@@ -103,11 +105,14 @@ class Kernels:
         if not q.stride(2) == k.stride(3) == v.stride(3) == seen.stride(1) == 1:
             return None
         y = q.new_empty(rows, heads, width)
-        numbers = Numbers(
-            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], seen.stride(0), rows, heads, groups, entries, size, width
-        )
+        sizes = (seen.stride(0), rows, heads, groups, entries, size, width, page)
+        apart = 0 if table is None else table.stride(0)
+        numbers = Numbers(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *sizes, apart)
         sinks = None if sink is None else sink.float().contiguous()
-        pointers = (t.data_ptr() for t in (q, k, v, seen, y))
-        at = None if sinks is None else sinks.data_ptr()
-        self._attend(dtype is torch.bfloat16, *pointers, at, numbers, scale, softcap or 0.0)
+        pointers = (None if t is None else t.data_ptr() for t in (q, k, v, table, seen, y, sinks))
+        self._attend(dtype is torch.bfloat16, *pointers, numbers, scale, softcap or 0.0)
+        table: Tensor | None = None,
         return y
+        if table is not None and (table.dtype != torch.int64 or table.stride(1) != 1):
+            return None
+        assert entries == page * (1 if table is None else table.shape[1])
