@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.ops.dropout import dropout
 from assay.ops.here import Here
 from assay.ops.state import State
 from assay.ops.step import Step
@@ -73,7 +73,7 @@ class Block(nn.Module):
             y = y if branch.scale == 1.0 else y * branch.scale
             total = y if total is None else total + y
         assert total is not None
-        return F.dropout(total, stage.dropout, self.training)
+        return dropout(total, stage.dropout, self.training, step)
 
     def _run(self, name: str, x: Tensor, step: Step, here: Here) -> Tensor:
         """One part on all tokens or, where it has a memory and the step has pieces, on one piece after another."""

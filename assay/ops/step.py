@@ -5,7 +5,7 @@ Legend: N tokens, B sequences, R x T rows and columns of the grid, S entries of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,23 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class RowsOf:
+    """Which rows of a batch these are, where other processes hold the others: `own` rows from `first` on, of `rows` in
+    all. total: the sum of everybody's tensor, through which gradients flow."""
+
+    first: int
+    own: int
+    rows: int
+    total: Callable[[Tensor], Tensor]
+
+    def cut(self, whole: Tensor, length: int = 1) -> Tensor:
+        """Its own part of what has `length` entries for each row of the batch. Rows behind the last one are padding,
+        and get those of the last."""
+        wanted = torch.arange(self.first, self.first + self.own, device=whole.device).clamp(max=self.rows - 1)
+        return whole.unflatten(0, (self.rows, length)).index_select(0, wanted).flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class Step:
     """What a layer is told about the tokens of this call; frozen and the same for all layers."""
 
@@ -108,6 +125,7 @@ class Step:
     listen: frozenset[str] = frozenset()
     tables: Mapping[str, Any] = field(default_factory=dict)
     pieces: tuple[Piece, ...] = ()  # all tokens, in order: parts with a memory take them one by one, others the whole
+    part: RowsOf | None = None  # None: no other process holds tokens of this step
 
     @property
     def ids(self) -> Int[Tensor, "N"]:
@@ -116,6 +134,10 @@ class Step:
     @property
     def tokens(self) -> int:
         return int(self.seq.shape[0])
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over all processes that hold tokens of this step; the same for all of them."""
+        return x if self.part is None else self.part.total(x)
 
     def table(self, part: Any) -> Any:
         """What this part's `prepare` returned for this step; None if it was not asked."""

@@ -14,7 +14,11 @@ def refuses(call: Call) -> str | None:
     rule = call.scores
     named = (("softcap", rule.softcap), ("sink", rule.sink), ("bias", rule.bias))
     given = [name for name, value in named if value is not None]
-    return f"scaled_dot_product_attention has no {' and no '.join(given)}" if given else None
+    if given:
+        return f"scaled_dot_product_attention has no {' and no '.join(given)}"
+    if rule.dropout and call.step.part is not None:
+        return "scaled_dot_product_attention draws its dropout for the rows that it is given"
+    return None
 
 
 def run(call: Call) -> tuple[Tensor, None]:

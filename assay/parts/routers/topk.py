@@ -144,16 +144,17 @@ class TopKRouter(Part):
     def statistics(self, logits: Tensor, scores: Tensor, choice: Tensor, step: Step, here: Here) -> None:
         """Means over the real tokens; padding routes somewhere but is counted nowhere."""
         real = (step.seq >= 0).to(logits.dtype)[:, None]
-        count = real.sum().clamp(min=1.0)
+        count = step.total(real.sum()).clamp(min=1.0)
         load = (torch.zeros_like(scores).scatter(1, choice, 1.0) * real).sum(0)
         here.add("stat.load", load.detach())
         if self.spec.balance:
             shares = scores if self.spec.score == "softmax" else scores / scores.sum(-1, keepdim=True)
-            frequency, mean = load.detach() / (count * self.spec.k), (shares * real).sum(0) / count
+            frequency = step.total(load.detach()) / (count * self.spec.k)
+            mean = step.total((shares * real).sum(0)) / count
             here.add("loss.balance", self.spec.balance * shares.shape[1] * (frequency * mean).sum())
         if self.spec.z:
             z = torch.logsumexp(logits, -1, keepdim=True).square()
-            here.add("loss.z", self.spec.z * (z * real).sum() / count)
+            here.add("loss.z", self.spec.z * step.total((z * real).sum()) / count)
 
     @torch.no_grad()
     def after(self, taps: Mapping[str, Tensor]) -> None:
