@@ -11,6 +11,7 @@ import torch
 from assay.conform import laws, stored
 from assay.conform.cases import Case, Refusal, case
 from assay.conform.fields import law_fields
+from assay.conform.sharding import law_sharding
 from assay.spec.base import PartSpec
 
 Law = Callable[[Case], None]
@@ -32,6 +33,7 @@ LAWS: Mapping[str, Law] = MappingProxyType(
         "swap": stored.law_swap,
         "quantised": stored.law_quantised,
         "split": laws.law_split,
+        "sharding": law_sharding,
         "checkpoint": laws.law_checkpoint,
         "device": laws.law_device,
         "traces": laws.law_traces,
@@ -64,6 +66,7 @@ ANYWHERE = (
     "chunking",
     "rewind",
     "split",
+    "sharding",
     "checkpoint",
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from jaxtyping import Int
@@ -28,6 +28,23 @@ class Output:
     logits: Tensor | None
     loss: dict[str, Tensor] | None
     taps: dict[str, Tensor]
+
+
+class Blank(Protocol):
+    """Makes the states of a step that remembers nothing; `like`: their dtype and device. A plan for several processes
+    puts one of its own in the place of `Forgetting`."""
+
+    def __call__(self, step: Step, like: Tensor) -> Mapping[str, State]: ...
+
+
+class Forgetting:
+    """Each part's state in training."""
+
+    def __init__(self, fields: Mapping[str, tuple[StateField, ...]]) -> None:
+        self.fields = fields
+
+    def __call__(self, step: Step, like: Tensor) -> dict[str, State]:
+        return {name: Stateless(f, like.dtype, like.device) for name, f in self.fields.items()}
 
 
 class LM(nn.Module):
@@ -61,6 +78,7 @@ class LM(nn.Module):
         self._planned = [(m, keys.setdefault(m.prepare_key(), len(keys))) for m in planned]
         apart = tuple(f"{m.name}." for m in parts if m.by_piece)
         self._flat = [(m, number) for m, number in self._planned if not f"{m.name}.".startswith(apart)]
+        self.blank: Blank = Forgetting(state_table(spec, prefix))
 
     def _site(self, name: str) -> Site:
         return prefixed(self.spec.root(name), self.prefix)
@@ -117,11 +135,8 @@ class LM(nn.Module):
         source = step.encode
         return step.with_(encode=None, memory=Memory(out.logits, source.seq, source.index, source.grid))
 
-    def _stateless(self, step: Step) -> dict[str, State]:
-        weight = next(self.parameters())
-        return {
-            name: Stateless(f, weight.dtype, weight.device) for name, f in state_table(self.spec, self.prefix).items()
-        }
+    def _stateless(self, step: Step) -> Mapping[str, State]:
+        return self.blank(step, next(self.parameters()))
 
     def _tables(
         self, step: Step, states: Mapping[str, State], planned: Sequence[tuple[Part, int]] | None = None

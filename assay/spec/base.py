@@ -196,6 +196,10 @@ class PartSpec(Spec):
     def state(self, site: Site) -> tuple[StateField, ...]:
         return ()
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        """Into how many equal pieces `tensor` and `expert` ranks may deal the part out: 0 is whole on each of them."""
+        return {}
+
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         return Cost()
 

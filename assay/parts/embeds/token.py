@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch.nn.functional as F
@@ -10,7 +10,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from assay.ops.dropout import dropout
 from assay.ops.step import Step
+from assay.ops.vocabulary import Whole
 from assay.parts.base import Embed
 from assay.spec.base import EmbedSpec, Init, NormSpec, Site, Weight
 
@@ -35,6 +37,9 @@ class TokenEmbed(EmbedSpec):
             raise ValueError(
                 f"`shared`: its table would be {own[0]} x {own[1]}, the model's is {outer[0]} x {outer[1]}"
             )
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {} if self.shared else {"tensor": site.d_in}
 
     def own(self, site: Site) -> dict[str, Weight]:
         init, table = site.init.embedding(site.d_out), {}
@@ -62,18 +67,19 @@ class TokenEmbed(EmbedSpec):
 class TokenEmbedPart(Embed):
     def __init__(self, spec: TokenEmbed, site: Site) -> None:
         super().__init__(spec, site)
+        self.rows = Whole()
         self.outer: tuple[Embed, ...] = ()  # a tuple: the model around owns the module, and torch does not register it
 
     def share(self, outer: Embed) -> None:
         self.outer = (outer,)
 
     def forward(self, step: Step) -> Float[Tensor, "N D"]:
-        x = F.embedding(step.ids, self.table())
+        x = self.rows.lookup(step.ids, self.table())
         x = x if self.spec.scale == 1.0 else x * self.spec.scale
         if self.spec.types:
             x = x + (F.embedding(step.inputs["types"], self.types) if "types" in step.inputs else self.types[0])
         x = x if self.spec.norm is None else self.norm(x, step)
-        return F.dropout(x, self.spec.dropout, self.training)
+        return dropout(x, self.spec.dropout, self.training, step)
 
     def table(self) -> Tensor:
         if not self.spec.shared:

@@ -30,6 +30,9 @@ class DenseFfn(FfnSpec):
     def refusals(self) -> Mapping[str, str]:
         return halved(self.width, f"a width of {self.width} is")
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.width}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         return {
             "up": Fan(site.d_in, self.width, self.bias, split=0),

@@ -34,6 +34,9 @@ class Gated(FfnSpec):
     def refusals(self) -> Mapping[str, str]:
         return halved(self.width, f"a width of {self.width} is")
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.width}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         table = {
             "gate": Fan(site.d_in, self.width, self.bias, split=0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -78,6 +78,10 @@ class Moe(FfnSpec):
         """The width at which the experts read and write."""
         return site.d_in if self.latent is None else self.latent
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        """Experts are dealt out whole."""
+        return {"expert": self.experts, "tensor": 0}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         if self.latent is None:
             return {}
@@ -131,8 +135,19 @@ class Moe(FfnSpec):
         )
 
 
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rows [M, C] sorted by expert, the expert of each [M], and how many each has [E] -> [M, C]."""
+Across = Callable[[Experts, Tensor, Tensor], Tensor]
+"""The experts, rows sorted by expert and counts of all experts -> the rows' outputs, in their order."""
+
+
 class MoeFfn(Ffn):
-    """[N, D] -> [N, D]. Experts are [E, F, D] and [E, D, F]; rows are sorted by expert, so no loop and no host sync."""
+    """[N, D] -> [N, D]. Experts are [E, F, D] and [E, D, F]; rows are sorted by expert, so no loop and no host sync.
+    across: carries rows to the processes that have their experts and back, where a plan dealt these out."""
+
+    def __init__(self, spec: Moe, site: Site) -> None:
+        super().__init__(spec, site)
+        self.across: Across | None = None
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         choice, share = self.router(x, step, here["router"])
@@ -155,7 +170,11 @@ class MoeFfn(Ffn):
         weight = share.flatten().index_select(0, order)[:, None]
         rows = x.index_select(0, order // k)
         rows = rows * weight if self.spec.input_scaled else rows
-        out = self.experts(rows, flat.index_select(0, order), counts)
+        expert = flat.index_select(0, order)
+        if self.across is None:
+            out = self.experts(rows, expert, counts)
+        else:
+            out = self.across(self.experts, rows, counts)
         out = out if self.spec.input_scaled else out * weight
         back = torch.empty_like(order).scatter(0, order, torch.arange(n * k, device=x.device))
         return out.index_select(0, back).view(n, k, -1).sum(1)

@@ -28,6 +28,9 @@ class RwkvChannel(FfnSpec):
     def refusals(self) -> Mapping[str, str]:
         return halved(self.width, f"a width of {self.width} is")
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.width}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         return {
             "r": Fan(site.d_in, site.d_out),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from assay.ops.linear import linear
 from assay.ops.precision import high
 from assay.ops.step import Step
+from assay.ops.vocabulary import Whole
 from assay.parts.base import Head
 from assay.spec.base import Cost, Fan, HeadSpec, Init, Site, Weight
 
@@ -37,6 +37,9 @@ class LmHead(HeadSpec):
     scale: float = 1.0
     softcap: float | None = Field(default=None, gt=0.0)
     bias: bool = False
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": site.d_out}
 
     def linears(self, site: Site) -> dict[str, Fan]:
         return {} if self.tie else {"out": Fan(site.d_in, site.d_out, self.bias, split=0, role="head")}
@@ -61,7 +64,15 @@ class LmHead(HeadSpec):
 
 
 class LmHeadPart(Head):
+    def __init__(self, spec: Any, site: Site) -> None:
+        super().__init__(spec, site)
+        self.rows = Whole()
+
     def forward(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N V"]:
+        return self.rows.gather(self.logits(self.rows.enter(features), step, table))
+
+    def logits(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N v"]:
+        """Of the rows of the vocabulary that are here."""
         bias = self.bias.to(features.dtype) if self.spec.tie and self.spec.bias else None
         logits = linear(features, table.to(features.dtype), bias) if self.spec.tie else self.out(features, step)
         logits = logits if self.spec.scale == 1.0 else logits * self.spec.scale
@@ -72,7 +83,7 @@ class LmHeadPart(Head):
         self, features: Tensor, targets: Int[Tensor, "N"], step: Step, table: Tensor, options: LossOptions | None = None
     ) -> dict[str, Tensor]:
         """Sums over the targets that are not -1: `nll` and `count`, and `objective`, which is what is minimised."""
-        options = options or LossOptions()
+        options, features = options or LossOptions(), self.rows.enter(features)
         rows = max(1, options.piece // table.shape[0])
         if features.shape[0] <= rows:
             return self._piece(features, targets, step, table, options)
@@ -83,15 +94,6 @@ class LmHeadPart(Head):
         return total
 
     def _piece(self, x: Tensor, targets: Tensor, step: Step, table: Tensor, options: LossOptions) -> dict[str, Any]:
-        logits = high(self(x, step, table))
-        nll = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        count = (targets >= 0).sum()
-        objective = nll
-        if options.smoothing:
-            objective = F.cross_entropy(
-                logits, targets, ignore_index=-1, reduction="sum", label_smoothing=options.smoothing
-            )
-        if options.z:
-            log_z = torch.logsumexp(logits, -1)
-            objective = objective + options.z * (log_z.square() * (targets >= 0)).sum()
-        return {"nll": nll, "count": count, "objective": objective}
+        logits = high(self.logits(x, step, table))
+        sums = self.rows.entropy(logits, targets, options.smoothing, options.z)
+        return {"nll": sums.nll, "count": (targets >= 0).sum(), "objective": sums.objective}

@@ -54,7 +54,7 @@ class MaskedLm(HeadSpec):
 class MaskedLmHead(LmHeadPart):
     """The loss is that of the language-model head: over the tokens with a target."""
 
-    def forward(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N V"]:
+    def logits(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N v"]:
         x = self.norm(activate(self.spec.act, self.dense(features, step)), step)
         if not self.spec.tie:
             logits: Tensor = self.out(x, step)

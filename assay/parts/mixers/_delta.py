@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -66,6 +67,9 @@ class DeltaSpec(MixerSpec):
         token_by_token("norm", self.norm)
         for child, place in self.children(site).values():
             child.check(place)
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": math.gcd(self.heads, self.key_heads)}
 
     def linears(self, site: Site) -> dict[str, Fan]:
         key, value = self.sizes(site)

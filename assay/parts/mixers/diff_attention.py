@@ -43,6 +43,10 @@ class DiffAttention(Gqa):
             if count % 2:
                 raise ValueError(f"`{name}` is {count}; heads stand in pairs here: an even number is accepted")
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        """Heads stand in pairs."""
+        return {name: count // 2 for name, count in super().pieces(site).items()}
+
     def own(self, site: Site) -> dict[str, Weight]:
         shape = (2, self.size(site))
         return super().own(site) | {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -27,6 +27,9 @@ class GatedConv(MixerSpec):
     kind: Literal["gated_conv"] = "gated_conv"
     size: int = Field(default=3, ge=2)
     bias: bool = False
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": site.d_in}
 
     def linears(self, site: Site) -> dict[str, Fan]:
         table = {name: Fan(site.d_in, site.d_in, self.bias, split=0) for name in ("b", "c", "value")}

@@ -57,6 +57,9 @@ class Gla(Retention):
         token_by_token("norm", self.norm)
         ops.power_of_two("chunk", self.chunk)
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.heads}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         keys = self.heads * self.key_size(site)
         maps = {"decay_down": Fan(site.d_in, self.rank), "decay_up": Fan(self.rank, keys, True, split=0)}

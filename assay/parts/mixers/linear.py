@@ -60,6 +60,9 @@ class LinearAttention(MixerSpec):
                 "`feature` 'identity' has weights below 0, whose sum is no norm; accepted: normalise: false"
             )
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.heads}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         keys, values = self.heads * self.key_size(site), self.heads * self.size(site)
         table = {"q": Fan(site.d_in, keys, split=0), "k": Fan(site.d_in, keys, split=0)}

@@ -88,6 +88,10 @@ class Mla(MixerSpec):
         if self.select is not None and scheme.reads:
             raise ValueError("`select` needs a scheme with `turns: write`: this one turns keys when they are read")
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        """A selector chooses by all heads."""
+        return {"tensor": self.heads} if self.select is None else {}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         queries = self.heads * (self.nope_dim + self.rope_dim)
         if self.q_rank is None:

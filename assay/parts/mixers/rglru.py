@@ -51,6 +51,9 @@ class RgLru(MixerSpec):
         if self.channels(site) % self.heads:
             raise ValueError(f"`width` ({self.channels(site)}) is not a multiple of `heads` ({self.heads})")
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.heads}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         width = self.channels(site)
         table = {name: Fan(site.d_in, width, self.bias, split=0) for name in ("x", "y")}

@@ -41,6 +41,9 @@ class Rwkv4(MixerSpec):
     def channels(self, site: Site) -> int:
         return site.d_in if self.width is None else self.width
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.channels(site)}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         width = self.channels(site)
         table = {name: Fan(site.d_in, width, split=0) for name in ("r", "k", "v")}

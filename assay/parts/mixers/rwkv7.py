@@ -69,6 +69,9 @@ class Rwkv7(MixerSpec):
                 f"`takes` {self.takes!r} with {self.heads} heads of {self.size(site)}: its giver has others"
             )
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.heads}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         width, ranks = self.heads * self.size(site), self.ranks
         table = {name: Fan(site.d_in, width, split=0) for name in ("r", "k", "v")}

@@ -31,6 +31,10 @@ class TalkingHeads(Gqa):
     def refusals(self) -> Mapping[str, str]:
         return {**super().refusals(), "split": "a half of the heads does not hear the other"}
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        """A piece of the heads does not hear the others."""
+        return {}
+
     def own(self, site: Site) -> dict[str, Weight]:
         maps = {
             name: Weight((self.heads, self.heads), "vector", Init.fan_in(self.heads))

@@ -75,6 +75,9 @@ class TransMamba(MixerSpec):
         if scheme.reads:
             raise ValueError("transmamba needs a scheme with `turns: write`: this one turns keys when they are read")
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.heads}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         wide = self.heads * self.size(site)
         table = {name: Fan(site.d_in, wide, split=0) for name in ("q", "k", "v")}

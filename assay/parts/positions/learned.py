@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -39,6 +39,9 @@ class Learned(PositionSpec):
 
     def children(self, site: Site) -> dict[str, tuple[NormSpec, Site]]:  # type: ignore[override]
         return {} if self.norm is None else {"norm": (self.norm, site.child("norm", site.d_out, site.d_out))}
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": 0}
 
     def build(self, site: Site) -> LearnedPosition:
         return LearnedPosition(self, site)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -29,6 +29,9 @@ class OneHot(PositionSpec):
 
     def check(self, site: Site) -> None:
         refuse_context("onehot", site.context, self.limit(site), "d_model")
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": 0}
 
     def build(self, site: Site) -> OneHotPosition:
         return OneHotPosition(self, site)

@@ -6,7 +6,7 @@ Legend: K head size, D = dim / 2 turned pairs, B sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -76,6 +76,10 @@ class Rope(PositionSpec):
         """Radians a token for each pair: [D], or [B, D] where they depend on the length; float64 where there is one."""
         inv = inverse(self.theta, self.dim or head_dim, horizon.device)
         return inv if self.scaling is None else self.scaling.frequencies(self.theta, inv, horizon)
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        """All heads are told the same."""
+        return {"tensor": 0}
 
     def build(self, site: Site) -> RopePosition:
         return RopePosition(self, site)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -30,6 +30,9 @@ class Sinusoidal(PositionSpec):
     def check(self, site: Site) -> None:
         if site.d_out % 2:
             raise ValueError(f"d_model is {site.d_out}; sinusoidal positions come in pairs, so it must be even")
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": 0}
 
     def build(self, site: Site) -> SinusoidalPosition:
         return SinusoidalPosition(self, site)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -48,6 +48,9 @@ class T5(PositionSpec):
 
     def fits(self, heads: int, head_dim: int) -> None:
         refuse_heads("t5", self.heads, heads)
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.heads}
 
     def own(self, site: Site) -> dict[str, Weight]:
         # A lookup: "vector" counts no FLOPs. d_model ** -0.5 is the spread that T5 starts from.

@@ -1,0 +1,126 @@
+"""How a model is dealt out to the ranks of parallel training: which weights are cut, where, along which axis. No torch.
+
+A part says with `split` along which dimension each of its weights is cut, and with `pieces` for which axes, and into
+how many at most. Everything else follows: what a rank holds, and whose gradients are sums over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from assay.spec.base import PartSpec, Site, StateField, Weight
+from assay.spec.model import ModelSpec
+
+WAYS = {0: "column", 1: "row"}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rank r of n along `axis` holds piece r of n equal ones along dimension `dim`."""
+
+    axis: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Deal:
+    """What of a model is dealt out. cuts: by dotted weight name; a weight that is not named is whole on every rank.
+
+    partial: weights that are whole on every `tensor` rank although they stand in a part that is cut: each rank's
+    gradient is that of its own heads or channels, and their sum is the gradient.
+    """
+
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
+
+    def local(self, name: str, weight: Weight, sizes: Mapping[str, int]) -> Weight:
+        """What a rank allocates of this weight."""
+        cut = self.cuts.get(name)
+        return weight if cut is None else replace(weight, shape=piece_shape(weight.shape, cut.dim, sizes[cut.axis]))
+
+
+def piece_shape(shape: tuple[int, ...], dim: int, ranks: int) -> tuple[int, ...]:
+    """The shape of one of `ranks` equal pieces along a dimension."""
+    return tuple(n // ranks if i == dim else n for i, n in enumerate(shape))
+
+
+def cut_weights(part: PartSpec, site: Site, axis: str) -> dict[str, int]:
+    """Which of a part's weights are cut along an axis, and in which dimension: along `tensor` all that say `split`,
+    along `expert` those of the part itself, whose first dimension is the experts."""
+    if not part.pieces(site).get(axis):
+        return {}
+    table = part.own(site) if axis == "expert" else part.weights(site)
+    return {name: w.split for name, w in table.items() if w.split is not None}
+
+
+def ways(part: PartSpec, site: Site, axis: str) -> dict[str, str]:
+    """Every weight of the part by its name -> `column`, `row`, `vocab`, `experts` or `replicated`, for one axis."""
+    special = {"embeds": "vocab", "heads": "vocab"}.get(part.slot)
+    dims = cut_weights(part, site, axis)
+
+    def way(name: str) -> str:
+        if name not in dims:
+            return "replicated"
+        return "experts" if axis == "expert" else special or WAYS[dims[name]]
+
+    return {name: way(name) for name in part.weights(site)}
+
+
+def refuse(part: PartSpec, site: Site, axis: str, ranks: int) -> None:
+    """ValueError where the part cannot be dealt out to so many ranks."""
+    if part.slot in ("norms", "residuals"):
+        return
+    what = f"{site.name}: {part.slot[:-1]} {part.kind_name()}: {axis}={ranks} is not supported"
+    if axis not in part.pieces(site):
+        raise ValueError(f"{what}; accepted: {axis}=1")
+    count = part.pieces(site)[axis]
+    if count % ranks:
+        accepted = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise ValueError(f"{what}: it has {count} pieces; accepted: {axis} in {accepted}")
+
+
+def deal(spec: ModelSpec, sizes: Mapping[str, int]) -> Deal:
+    """The weights that ranks of these axes hold pieces of. ValueError, by name, for what cannot be dealt out so."""
+    cuts: dict[str, Cut] = {}
+    partial: set[str] = set()
+    tensor, expert = sizes.get("tensor", 1), sizes.get("expert", 1)
+    for site, part in owned(spec):
+        if tensor > 1:
+            refuse(part, site, "tensor", tensor)
+            dims = cut_weights(part, site, "tensor")
+            cuts |= {f"{site.name}.{name}": Cut("tensor", dim) for name, dim in dims.items()}
+            if dims and part.slot in ("mixers", "ffns"):
+                partial |= {f"{site.name}.{name}" for name in part.weights(site).keys() - dims.keys()}
+        if expert > 1 and part.pieces(site).get("expert"):
+            refuse(part, site, "expert", expert)
+            dims = cut_weights(part, site, "expert")
+            cuts |= {f"{site.name}.{name}": Cut("expert", dim) for name, dim in dims.items()}
+    if expert > 1 and not any(cut.axis == "expert" for cut in cuts.values()):
+        raise ValueError(f"parallel.expert: {expert}; the model has no experts; accepted: 1")
+    return Deal(cuts, frozenset(partial))
+
+
+def owned(spec: ModelSpec) -> Iterator[tuple[Site, PartSpec]]:
+    """Every part that is dealt out by itself, at the site that its weights are named by; once for shared blocks. A
+    network inside another one that is whole on every `tensor` rank (the shared experts of a mixture) is one of them."""
+    for site, part in spec.parts():
+        if site.name == "embed":
+            yield replace(site, d_in=spec.vocab, linears=()), part
+        elif site.name == "head":
+            yield replace(site, d_out=spec.vocab, linears=()), part
+        elif not site.name.startswith("blocks.") or spec.sources[site.layer] == site.layer:
+            yield site, part
+            inside = part.children(site).values() if part.slot == "ffns" and not part.pieces(site).get("tensor") else ()
+            yield from ((place, child) for child, place in inside if child.slot == "ffns")
+
+
+def cut_fields(fields: tuple[StateField, ...], ranks: int) -> tuple[StateField, ...]:
+    """What one of `ranks` tensor ranks remembers of a part that is cut."""
+    return tuple(f if f.split is None else replace(f, shape=piece_shape(f.shape, f.split, ranks)) for f in fields)
+
+
+def bubble(stages: int, micro: int) -> float:
+    """The share of time that a pipeline's ranks wait, GPipe or 1F1B, for equal stages: (p - 1) / (m + p - 1). Huang et
+    al. 2018, arXiv 1811.06965, section 2.3; Narayanan et al. 2021, arXiv 2104.04473, section 2.2."""
+    return (stages - 1) / (micro + stages - 1)

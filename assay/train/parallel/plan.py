@@ -1,0 +1,59 @@
+"""Which weights a process holds pieces of, as its mesh and its model say, and what follows for gradients and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from assay.spec.model import ModelSpec
+from assay.spec.shard import Cut, Deal, deal
+from assay.train.parallel.exchange import Line
+from assay.train.parallel.mesh import Mesh
+
+
+def deal_of(spec: ModelSpec, mesh: Mesh) -> Deal:
+    """The deal of this mesh. ValueError, by name, for a part that it cannot be dealt out to."""
+    return deal(spec, {axis: mesh.size(axis) for axis in ("tensor", "expert")})
+
+
+def mine(whole: Tensor, cut: Cut | None, mesh: Mesh) -> Tensor:
+    """This process's piece of a weight, or of a moment of it."""
+    return whole if cut is None else whole.chunk(mesh.size(cut.axis), cut.dim)[mesh.rank(cut.axis)]
+
+
+def joined(piece: Tensor, cut: Cut | None, mesh: Mesh) -> Tensor:
+    """The whole weight, from all processes' pieces: every process of the axis has to ask."""
+    if cut is None or mesh.size(cut.axis) == 1:
+        return piece
+    pieces = mesh.comm.all_gather(piece.detach().contiguous(), mesh.group(cut.axis))
+    return torch.cat(pieces.unbind(0), cut.dim)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, found: Deal, mesh: Mesh) -> None:
+    """After the backward passes of a step: sum the gradients that each `tensor` rank has a part of, in one exchange."""
+    if not found.partial or mesh.size("tensor") == 1:
+        return
+    named = [(n, p) for n, p in model.named_parameters() if n in found.partial and p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    mesh.comm.all_reduce(flat, mesh.group("tensor"))
+    for (_, p), g, total in zip(named, grads, flat.split([g.numel() for g in grads]), strict=True):
+        p.grad = total.view_as(g)
+
+
+def squares(model: nn.Module, cuts: Mapping[str, Cut], mesh: Mesh) -> dict[str, Tensor]:
+    """The sum of squared gradients by the axis whose ranks' sums add up to the whole's; "" is whole everywhere."""
+    found: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            axis = cuts[name].axis if name in cuts else ""
+            square = p.grad.square().sum()
+            found[axis] = found[axis] + square if axis in found else square
+    return found
+
+
+def line(mesh: Mesh, axis: str) -> Line:
+    return Line.of(mesh, axis)

@@ -1,0 +1,126 @@
+"""Tensor parallelism on two processes: losses and weights of five steps are those of one process; bytes are counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from assay.model.lm import LM
+from assay.parts.heads.lm import LossOptions
+from assay.spec.model import ModelSpec
+from assay.train.evaluate import step_of
+from assay.train.parallel import plan, tensor
+from assay.train.parallel.mesh import Mesh
+from tests.train.parallel.plans import Found, batch, built, mesh_of, model, together
+
+STEPS = 5
+QK = {
+    "kind": "gqa",
+    "heads": 4,
+    "kv_heads": 2,
+    "position": "rope",
+    "bias": "all",
+    "qk_norm": {},
+    "scores": {"sink": True},
+}
+MLA = {"kind": "mla", "heads": 2, "kv_rank": 6, "q_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4,
+       "position": "rope", "bias": True}  # fmt: skip
+DELTA = {"kind": "gated_deltanet", "heads": 2, "head_dim": 8}
+MOE = {"kind": "moe", "experts": 4, "width": 8, "router": {"kind": "topk", "balance": 0.1},
+       "shared": {"kind": "gated", "width": 8, "share": True}}  # fmt: skip
+MODELS: dict[str, ModelSpec] = {
+    "dense": model(QK, {"kind": "dense", "width": 24, "bias": True}, head={"kind": "lm", "tie": True, "bias": True}),
+    "mla": model(MLA, embed={"kind": "token", "scale": 2.0, "norm": "rmsnorm"}),
+    "moe": model(QK, MOE, positions={"rope": {"kind": "rope"}}),
+    "hybrid": model(
+        QK, blocks={"a": {"mixer": QK, "ffn": {"kind": "gated", "width": 24}}, "d": {"mixer": DELTA}}, layers=3,
+        pattern=["d", "a"],
+    ),
+    "t5": model(QK | {"position": "t"}, positions={"t": {"kind": "t5", "heads": 4, "buckets": 8, "max_distance": 12}}),
+}  # fmt: skip
+OPTIONS = LossOptions(
+    smoothing=0.1, z=1e-2, piece=16 * 16
+)  # a piece of the logits is 16 rows, or 8 of a whole vocabulary
+
+
+def steps(made: LM, mesh: Mesh | None) -> tuple[Tensor, LM]:
+    """Losses of five steps of AdamW without clipping, and the trained model."""
+    deal = None if mesh is None else plan.deal_of(made.spec, mesh)
+    optimizer, losses = torch.optim.AdamW(made.parameters(), lr=1e-2), []
+    for number in range(STEPS):
+        read = batch(number)
+        out = made(step_of(read), targets=read.targets, options=OPTIONS)
+        assert out.loss is not None
+        extra = [v for name, v in out.taps.items() if ".loss." in name]
+        total = out.loss["objective"] / read.counted + sum(extra)
+        optimizer.zero_grad()
+        total.backward()
+        if mesh is not None and deal is not None:
+            plan.settle(made, deal, mesh)
+        optimizer.step()
+        losses.append(out.loss["nll"].detach())
+    return torch.stack(losses), made
+
+
+def cases(rank: int, processes: int) -> Found:
+    """Every model cut in so many pieces; weights joined again; bytes and calls of a step."""
+    found: Found = {}
+    mesh = mesh_of(tensor=processes)
+    for name, spec in MODELS.items():
+        made = built(spec)
+        tensor.apply(made, mesh)
+        found[f"{name}/logits"] = made(step_of(batch(9))).logits.detach()
+        losses, made = steps(made, mesh)
+        cuts = plan.deal_of(spec, mesh).cuts
+        found[f"{name}/losses"] = losses
+        found[f"{name}/held"] = torch.tensor(sum(p.numel() for p in made.parameters()))
+        found |= {f"{name}/w/{n}": plan.joined(p.detach(), cuts.get(n), mesh) for n, p in made.named_parameters()}
+    found["traffic"] = traffic(mesh)
+    return found
+
+
+def traffic(mesh: Mesh) -> Tensor:
+    """Calls and bytes of all_reduce in one step of a dense model without weights whose gradients are partial."""
+    made = built(MODELS["t5"])
+    tensor.apply(made, mesh)
+    mesh.comm.reset()
+    read = batch(0)
+    out = made(step_of(read), targets=read.targets)
+    forward = (mesh.comm.calls["all_reduce"], mesh.comm.sent["all_reduce"])
+    out.loss["objective"].backward()
+    return torch.tensor([*forward, mesh.comm.calls["all_reduce"], mesh.comm.sent["all_reduce"]])
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Found]:
+    return together("tests.train.parallel.test_plans_tensor:cases", 2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_learn_what_one_process_learns(found: list[Found], name: str) -> None:
+    made = built(MODELS[name])
+    logits = made(step_of(batch(9))).logits.detach()
+    losses, made = steps(made, None)
+    for rank in found:
+        torch.testing.assert_close(rank[f"{name}/logits"], logits, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(rank[f"{name}/losses"], losses, rtol=1e-10, atol=1e-10)
+        for key, p in made.named_parameters():
+            torch.testing.assert_close(rank[f"{name}/w/{key}"], p.detach(), rtol=1e-10, atol=1e-10, msg=f"{name} {key}")
+
+
+def test_a_rank_holds_its_share(found: list[Found]) -> None:
+    whole = sum(p.numel() for p in built(MODELS["dense"]).parameters())
+    assert int(found[0]["dense/held"]) < 0.56 * whole
+
+
+def test_four_exchanges_a_layer_and_their_bytes(found: list[Found]) -> None:
+    """Forward two a layer, backward two, each of N x D numbers; one for the embedding; for the loss three numbers a
+    token forward and the features' gradient backward."""
+    spec, n, word = MODELS["t5"], batch(0).inputs.shape[0], 8
+    calls, sent, all_calls, all_sent = (int(v) for v in found[0]["traffic"])
+    each = n * spec.d_model * word  # a ring sends 2 (p - 1) / p of it: all of it, for two
+    assert calls == 2 * spec.layers + 1 + 3
+    assert sent == (2 * spec.layers + 1) * each + 3 * n * word
+    assert all_calls - calls == 2 * spec.layers + 1
+    assert all_sent - sent == (2 * spec.layers + 1) * each
