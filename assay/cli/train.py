@@ -10,6 +10,8 @@ the optimiser is new. The shipped recipes' learning rates are for new weights; r
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,14 +71,17 @@ def run(
     how = load_recipe(recipe, {k: v for k, v in found.items() if k.startswith("recipe.")})
     how = adopted(how, start, out) if start is not None else how
     dtype = getattr(torch, resolve(how, place).precision)
-    options = Options(compile=compiled, save_s=save_every, flop_s=matmul_flop_s(dtype, place))
-    with Watch() as watch:
+    first = environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
+    options = Options(compile=compiled, save_s=save_every, flop_s=matmul_flop_s(dtype, place) if first else None)
+    with Watch() if first else nullcontext() as watch:
         try:
             result = train(spec, how, out, start or resume, place, watch, options)
         except KeyboardInterrupt:
             how_to = "the same command with --resume" if start is None else f"--recipe {out} --resume, without --from,"
             console().print(f"stopped; {how_to} goes on from {out}", soft_wrap=True)
             raise
+    if not first:
+        return
     values = summary(result, options.flop_s)
     tell(values, out)
     if json:
@@ -142,7 +147,7 @@ def summary(result: TrainResult, flop_s: float | None) -> dict[str, Any]:
     """What --json prints. Losses are of the validation text: nats a token, bits a byte."""
     from assay.spec.load import digest
 
-    found = result.evaluation
+    found, took = result.evaluation, result.train_s * result.recipe.parallel.processes
     values: dict[str, Any] = {
         "loss_nats": found.loss_nats if found else None,
         "bits_per_byte": found.bits_per_byte if found else None,
@@ -151,7 +156,7 @@ def summary(result: TrainResult, flop_s: float | None) -> dict[str, Any]:
         "tokens": result.tokens,
         "train_s": result.train_s,
         "train_tok_s": result.train_tok_s,
-        "mfu": result.train_flops / result.train_s / flop_s if flop_s and result.train_s else None,
+        "mfu": result.train_flops / took / flop_s if flop_s and took else None,
         "params": sum(p.numel() for p in result.model.parameters()),
         "precision": result.recipe.precision,
     }

@@ -68,13 +68,16 @@ class Batch:
     def split(self, rows: int) -> Iterator[Batch]:
         """Batches of `rows` rows and fewer in the last: the same tokens, sequences and targets."""
         for first in range(0, self.grid[0], rows):
-            count = min(rows, self.grid[0] - first)
-            start, stop = first * self.grid[1], (first + count) * self.grid[1]
-            inside = self.starts[(self.starts >= start) & (self.starts <= stop)] - start
-            cut = {n: getattr(self, n)[start:stop] for n in ("inputs", "targets", "seq", "index", "target_bytes")}
-            prefix = None if self.prefix is None else self.prefix[start:stop]
-            seq = cut["seq"] - cut["seq"][0]
-            yield Batch(**cut | {"seq": seq}, starts=inside, grid=(count, self.grid[1]), prefix=prefix)
+            yield self.part(first, min(rows, self.grid[0] - first))
+
+    def part(self, first: int, count: int) -> Batch:
+        """Rows first .. first + count - 1."""
+        start, stop = first * self.grid[1], (first + count) * self.grid[1]
+        inside = self.starts[(self.starts >= start) & (self.starts <= stop)] - start
+        cut = {n: getattr(self, n)[start:stop] for n in ("inputs", "targets", "seq", "index", "target_bytes")}
+        prefix = None if self.prefix is None else self.prefix[start:stop]
+        seq = cut["seq"] - cut["seq"][0]
+        return Batch(**cut | {"seq": seq}, starts=inside, grid=(count, self.grid[1]), prefix=prefix)
 
 
 class Source(Protocol):

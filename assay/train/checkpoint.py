@@ -51,7 +51,7 @@ class Saved:
 def save_checkpoint(folder: Path, model: LM, tokenizer: Tokenizer) -> None:
     """Write a checkpoint without training state: a model that is ready to be used."""
     describe(folder, model.spec, tokenizer)
-    save_weights(folder, model, None)
+    save_weights(folder, dict(model.named_parameters()), None)
 
 
 def describe(folder: Path, spec: ModelSpec, tokenizer: Tokenizer, recipe: Spec | None = None) -> None:
@@ -65,8 +65,8 @@ def describe(folder: Path, spec: ModelSpec, tokenizer: Tokenizer, recipe: Spec |
         replace(folder / MODEL, lambda path: path.write_text(to_yaml(tree), "utf-8"))
 
 
-def save_weights(folder: Path, model: LM, step: int | None) -> None:
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+def save_weights(folder: Path, weights: Mapping[str, Tensor], step: int | None) -> None:
+    tensors = {name: p.detach().cpu().contiguous() for name, p in weights.items()}
     metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
     replace(folder / WEIGHTS, lambda path: write_tensors(path, tensors, metadata))
 
@@ -78,7 +78,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     path.chmod(mode)  # the library's own file is readable by its owner alone
 
 
-def save_run(folder: Path, model: LM, saved: Saved) -> None:
+def save_run(folder: Path, weights: Mapping[str, Tensor], saved: Saved) -> None:
     """Save a run that `describe` has begun. Until the last rename the folder holds the save before this one."""
     with _room(folder):
         place = folder / STATE / str(saved.step)
@@ -97,7 +97,7 @@ def save_run(folder: Path, model: LM, saved: Saved) -> None:
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        save_weights(folder, model, saved.step)
+        save_weights(folder, weights, saved.step)
     for other in (folder / STATE).iterdir():
         if other.name != str(saved.step):
             shutil.rmtree(other, ignore_errors=True)
@@ -135,20 +135,27 @@ def load_spec(folder: Path) -> ModelSpec:
 
 def read_weights(folder: Path, model: LM) -> None:
     """Put the stored weights into the model, where it is and in their stored dtype."""
+    found = stored_weights(folder, model.spec)
+    for name, parameter in model.named_parameters():
+        parameter.data = found[name].to(parameter.device)
+
+
+def stored_weights(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
+    """The weights of a checkpoint. ValueError unless they have the names and shapes of the spec's."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{folder}: holds no weights: it has no {WEIGHTS} (was its training stopped before a save?)")
-    table, found = weight_table(model.spec), read_tensors(path)
+    table, found = weight_table(spec), read_tensors(path)
     odd = sorted(table.keys() ^ found.keys())
     if odd:
         what = "lacks" if odd[0] in table else "holds"
         raise ValueError(f"{path}: {what} {odd[0]!r} ({len(odd)} names differ from those of {MODEL})")
-    for name, parameter in model.named_parameters():
+    for name, weight in table.items():
         tensor = found[name]
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            have, want = (f"{list(t.shape)} {str(t.dtype)[6:]}" for t in (tensor, parameter))
-            raise ValueError(f"{path}: {name} is {have}; {MODEL} says {want}")
-        parameter.data = tensor.to(parameter.device)
+        if tensor.shape != weight.shape or not tensor.is_floating_point():
+            have = f"{list(tensor.shape)} {str(tensor.dtype)[6:]}"
+            raise ValueError(f"{path}: {name} is {have}; {MODEL} says {list(weight.shape)} {weight.dtype}")
+    return found
 
 
 def read_run(folder: Path) -> Saved | None:

@@ -33,6 +33,12 @@ class Evaluation:
     index_nats: tuple[float, ...]
     index_tokens: tuple[int, ...]
 
+    def checked(self) -> Evaluation:
+        """ValueError when there was no target."""
+        if not self.tokens:
+            raise ValueError("there is nothing to evaluate on: no token of the data is a target")
+        return self
+
     @property
     def loss_nats(self) -> float:
         """The mean over all targets."""
@@ -95,6 +101,11 @@ def evaluate(model: LM, batches: Iterable[Batch], precision: str = "float32") ->
 
     Rows are read as they stand: documents of one row do not see each other unless the batch says so (`join`).
     """
+    return tally(model, batches, precision).checked()
+
+
+def tally(model: LM, batches: Iterable[Batch], precision: str = "float32") -> Evaluation:
+    """As `evaluate`, of batches that may hold no target."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
@@ -108,8 +119,6 @@ def evaluate(model: LM, batches: Iterable[Batch], precision: str = "float32") ->
             tokens, size = tokens + batch.counted, size + batch.bytes
     finally:
         model.train(was_training)
-    if not tokens:
-        raise ValueError("there is nothing to evaluate on: no token of the data is a target")
     return Evaluation(tokens, size, tuple(nats.tolist()), tuple(counts.tolist()))
 
 

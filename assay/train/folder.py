@@ -10,14 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from assay.data.tokenizers import Tokenizer, TokenizerSpec
-from assay.model.lm import LM
 from assay.spec.base import Spec
 from assay.spec.load import digest, dump
 from assay.spec.model import ModelSpec
-from assay.train.checkpoint import MODEL, RECIPE, WEIGHTS, describe, load_spec, read_weights, sync
+from assay.train.checkpoint import MODEL, RECIPE, WEIGHTS, describe, load_spec, sync
 from assay.train.recipe import Recipe, load_recipe
 
 METRICS, LOCK = "metrics.jsonl", ".lock"
@@ -85,26 +82,17 @@ def own_words(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"tokenizer": TokenizerSpec(kind="made", folder=str(folder))})
 
 
-def adopt(folder: Path, model: LM) -> None:
-    """The weights of a checkpoint, in the dtype that the model has. ValueError for other names or shapes."""
-    held = LM(model.spec)
-    read_weights(folder, held)
-    with torch.no_grad():
-        for own, given in zip(model.parameters(), held.parameters(), strict=True):
-            own.copy_(given)
-
-
 def claim(folder: Path, spec: ModelSpec, recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> None:
     """Begin a run in this folder, or see that the one it holds is this one. ValueError says what it holds instead."""
     if not (folder / WEIGHTS).exists():  # nothing here, or a run that was stopped before its first save
-        describe(folder, spec, tokenizer, recipe)
+        describe(folder, spec, tokenizer, recipe.computed)
         return
     if not (folder / MODEL).exists():
         raise ValueError(f"{folder}: holds {WEIGHTS} without a {MODEL}; choose another folder")
     if not (folder / RECIPE).exists():
         raise ValueError(f"{folder}: holds a model that was not trained here; choose another folder")
     same(folder, load_spec(folder), spec, "model")
-    same(folder, load_recipe(folder), recipe, "recipe")
+    same(folder, load_recipe(folder).computed, recipe.computed, "recipe")
     if not resume:
         raise ValueError(f"{folder}: holds this run already; resume it (--resume), or choose another folder")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from assay.cost.memory import Need, need_of
 from assay.data.dataset import Data
 from assay.data.loader import Batch
-from assay.model.lm import build, weight_table
+from assay.model.lm import LM, build, weight_table
 from assay.parts.base import Part
 from assay.parts.heads.lm import LossOptions
 from assay.spec.model import ModelSpec
@@ -21,10 +21,16 @@ from assay.train.memory import SavedForBackward, available_bytes, loss_piece
 from assay.train.objective import posed
 from assay.train.optim.adamw import adamw, load_state, set_rate, state_tensors
 from assay.train.optim.groups import groups
+from assay.train.parallel.mesh import Mesh
+from assay.train.parallel.replicas import local
+from assay.train.parallel.spec import ParallelSpec
+from assay.train.parallel.team import Team
 from assay.train.precision import Runner
 from assay.train.recipe import Recipe
+from assay.train.recompute import apply as recompute
 from assay.train.schedule import factor
 
+NLL = "nll"
 LOGIT_BYTES = 6
 """Of each logit held at once, beside what is saved: its gradient in float32 and in half precision."""
 
@@ -43,20 +49,32 @@ class Learner:
     """A model, its optimiser and its data: everything that an optimiser step changes."""
 
     def __init__(
-        self, spec: ModelSpec, recipe: Recipe, data: Data, device: torch.device, compiled: bool = False
+        self,
+        spec: ModelSpec,
+        recipe: Recipe,
+        data: Data,
+        device: torch.device,
+        compiled: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
+        mesh = mesh or Mesh(ParallelSpec())
         table = weight_table(spec)
         need = need_of(table, recipe.precision)
         need.check(available_bytes(device), "a narrower or shallower model needs less")
+        if compiled and mesh.processes > 1:
+            raise ValueError(f"--compile: compiled steps are for one process; recipe.parallel makes {mesh.processes}")
         self.spec, self.recipe, self.device = spec, recipe, device
         self.parameters = sum(w.numel for w in table.values())
         self.model = build(spec, recipe.seed, device).train()
+        recompute(self.model, recipe.recompute)
+        self.team = Team(self.model, mesh, recipe.precision)
+        # What `shard` gathers is in the precision of the products already.
+        self.precision = "float32" if self.team.casts else recipe.precision
         self.optimizer = adamw(recipe.optimizer, groups(self.model, table))
         mix = [(recipe.mix.passkey, recipe.mix.share)] if recipe.mix.share else []
         self.loader = data.stream(recipe.batch.rows, recipe.batch.length, recipe.seed, mix)
-        self.runner = Runner(self.model, recipe.precision, compiled)
+        self.runner = Runner(self.model, self.precision, compiled)
         self.options = LossOptions(recipe.loss.smoothing, recipe.loss.z, loss_piece(device))
-        self._weights = list(self.model.parameters())
         self._after = [m for m in self.model.modules() if isinstance(m, Part) and type(m).after is not Part.after]
 
     def step(self, number: int, steps: int) -> Taken:
@@ -68,13 +86,13 @@ class Learner:
         batch = posed(next(self.loader), self.recipe.loss, self.recipe.seed, number)
         total = max(1, batch.counted)
         pieces = self._pieces(batch)
-        nll = torch.zeros((), device=self.device)
-        stats: dict[str, Tensor] = {}
-        for piece in pieces:
-            share = piece.counted / total if len(pieces) > 1 else 1.0
-            nll = nll + self._backward(piece.to(self.device), total, share, stats)
-        most = self.recipe.clip if self.recipe.clip is not None else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self._weights, most)
+        sums: dict[str, Tensor] = {NLL: torch.zeros((), device=self.device)}
+        for i, piece in enumerate(pieces):
+            self.team.sync(i == len(pieces) - 1)
+            self._backward(piece, total, sums)
+        self.team.reduce()
+        stats = self.team.total(sums)
+        norm = self.team.clip(self.recipe.clip if self.recipe.clip is not None else float("inf"))
         rate = self.recipe.optimizer.peak(self.spec.d_model) * factor(self.recipe.schedule, number, steps)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
@@ -82,28 +100,45 @@ class Learner:
         for part in self._after:
             place = f"{part.name}."
             part.after({k.removeprefix(place): v for k, v in stats.items() if k.startswith(place)})
-        return Taken(nll / total, norm, rate)
+        return Taken(stats[NLL] / total, norm, rate)
 
     def _pieces(self, batch: Batch) -> tuple[Batch, ...]:
         count = self.recipe.batch.accumulate
         return (batch,) if count == 1 else tuple(batch.split(batch.grid[0] // count))
 
-    def _backward(self, piece: Batch, total: int, share: float, stats: dict[str, Tensor]) -> Tensor:
-        """Add the gradient of a piece; returns the sum of its losses.
+    def _backward(self, piece: Batch, total: int, sums: dict[str, Tensor]) -> None:
+        """Add the gradient of this process's part of a piece, and to `sums` the sum of its losses.
 
-        A `loss.*` tap is a mean over the piece's tokens, weighted by its part, and counts by the piece's share of the
-        targets. `stat.*` taps are sums.
+        A `loss.*` tap is a mean over the piece's tokens, weighted by its part of the model, and counts by the share of
+        the targets that are here. `stat.*` taps are sums.
         """
-        out = self.runner(step_of(piece), piece.targets, self.options)
+        own, place = self.team.part(piece)
+        share = own.counted / total if own.counted != total else 1.0
+        own = own.to(self.device)
+        out = self.runner(step_of(own).with_(part=place), own.targets, self.options)
         assert out.loss is not None
+        sums[NLL] = sums[NLL] + out.loss["nll"].detach()
         objective = out.loss["objective"] / total
         for name, value in out.taps.items():
             if ".loss." in name:
                 objective = objective + value * share
             elif ".stat." in name:
-                stats[name] = stats[name] + value.detach() if name in stats else value.detach()
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         objective.backward()
-        return out.loss["nll"].detach()
+
+    def trained(self) -> LM:
+        """The model in evaluation mode; where its weights are cut, the first process gets a whole one, on the host, and
+        the others what they hold. All processes have to ask."""
+        self.model.eval()
+        if not self.team.cuts:
+            return self.model
+        weights = self.team.weights()
+        if not weights:
+            return self.model
+        whole = LM(self.spec).eval()
+        for name, parameter in whole.named_parameters():
+            parameter.data = weights[name]
+        return whole
 
     def need(self) -> Need:
         """What a step needs. A second row is run beside a first one to see what it adds to what is saved for backward:
@@ -125,7 +160,7 @@ class Learner:
         batch = Batch(ids, ids, seq, index, starts, torch.ones_like(ids), (count, length))
         options = replace(self.options, piece=max(1, self.options.piece * count // rows))
         with SavedForBackward(self.model) as saved:
-            Runner(self.model, self.recipe.precision)(step_of(batch), batch.targets, options)
+            Runner(self.model, self.precision)(step_of(batch), batch.targets, options)
         return saved.bytes
 
     def check_memory(self) -> None:
@@ -135,19 +170,27 @@ class Learner:
         need.check(available_bytes(self.device) + held, "more pieces (recipe.batch.accumulate) save less at once")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All but the weights: named tensors, and values for JSON."""
-        tensors = {f"optimizer/{k}": v for k, v in state_tensors(self.optimizer, self.model).items()}
+        """All but the weights: named tensors, whole and on the first process alone, and values for JSON. All processes
+        have to ask."""
+        held = state_tensors(self.optimizer, self.model)
+        found = self.team.kept({k: (k.rpartition("/")[0], v) for k, v in held.items()})
+        tensors = {f"optimizer/{k}": v for k, v in found.items()}
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors, {"loader": self.loader.state()}
 
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Put these whole weights into the model, in the dtype that it has."""
+        for name, parameter in self.team.parameters.items():
+            local(parameter).copy_(local(self.team.own(name, weights[name])))
+
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. ValueError for a state of another model or other data."""
         prefix = "optimizer/"
-        load_state(
-            self.optimizer, self.model, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        load_state(self.optimizer, self.model, {k: self.team.own_moment(k, v) for k, v in held.items()})
         self.loader.restore(values["loader"])
         torch.set_rng_state(tensors["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in tensors:

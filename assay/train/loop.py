@@ -17,13 +17,14 @@ from assay.data.task_rows import TaskRows
 from assay.data.tasks.base import Task
 from assay.model.lm import LM
 from assay.spec.model import ModelSpec
-from assay.train.checkpoint import Saved, load_spec, read_run, read_weights, save_run
-from assay.train.evaluate import Evaluation, evaluate
-from assay.train.folder import METRICS, Metrics, adopt, claim, holds_run, in_use, read_metrics, same
+from assay.train.checkpoint import Saved, load_spec, read_run, save_run, stored_weights
+from assay.train.evaluate import Evaluation, tally
+from assay.train.folder import METRICS, Metrics, claim, holds_run, in_use, read_metrics, same
 from assay.train.interrupt import Interrupt
 from assay.train.learner import Learner, Taken
 from assay.train.objective import posed
 from assay.train.outcome import Diverged, Status, TrainResult
+from assay.train.parallel.mesh import opened, own_device
 from assay.train.precision import resolve
 from assay.train.recipe import Recipe, load_recipe
 from assay.train.utilisation import train_flops_per_token
@@ -70,12 +71,15 @@ def train(
     """
     recipe, options = resolve(recipe, device), options or Options()
     with ExitStack() as stack:
+        device = own_device(device)
+        mesh = stack.enter_context(opened(recipe.parallel, device))
+        kept, out = out, out if mesh.first else None  # one process writes
         if out is not None:
             stack.enter_context(in_use(out))
         data = dataset(recipe, options.cache)
         check(spec, recipe, data)
         stack.enter_context(torch.random.fork_rng(devices=_cuda(device)))
-        learner = Learner(spec, recipe, data, torch.device(device), options.compile)
+        learner = Learner(spec, recipe, data, device, options.compile, mesh)
         learner.check_memory()
         if out is not None:
             claim(out, spec, recipe, data.tokenizer, resume is True)
@@ -83,12 +87,12 @@ def train(
         run = Run(recipe, data, learner, options)
         if isinstance(resume, Path):
             run.branch(resume)
-        if out is not None:
-            run.keep(out, resume is True)
+        if kept is not None:
+            run.keep(kept, resume is True)
             stack.callback(run.close)
             if isinstance(resume, Path):
                 run.save()  # or a run stopped soon would be taken up from new weights
-        return run.finish(on_progress, stack.enter_context(Interrupt(active=out is not None)))
+        return run.finish(on_progress, stack.enter_context(Interrupt(active=kept is not None)))
 
 
 def train_further(model: LM, recipe: Recipe, data: Data) -> TrainResult:
@@ -174,8 +178,10 @@ class Run:
         saved = read_run(folder) if resume else None
         if saved is not None:
             self._restore(folder, saved)
-        self.metrics = Metrics(folder / METRICS, saved.values["metrics_bytes"] if saved is not None else 0)
         self.folder = folder
+        if not self.learner.team.mesh.first:
+            return
+        self.metrics = Metrics(folder / METRICS, saved.values["metrics_bytes"] if saved is not None else 0)
         for row in read_metrics(folder / METRICS):
             if "valid_nats" in row:
                 self.valid_losses.append((row["tokens"], row["valid_nats"]))
@@ -186,12 +192,12 @@ class Run:
         """Begin with the last save of another run: same model and data, other schedule or number of tokens; or with
         the weights of a checkpoint that holds no run."""
         if not holds_run(folder):
-            adopt(folder, self.learner.model)
+            self.learner.take(stored_weights(folder, self.learner.spec))
             return
         held = load_recipe(folder)
         free = {"schedule": self.recipe.schedule, "tokens": self.recipe.tokens, "evaluation": self.recipe.evaluation}
         same(folder, load_spec(folder), self.learner.spec, "model")
-        same(folder, held.model_copy(update=free), self.recipe, "recipe")
+        same(folder, held.model_copy(update=free).computed, self.recipe.computed, "recipe")
         saved = read_run(folder)
         if saved is None:
             raise ValueError(f"{folder}: nothing was saved there to begin with")
@@ -201,7 +207,7 @@ class Run:
         self.train_s, self.begun = 0.0, (self.step, 0.0)
 
     def _restore(self, folder: Path, saved: Saved) -> None:
-        read_weights(folder, self.learner.model)
+        self.learner.take(stored_weights(folder, self.learner.spec))
         try:
             self.learner.restore(saved.tensors, saved.values)
             self.train_s = float(saved.values["train_s"])
@@ -210,11 +216,12 @@ class Run:
         self.step, self.begun = saved.step, (saved.step, self.train_s)
 
     def save(self) -> None:
-        if self.folder is None or self.metrics is None:
+        if self.folder is None:
             return
-        tensors, values = self.learner.state()
-        values |= {"metrics_bytes": self.metrics.size(), "train_s": self.train_s}
-        save_run(self.folder, self.learner.model, Saved(self.step, tensors, values))
+        weights, (tensors, values) = self.learner.team.weights(), self.learner.state()
+        if self.metrics is not None:
+            values |= {"metrics_bytes": self.metrics.size(), "train_s": self.train_s}
+            save_run(self.folder, weights, Saved(self.step, tensors, values))
 
     def close(self) -> None:
         if self.metrics is not None:
@@ -234,11 +241,12 @@ class Run:
                 self._look()
                 watch(self.status())
                 told_at = now
-            if interrupt.asked or now - saved_at > self.options.save_s:
+            asked, due = self.learner.team.any(interrupt.asked, now - saved_at > self.options.save_s)
+            if asked or due:
                 self._look()
                 self.save()
                 saved_at, unsaved = time.monotonic(), False
-            if interrupt.asked:
+            if asked:
                 raise KeyboardInterrupt
         self._look()
         if self.recipe.evaluation.tokens and self.evaluation is None:
@@ -301,7 +309,8 @@ class Run:
         length = self.recipe.batch.length
         count = max(1, self.recipe.evaluation.tokens // length)
         batch = posed(self.data.held_out(length, count), self.recipe.loss, "validation")
-        return evaluate(self.learner.model, [batch], self.recipe.precision)
+        team = self.learner.team
+        return team.evaluation(tally(self.learner.model, [team.part(batch, even=True)[0]], self.learner.precision))
 
     def status(self) -> Status:
         tok_s = self._tok_s()
@@ -314,13 +323,13 @@ class Run:
             self.losses[-1][1],
             tok_s,
             left,
-            self.flops * tok_s / rate if rate else None,
+            self.flops * tok_s / rate / self.recipe.parallel.processes if rate else None,
             self.valid_losses[-1][1] if self.valid_losses else None,
         )
 
     def _result(self) -> TrainResult:
         return TrainResult(
-            self.learner.model.eval(),
+            self.learner.trained(),
             self.data.tokenizer,
             self.recipe,
             self.data,

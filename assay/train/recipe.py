@@ -15,6 +15,7 @@ from assay.data.tasks.passkey import Passkey
 from assay.data.tokenizers import TokenizerSpec
 from assay.spec.base import NestedError, Spec, first_error
 from assay.spec.load import apply_changes, digest, dump, find, read_mapping, validate
+from assay.train.parallel.spec import ParallelSpec, Recompute
 
 Precision = Literal["auto", "float32", "bfloat16"]
 CORPORA = get_args(CorpusSpec.model_fields["kind"].annotation)
@@ -163,7 +164,19 @@ def data_class(kind: Any) -> type[CorpusSpec | Task]:
     raise NestedError(("kind",), f"{kind!r}; accepted: {accepted}")
 
 
-class Recipe(Spec):
+class ConductSpec(Spec):
+    """How a run is carried out: nothing here changes what is computed (`Recipe.computed`).
+
+    parallel: over how many processes, and how. recompute: what is computed again in the backward pass, so that less is
+    kept for it: nothing; all but the products of a block (selective); or all of a block but its input (full: Chen et
+    al. 2016, arXiv 1604.06174).
+    """
+
+    parallel: ParallelSpec = ParallelSpec()
+    recompute: Recompute = "none"
+
+
+class Recipe(ConductSpec):
     """What is held fixed while architectures are compared.
 
     data: a corpus, or a task of `assay.data.tasks` by its kind: then a batch's rows are the task's rows.
@@ -227,12 +240,17 @@ class Recipe(Spec):
         return max(1, math.ceil(wanted / self.batch.tokens))
 
     @property
+    def computed(self) -> Recipe:
+        """The recipe without what does not change the result: how the run is carried out."""
+        return self.model_copy(update={name: f.default for name, f in ConductSpec.model_fields.items()})
+
+    @property
     def digest(self) -> str:
-        """16 hex digits over everything but the seed, which stands beside it in a Result. ValueError for `auto`,
-        which means different things on different machines."""
+        """16 hex digits over everything that is computed but the seed, which stands beside it in a Result. ValueError
+        for `auto`, which means different things on different machines."""
         if self.precision == "auto":
             raise ValueError("recipe.precision: auto has no digest; resolve it for a device first")
-        return digest(self.model_copy(update={"seed": type(self).model_fields["seed"].default}))
+        return digest(self.computed.model_copy(update={"seed": type(self).model_fields["seed"].default}))
 
 
 def load_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:

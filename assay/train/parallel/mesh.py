@@ -75,6 +75,10 @@ class Mesh:
         return DeviceMesh.from_group(group, self.kind, mesh_dim_names=(axis,))
 
     @property
+    def everyone(self) -> dist.ProcessGroup | None:
+        return self.group(*AXES)
+
+    @property
     def first(self) -> bool:
         """Whether this process is the one that writes."""
         return self.number == 0

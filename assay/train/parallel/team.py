@@ -1,0 +1,191 @@
+"""What an optimiser step asks of the other processes. A process alone asks nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from assay.data.loader import Batch
+from assay.model.lm import LM
+from assay.ops.step import RowsOf
+from assay.spec.shard import Deal
+from assay.train.evaluate import Evaluation
+from assay.train.parallel import replicas
+from assay.train.parallel.mesh import Mesh
+from assay.train.parallel.plan import deal_of, joined, mine
+from assay.train.parallel.spec import ROWS, TOKENS
+
+
+class Team:
+    """A model's place on a mesh: which rows, whose gradients, and how a weight's parts make the whole."""
+
+    def __init__(self, model: LM, mesh: Mesh, precision: str) -> None:
+        self.mesh, self.model = mesh, model
+        self.deal = deal_of(model.spec, mesh) if mesh.size("tensor", "expert") > 1 else Deal()
+        spread(model, mesh, precision)
+        self.parameters = dict(model.named_parameters())
+
+    @property
+    def alone(self) -> bool:
+        return self.mesh.processes == 1
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any process holds less than the whole model."""
+        return self.casts or bool(self.deal.cuts)
+
+    @property
+    def casts(self) -> bool:
+        """Whether weights are gathered in the precision of the products: nobody else has to cast them then."""
+        return self.mesh.size("shard") > 1
+
+    def part(self, batch: Batch, even: bool = False) -> tuple[Batch, RowsOf | None]:
+        """This process's rows of a batch, as even as they can be dealt out; one without a row has one of padding.
+        even: as many for all, some of them padding."""
+        n, rows = self.mesh.size(*ROWS), batch.grid[0]
+        if n == 1:
+            return batch, None
+        place, most = self.mesh.rank(*ROWS), -(-rows // n)
+        first, stop = (most * place, most * place + most) if even else (rows * place // n, rows * (place + 1) // n)
+        first, stop = min(first, rows), min(stop, rows)
+        size = most if even else max(1, stop - first)
+        group = self.mesh.group(*TOKENS)
+        found = padded(batch, first, stop, size)
+        return found, RowsOf(first, size, rows, lambda x: self.mesh.comm.total(x, group))
+
+    def sync(self, last: bool) -> None:
+        """Before a backward pass: only that of a step's last piece exchanges gradients."""
+        for unit in replicas.units(self.model) if self.casts else ():
+            unit.set_requires_gradient_sync(last)
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The axes along which the processes' gradients of this weight are parts of a sum."""
+        cut = self.deal.cuts.get(name)
+        done = {cut.axis} if cut is not None else set()
+        done |= {"shard"} if self.casts and self.parameters[name].requires_grad else set()
+        more = ("tensor",) if name in self.deal.partial else ()
+        return tuple(axis for axis in (*TOKENS, *more) if axis not in done and self.mesh.size(axis) > 1)
+
+    def reduce(self) -> None:
+        """After the last backward pass: every gradient becomes the sum over all processes."""
+        found: dict[tuple[str, ...], list[Tensor]] = {}
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                found.setdefault(self.axes(name), []).append(replicas.local(p.grad))
+        for axes, grads in found.items():
+            replicas.summed(grads, self.mesh, axes)
+
+    @torch.no_grad()
+    def clip(self, most: float) -> Tensor:
+        """Scale the gradient down to this norm; returns what it was. Of all weights, wherever their parts are: squares
+        of what several processes hold count for each of them by its share."""
+        grads = [(name, replicas.local(p.grad)) for name, p in self.parameters.items() if p.grad is not None]
+        if self.alone:
+            return torch.nn.utils.clip_grad_norm_(self.parameters.values(), most)
+        total = torch.stack([g.square().sum() / self.holders(name) for name, g in grads]).sum()
+        self.mesh.comm.all_reduce(total, self.mesh.everyone)
+        norm = total.sqrt()
+        torch._foreach_mul_([g for _, g in grads], (most / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def holders(self, name: str) -> int:
+        """How many processes hold the same values of this weight as this one."""
+        cut = self.deal.cuts.get(name)
+        apart = {"pipeline", *([cut.axis] if cut is not None else [])}
+        apart |= {"shard"} if self.casts and self.parameters[name].requires_grad else set()
+        return self.mesh.processes // self.mesh.size(*apart)
+
+    def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all tokens of the step, wherever they are."""
+        group = self.mesh.group(*TOKENS)
+        if group is None or not values:
+            return dict(values)
+        flat = torch.cat([v.reshape(-1) for v in values.values()])
+        self.mesh.comm.all_reduce(flat, group)
+        parts = flat.split([v.numel() for v in values.values()])
+        return {name: part.view_as(v) for (name, v), part in zip(values.items(), parts, strict=True)}
+
+    def evaluation(self, part: Evaluation) -> Evaluation:
+        """Of all processes' rows. ValueError when they hold no target."""
+        if self.mesh.size(*ROWS) > 1:
+            sums = {"nats": part.index_nats, "counts": part.index_tokens, "size": (part.tokens, part.bytes)}
+            found = self.total({name: torch.tensor(v, dtype=torch.float64) for name, v in sums.items()})
+            counts, size = (tuple(int(n) for n in found[name].tolist()) for name in ("counts", "size"))
+            part = Evaluation(*size, tuple(found["nats"].tolist()), counts)
+        return part.checked()
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Which of these are true for any process; the same answer for all."""
+        if self.alone:
+            return flags
+        found = torch.tensor([int(f) for f in flags])
+        self.mesh.comm.all_reduce(found, self.mesh.everyone, dist.ReduceOp.MAX)
+        return tuple(bool(f) for f in found.tolist())
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """What this process holds of a weight, or of a moment of it."""
+        parameter = self.parameters[name]
+        return replicas.like(mine(whole.to(parameter.device), self.deal.cuts.get(name), self.mesh), parameter)
+
+    def own_moment(self, key: str, whole: Tensor) -> Tensor:
+        """What this process holds of `<weight>/<key>` of an optimiser's state. One that has not the weight's number of
+        dimensions, as a count of steps, is whole everywhere. ValueError for a weight that the model lacks."""
+        name = key.rpartition("/")[0]
+        if name not in self.parameters:
+            raise ValueError(f"state of {name!r}, which is no weight of this model")
+        return self.own(name, whole) if whole.dim() == self.parameters[name].dim() else whole
+
+    def whole(self, name: str, held: Tensor) -> Tensor:
+        """The whole weight or moment, from everybody's part; all processes have to ask."""
+        return joined(replicas.gathered(held), self.deal.cuts.get(name), self.mesh)
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """The whole weights on the host of the first process; elsewhere nothing. All processes have to ask."""
+        return self.kept({name: (name, p) for name, p in self.parameters.items()})
+
+    @torch.no_grad()
+    def kept(self, held: Mapping[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Whole tensors on the host of the first process, one after another; elsewhere nothing. held: by key, the
+        weight that a tensor belongs to, and this process's part of it; one of another rank than the weight is whole."""
+        found = {}
+        for key, (name, tensor) in held.items():
+            whole = self.whole(name, tensor) if tensor.dim() == self.parameters[name].dim() else tensor
+            if self.mesh.first:
+                found[key] = whole.detach().cpu()
+        return found
+
+
+def spread(model: LM, mesh: Mesh, precision: str) -> None:
+    """Apply the plan of each axis that has more than one process. ValueError, by name, for what has none."""
+    for axis in ("pipeline", "context", "expert"):
+        if mesh.size(axis) > 1:
+            raise ValueError(f"recipe.parallel.{axis}: {mesh.size(axis)}; assay train has no plan for it; accepted: 1")
+    if mesh.size("tensor") > 1:
+        from assay.train.parallel import tensor
+
+        tensor.apply(model, mesh)
+    if mesh.size("shard") > 1:
+        replicas.apply(model, mesh, precision)
+
+
+def padded(batch: Batch, first: int, stop: int, size: int) -> Batch:
+    """Rows first .. stop-1, and padding up to `size` rows, which is no sequence and no target."""
+    missing = size - (stop - first)
+    if not missing:
+        return batch.part(first, stop - first)
+    start = max(0, min(stop, batch.grid[0]) - size)
+    found, length = batch.part(start, size), batch.grid[1]
+    real = torch.zeros(size, dtype=torch.bool)
+    real[first - start : stop - start] = True
+    real = real.repeat_interleave(length)
+    return replace(
+        found,
+        targets=found.targets.where(real, -1),
+        seq=found.seq.where(real, -1),
+        target_bytes=found.target_bytes.where(real, 0),
+    )
