@@ -1,0 +1,1 @@
+"""Laws of scale: ladders of real runs, fits with intervals, plans, and search."""
