@@ -25,7 +25,7 @@ class Origin:
 
 HEAD = """---
 library_name: {library}
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags:
 - assay
 ---
@@ -47,9 +47,9 @@ KNOWN = """## Use
 transformers:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
+model = {auto}.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
@@ -81,12 +81,22 @@ GGUF = """## Use
 """
 
 
+PIPELINES = {
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModel": "feature-extraction",
+}
+"""What a class of transformers is for, where it is not to go on with a text."""
+
+
 def card(spec: ModelSpec, family: str, origin: Origin, use: str) -> str:
-    """The whole text. family: a sentence on what the files hold; use: KNOWN, OWN (filled in) or GGUF."""
+    """The whole text. family: a sentence on what the files hold; use: KNOWN or OWN (filled in), or GGUF."""
     params = sum(weight.numel for weight in weight_table(spec).values())
     library = "gguf" if use is GGUF else "transformers"
     facts = {"params": params, "context": spec.context, "vocab": spec.vocab, "digest": digest(spec)}
-    text = HEAD.format(library=library, name=origin.name, family=family, **facts)
+    pipeline = next((use_for for name, use_for in PIPELINES.items() if f"import {name}," in use), "text-generation")
+    text = HEAD.format(library=library, pipeline=pipeline, name=origin.name, family=family, **facts)
     if origin.recipe_digest is not None:
         text += f"| recipe digest | `{origin.recipe_digest}` |\n"
     if origin.scores:

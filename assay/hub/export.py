@@ -16,11 +16,13 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from assay import __version__
+from assay.data.settings import STARTS
 from assay.data.tokenizers import Tokenizer
 from assay.hub.card import KNOWN, Origin, card, own_code
 from assay.hub.config import Tree
 from assay.hub.express import Expressed, express
 from assay.hub.family import copies
+from assay.hub.live import AUTO, task
 from assay.model.lm import LM
 from assay.spec.base import PartSpec
 from assay.spec.load import digest, dump
@@ -54,14 +56,15 @@ def export_hf(
     config = own_config(model.spec) if found is None else found.config
     wanted = None if dtype is None else DTYPES[dtype]
     kept = next(model.parameters()).dtype if wanted is None else wanted
-    config |= {"dtype": str(kept)[6:], "torch_dtype": str(kept)[6:], **token_ids(tokenizer)}
+    tokens = token_ids(tokenizer) | ({} if model.spec.encoder is None else begins(tokenizer))
+    config = {**tokens, **config, "dtype": str(kept)[6:], "torch_dtype": str(kept)[6:]}
     with new_folder(out) as folder:
         save_torch_state_dict(
             {name: alone(t, wanted) for name, t in tensors.items()}, folder, metadata={"format": "pt"}
         )
         tokenizer.save(folder)
         write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids(tokenizer)})
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
         if found is None:
             shutil.copyfile(Path(__file__).with_name("remote_code.py"), folder / f"{CODE}.py")
         (folder / "README.md").write_text(described(model.spec, found, why, origin), "utf-8")
@@ -73,7 +76,7 @@ def described(spec: ModelSpec, found: Expressed | None, why: Mapping[str, str], 
     if found is None:
         return card(spec, f"{made}, with modelling code of its own.", origin, own_code(why))
     family = f"{made} as a model of the family `{found.config['model_type']}`, which computes exactly this spec."
-    return card(spec, family, origin, KNOWN)
+    return card(spec, family, origin, KNOWN.format(auto=AUTO[task(spec)]))
 
 
 def theirs(model: LM, found: Expressed) -> dict[str, Tensor]:
@@ -136,6 +139,12 @@ def token_ids(tokenizer: Tokenizer) -> Tree:
     """The ids of the special tokens: all named, so that no library puts its own."""
     found = {f"{name}_token_id": tokenizer.special(f"{name}_token") for name in TOKENS}
     return found | {"eos_token_id": sorted(tokenizer.ends) if tokenizer.also_end else tokenizer.eos_id}
+
+
+def begins(tokenizer: Tokenizer) -> Tree:
+    """What a decoder that an encoder stands beside begins with, and nothing that it must end with."""
+    starts = dict(zip(STARTS, tokenizer.starts, strict=False))
+    return {**dict.fromkeys(STARTS), **starts, "forced_eos_token_id": None}
 
 
 def alone(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -16,7 +16,8 @@ from assay.hub.family import families, read
 from assay.model.lm import weight_table
 from assay.parts.base import Position
 from assay.parts.mixers.gqa import Gqa
-from assay.spec.base import PositionSpec, Site
+from assay.parts.mixers.mla import Mla
+from assay.spec.base import MixerSpec, PositionSpec, Site
 from assay.spec.load import dump
 from assay.spec.model import ModelSpec, StageSpec, branch_names
 
@@ -77,16 +78,39 @@ def agree(spec: ModelSpec, other: ModelSpec) -> None:
 
 
 def parameters(spec: ModelSpec, other: ModelSpec) -> dict[str, str]:
-    """Parameters of one spec -> those of another that computes the same: positions may have other names."""
-    pairs = zip(schemes(spec, "on_embed"), schemes(other, "on_embed"), strict=True)
-    renamed = {f"positions.{a}.": f"positions.{b}." for a, b in pairs}
+    """Parameters of one spec -> those of another that computes the same: positions may have other names.
+
+    ValueError where one has a parameter that the other has not: a scheme that no layer uses may have some.
+    """
+    names = renamed(spec, other)
     table: dict[str, str] = {}
     for name in weight_table(spec):
-        old = next((prefix for prefix in renamed if name.startswith(prefix)), "")
-        table[name] = renamed.get(old, "") + name.removeprefix(old)
-    wanted, given = weight_table(other), weight_table(spec)
-    assert {table[n]: w.shape for n, w in given.items()} == {n: w.shape for n, w in wanted.items()}
+        old = next((prefix for prefix in names if name.startswith(prefix)), "")
+        table[name] = names.get(old, "") + name.removeprefix(old)
+    given = {table[n]: w.shape for n, w in weight_table(spec).items()}
+    wanted = {n: w.shape for n, w in weight_table(other).items()}
+    if odd := sorted(given.items() ^ wanted.items()):
+        raise ValueError(
+            f"{odd[0][0]}: {given.get(odd[0][0])}; {wanted.get(odd[0][0], 'no such parameter')} is expected"
+        )
     return table
+
+
+def renamed(spec: ModelSpec, other: ModelSpec, prefix: str = "") -> dict[str, str]:
+    """What the names of a position scheme's parameters begin with, in one spec and in the other."""
+    pairs = [*zip(schemes(spec, "on_embed"), schemes(other, "on_embed"), strict=True)]
+    pairs += zip(used(spec), used(other), strict=True)
+    found = {f"{prefix}positions.{a}.": f"{prefix}positions.{b}." for a, b in pairs}
+    if spec.encoder is not None and other.encoder is not None:
+        found |= renamed(spec.encoder, other.encoder, f"{prefix}encoder.")
+    return found
+
+
+def used(spec: ModelSpec) -> list[str]:
+    """The schemes that the mixers name, layer by layer."""
+    acting = schemes(spec, "on_qk", "on_read", "bias")
+    parts = (branch.part for layer in range(spec.layers) for _, _, branch in spec.branches(layer))
+    return [name for part in parts if (name := getattr(part, "position", None)) in acting]
 
 
 def plain(spec: ModelSpec) -> Tree:
@@ -115,23 +139,30 @@ def stage_tree(spec: ModelSpec, site: Site, stage: StageSpec, named: tuple[int, 
     found: Tree = {f"residual{number}": settled(stage.residual), f"norm{number}": settled(stage.pre)}
     for name, branch in zip(names, stage.branches, strict=True):
         tree = settled(branch.part)
-        if isinstance(branch.part, Gqa):
-            tree |= attention(spec, branch.part, site.child(name))
+        if branch.mixer is not None:
+            tree |= explicit(spec, branch.mixer, site.child(name))
         around = {"norm": branch.pre, "conv": branch.conv, "post": branch.post}
         norms = {f"{name}_{what}": settled(part) for what, part in around.items()}
         found |= {name: {**tree, "stage": number}, f"{name}_scale": branch.scale, **norms}
     return found
 
 
-def attention(spec: ModelSpec, part: Gqa, site: Site) -> Tree:
-    """The fields of an attention layer that say by their absence what others decide."""
-    size = part.size(site)
-    scores = settled(part.scores) | {"scale": size**-0.5 if part.scores.scale is None else part.scores.scale}
-    acting = part.position in schemes(spec, "on_qk", "on_read", "bias")
-    position = None
-    if part.position is not None and acting:
-        position = scheme(spec.positions[part.position], spec.root(f"positions.{part.position}"), size)
-    return {"kv_heads": part.groups, "head_dim": size, "scores": scores, "position": position}
+def explicit(spec: ModelSpec, part: MixerSpec, site: Site) -> Tree:
+    """The fields of a mixer that say by their absence what others decide."""
+    found: Tree = {}
+    size = None
+    if isinstance(part, Gqa):
+        size = part.size(site)
+        scores = settled(part.scores) | {"scale": size**-0.5 if part.scores.scale is None else part.scores.scale}
+        found = {"kv_heads": part.groups, "head_dim": size, "scores": scores}
+    elif isinstance(part, Mla):
+        size, whole = part.rope_dim, part.nope_dim + part.rope_dim
+        found = {"scale": whole**-0.5 if part.scale is None else part.scale}
+    name = getattr(part, "position", None)
+    if name is not None:
+        acting = name in schemes(spec, "on_qk", "on_read", "bias")
+        found["position"] = scheme(spec.positions[name], spec.root(f"positions.{name}"), size) if acting else None
+    return found
 
 
 def scheme(position: PositionSpec, site: Site, size: int | None = None) -> Tree:

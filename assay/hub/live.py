@@ -26,6 +26,7 @@ Told = Callable[[int, int], None]
 ENCODER = "encoder."  # what the names of an encoder-decoder's encoder begin with
 PADDED = 12  # columns of the padded batch
 GREEDY = 8  # tokens of the greedy continuation
+SAME = 1e-4  # of the largest logit: by more two of them differ
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Live:
                 found[f"{named}hidden.{i}"], found[f"{named}hidden.{i + 1}"] = seen.inputs[name], seen.outputs[name][0]
             found |= {f"{named}final": seen.outputs[name][0] for name in final}
         for side in ("left", "right") if self.form == "decoder" else ("right",):
-            found |= {f"{side}pad.{name}": value for name, value in self._padded(found["input_ids"], side).items()}
+            padded = self._padded(found["input_ids"], side)
+            if self._minds(padded):
+                found |= {f"{side}pad.{name}": value for name, value in padded.items()}
         return found if self.form == "encoder" else found | self._greedy(found, told)
 
     @property
@@ -105,6 +108,15 @@ class Live:
         elif self.form == "decoder" and "position_ids" in inspect.signature(self.model.forward).parameters:
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         return {k: v for k, v in given.items() if k != "position_ids"} | {"logits": self._logits(given)}
+
+    def _minds(self, padded: Mapping[str, Tensor]) -> bool:
+        """Whether transformers says of a padded row what it says of the row alone: some of its recurrences take padding
+        for tokens, and some of its masks count columns. Such a row is no reference."""
+        if self.form != "decoder":
+            return True
+        keep = padded["attention_mask"][0].bool()
+        alone = self._logits({"input_ids": padded["input_ids"][:1, keep]})[0]
+        return bool((padded["logits"][0, keep] - alone).abs().max() <= SAME * alone.abs().max())
 
     def _greedy(self, found: Mapping[str, Tensor], told: Told | None) -> dict[str, Tensor]:
         """The likeliest token, again and again, each from the whole text so far: no cache has a part in it."""
@@ -256,6 +268,7 @@ def modules(found: Mapping[str, str], lost: set[str]) -> dict[str, str]:
         while "." in ours:
             ours = ours.rpartition(".")[0]
             inside.setdefault(ours, []).append(theirs)
+    inside = {ours: layered(names) for ours, names in inside.items()}
     partly = {name for one in lost for name in parents(one)}
     made = {ours: common([name.rpartition(".")[0] for name in names]) for ours, names in inside.items()}
     whole = {ours: theirs for ours, theirs in made.items() if theirs}
@@ -263,6 +276,11 @@ def modules(found: Mapping[str, str], lost: set[str]) -> dict[str, str]:
         if ours in partly and len({name.rpartition(".")[0] for name in inside[ours]}) == 1:
             whole[ours] = theirs.rpartition(".")[0]
     return whole
+
+
+def layered(names: list[str]) -> list[str]:
+    """Those that stand in a numbered layer, where any does: Gemma 4 keeps what its first layer has for all outside."""
+    return [name for name in names if any(part.isdigit() for part in name.split("."))] or names
 
 
 def called(model: nn.Module, name: str) -> str:

@@ -16,9 +16,21 @@ ACTS = {"silu": "silu", "relu": "relu", "relu2": "relu2", "gelu": "gelu", "gelu_
 """Our activations -> Hugging Face's names."""
 
 
-def part(spec: ModelSpec, name: str, kind: str, layer: int = 0) -> Any:
-    """The mixer or ffn of a layer. ValueError for a layer without one, or with another kind."""
+def part(spec: ModelSpec, name: str, kind: str, layer: int | None = None) -> Any:
+    """The mixer or ffn of a layer; null: of the first layer that has one of this kind. ValueError for a layer without
+    one, or with another kind."""
+    layer = first(spec, name, kind) if layer is None else layer
     return of_kind(at(spec, name, layer), f"blocks.{layer}.{name}", kind)
+
+
+def first(spec: ModelSpec, name: str, kind: str) -> int:
+    """The first layer whose mixer or ffn is of a kind; 0 where none is."""
+    return next(iter(kinds_at(spec, name, kind)), 0)
+
+
+def kinds_at(spec: ModelSpec, name: str, kind: str) -> list[int]:
+    """The layers whose mixer or ffn is of a kind."""
+    return [i for i in range(spec.layers) if kind_at(spec, name, i) == kind]
 
 
 def at(spec: ModelSpec, name: str, layer: int) -> Any:
@@ -44,14 +56,23 @@ def activation(net: Any) -> str:
     return ACTS[net.act]
 
 
-def position(spec: ModelSpec, kind: str, layer: int = 0) -> Any:
-    """The scheme that a layer's mixer names."""
-    name = part(spec, "mixer", "gqa", layer).position
+def position(spec: ModelSpec, kind: str, layer: int | None = None, mixer: str = "gqa") -> Any:
+    """The scheme that a layer's mixer names; null: of the first layer whose mixer is of this kind."""
+    layer = first(spec, "mixer", mixer) if layer is None else layer
+    name = part(spec, "mixer", mixer, layer).position
     return of_kind(spec.positions.get(name), f"blocks.{layer}.mixer.position", kind)
 
 
-def head_size(spec: ModelSpec) -> int:
-    return int(part(spec, "mixer", "gqa").size(spec.site(0)))
+def head_size(spec: ModelSpec, layer: int | None = None) -> int:
+    return int(part(spec, "mixer", "gqa", layer).size(spec.site(0)))
+
+
+def learned(spec: ModelSpec) -> Any:
+    """The one table of positions, with the norm behind it."""
+    found = list(spec.positions.values())
+    table = of_kind(found[0] if len(found) == 1 else None, "positions", "learned")
+    of_kind(table.norm, "positions: norm", "layernorm")
+    return table
 
 
 def whole_heads(spec: ModelSpec, by_width: bool = False) -> None:
@@ -69,10 +90,8 @@ def epsilon(spec: ModelSpec, kind: str = "rmsnorm") -> float:
     return float(of_kind(spec.final_norm, "final_norm", kind).eps)
 
 
-def sizes(spec: ModelSpec, model_type: str, architecture: str) -> Tree:
+def basics(spec: ModelSpec, model_type: str, architecture: str) -> Tree:
     """What every decoder's configuration says, in the names that most use."""
-    head = of_kind(spec.head, "head", "lm")
-    mixer = part(spec, "mixer", "gqa")
     return {
         "model_type": model_type,
         "architectures": [architecture],
@@ -80,9 +99,18 @@ def sizes(spec: ModelSpec, model_type: str, architecture: str) -> Tree:
         "vocab_size": spec.vocab,
         "num_hidden_layers": spec.layers,
         "max_position_embeddings": spec.context,
-        "num_attention_heads": mixer.heads,
-        "tie_word_embeddings": head.tie,
+        "tie_word_embeddings": of_kind(spec.head, "head", "lm").tie,
     }
+
+
+def sizes(spec: ModelSpec, model_type: str, architecture: str) -> Tree:
+    """That of a decoder with attention."""
+    return basics(spec, model_type, architecture) | {"num_attention_heads": part(spec, "mixer", "gqa").heads}
+
+
+def grouped(spec: ModelSpec) -> Tree:
+    """Heads of keys and the size of all."""
+    return {"num_key_value_heads": part(spec, "mixer", "gqa").groups, "head_dim": head_size(spec)}
 
 
 def decoder(spec: ModelSpec, model_type: str, architecture: str, ffn: str = "gated") -> Tree:
@@ -90,18 +118,20 @@ def decoder(spec: ModelSpec, model_type: str, architecture: str, ffn: str = "gat
     net = part(spec, "ffn", ffn)
     return {
         **sizes(spec, model_type, architecture),
-        "num_key_value_heads": part(spec, "mixer", "gqa").groups,
-        "head_dim": head_size(spec),
+        **grouped(spec),
         "intermediate_size": net.width,
         "hidden_act": activation(net),
         "rms_norm_eps": epsilon(spec),
     }
 
 
-def rope(spec: ModelSpec, layer: int = 0, partial: bool = False) -> Tree:
+def rope(spec: ModelSpec, layer: int | None = None, partial: bool = False) -> Tree:
     """RoPE in both dialects: `rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` for its elders."""
     scheme = position(spec, "rope", layer)
-    rules = rope_rules(spec, scheme, partial)
+    return both_dialects(scheme, rope_rules(spec, scheme, head_size(spec), partial))
+
+
+def both_dialects(scheme: Any, rules: Tree) -> Tree:
     found: Tree = {"rope_parameters": rules, "rope_theta": scheme.theta}
     if scheme.scaling is not None:
         found["rope_scaling"] = {k: v for k, v in rules.items() if k not in ("rope_theta", "partial_rotary_factor")}
@@ -110,14 +140,15 @@ def rope(spec: ModelSpec, layer: int = 0, partial: bool = False) -> Tree:
     return found
 
 
-def rope_rules(spec: ModelSpec, scheme: Any, partial: bool = False) -> Tree:
-    """`rope_parameters` of one scheme. partial: whether this family's model turns part of a head when it is told to."""
-    size, scaling = head_size(spec), scheme.scaling
+def rope_rules(spec: ModelSpec, scheme: Any, size: int, partial: bool = False) -> Tree:
+    """`rope_parameters` of one scheme, for heads of this size. partial: whether this family's model turns part of a
+    head when it is told to."""
+    scaling, dim = scheme.scaling, scheme.dim or size
     rules: Tree = {"rope_theta": scheme.theta, "rope_type": "default" if scaling is None else scaling.kind}
-    if scheme.dim is not None and scheme.dim != size:
-        if not partial:
-            raise ValueError(f"positions: rope: dim: {scheme.dim}; {size} (the whole head) is expected")
-        rules["partial_rotary_factor"] = scheme.dim / size
+    if partial:
+        rules["partial_rotary_factor"] = dim / size
+    elif dim != size:
+        raise ValueError(f"positions: rope: dim: {scheme.dim}; {size} (the whole head) is expected")
     if scaling is None:
         return rules
     if scaling.kind not in SCALINGS:

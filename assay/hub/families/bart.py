@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from assay.hub import outward
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Shaped, Tail
+from assay.spec.model import ModelSpec
 
 TYPES = ("bart",)
 FIRST = 2  # rows of the position tables that no token reads
@@ -89,3 +91,25 @@ def block(c: Config, name: str) -> Tree:
     act = c.activation("activation_function", "gelu")
     parts += [{"ffn": {"kind": "dense", "width": c.integer(f"{name}_ffn_dim"), "act": act, "bias": True}}]
     return {"stages": [{"branches": [part], "residual": {"kind": "post", "norm": NORM}} for part in parts]}
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    if spec.encoder is None:
+        raise ValueError("encoder: null; one is expected")
+    scale = outward.of_kind(spec.embed, "embed", "token").scale
+    found: Tree = {
+        "model_type": "bart",
+        "architectures": ["BartForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        "d_model": spec.d_model,
+        "vocab_size": spec.vocab,
+        "max_position_embeddings": spec.context,
+        "scale_embedding": scale != 1.0,
+        "activation_function": outward.activation(outward.part(spec, "ffn", "dense")),
+        "tie_word_embeddings": outward.of_kind(spec.head, "head", "lm").tie,
+    }
+    for name, stack in (("encoder", spec.encoder), ("decoder", spec)):
+        found[f"{name}_layers"] = stack.layers
+        found[f"{name}_attention_heads"] = outward.part(stack, "mixer", "gqa").heads
+        found[f"{name}_ffn_dim"] = outward.part(stack, "ffn", "dense").width
+    return found

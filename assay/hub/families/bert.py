@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from assay.hub import outward
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.spec.model import ModelSpec
@@ -116,3 +119,37 @@ def purpose(c: Config, masked: str, classifier: str) -> str:
             f"{c.where}: architectures: {names[0]!r:.80}; accepted with a classifier: ...ForSequenceClassification"
         )
     return "classify"
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    return {**body_outward(spec, "bert", "Bert"), "max_position_embeddings": spec.context}
+
+
+def body_outward(spec: ModelSpec, model_type: str, name: str) -> Tree:
+    """The keys of `body`, and the class that has this head."""
+    mixer, net, embed = outward.part(spec, "mixer", "gqa"), outward.part(spec, "ffn", "dense"), spec.embed
+    return {
+        "model_type": model_type,
+        "hidden_size": spec.d_model,
+        "vocab_size": spec.vocab,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": mixer.heads,
+        "intermediate_size": net.width,
+        "hidden_act": outward.activation(net),
+        "layer_norm_eps": outward.learned(spec).norm.eps,
+        "type_vocab_size": max(1, outward.of_kind(embed, "embed", "token").types),
+        **head_outward(spec, name),
+    }
+
+
+def head_outward(spec: ModelSpec, name: str) -> Tree:
+    """The class of transformers with this head, and what a configuration says of it."""
+    if spec.head is None:
+        return {"architectures": [f"{name}Model"]}
+    head: Any = spec.head
+    if classifies(spec):
+        classes = {str(i): f"LABEL_{i}" for i in range(head.labels)}
+        known = {"id2label": classes, "label2id": {label: int(i) for i, label in classes.items()}}
+        return {"architectures": [f"{name}ForSequenceClassification"], **known}
+    tied = outward.of_kind(head, "head", "mlm").tie
+    return {"architectures": [f"{name}ForMaskedLM"], "tie_word_embeddings": tied}

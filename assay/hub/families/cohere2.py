@@ -44,8 +44,7 @@ def hugging_face(spec: ModelSpec) -> Tree:
     return {
         **outward.sizes(spec, "cohere2", "Cohere2ForCausalLM"),
         **outward.rope(spec, turned),
-        "num_key_value_heads": outward.part(spec, "mixer", "gqa").groups,
-        "head_dim": outward.head_size(spec),
+        **outward.grouped(spec),
         "intermediate_size": net.width,
         "hidden_act": outward.activation(net),
         "layer_norm_eps": outward.epsilon(spec, "layernorm"),

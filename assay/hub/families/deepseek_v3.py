@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.families import glm4_moe
 from assay.hub.family import Names
@@ -93,3 +93,39 @@ def decoder(c: Config, kinds: tuple[str, ...], mixer: Tree) -> Tree:
     }
     blocks, pattern = shared.by_kind(c, kinds, made)
     return shared.decoder(c, blocks, pattern, positions={"main": position(c)})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    return {
+        **outward.basics(spec, "deepseek_v3", "DeepseekV3ForCausalLM"),
+        **latent_outward(spec),
+        **rope_outward(spec),
+        **glm4_moe.mixture_outward(spec),
+        "rms_norm_eps": outward.epsilon(spec),
+        "rope_interleave": True,
+    }
+
+
+def latent_outward(spec: ModelSpec) -> Tree:
+    """The keys of `attention`."""
+    mixer = outward.part(spec, "mixer", "mla")
+    return {
+        "num_attention_heads": mixer.heads,
+        "num_key_value_heads": mixer.heads,
+        "kv_lora_rank": mixer.kv_rank,
+        "q_lora_rank": mixer.q_rank,
+        "qk_nope_head_dim": mixer.nope_dim,
+        "qk_rope_head_dim": mixer.rope_dim,
+        "v_head_dim": mixer.value_dim,
+        "attention_bias": mixer.bias,
+    }
+
+
+def rope_outward(spec: ModelSpec) -> Tree:
+    """RoPE; a scale of the scores beyond that of their width is an mscale_all_dim."""
+    mixer, scheme = outward.part(spec, "mixer", "mla"), outward.position(spec, "rope", mixer="mla")
+    rules = outward.rope_rules(spec, scheme, mixer.rope_dim)
+    gained = 1.0 if mixer.scale is None else math.sqrt(mixer.scale * math.sqrt(mixer.nope_dim + mixer.rope_dim))
+    if "mscale_all_dim" not in rules and gained != 1 and rules.get("factor", 1.0) > 1:
+        rules["mscale_all_dim"] = round((gained - 1) / (0.1 * math.log(rules["factor"])), 6)
+    return outward.both_dialects(scheme, rules)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from assay.hub import outward
 from assay.hub.config import Config, Tree
-from assay.hub.families import deepseek_v3
+from assay.hub.families import deepseek_v3, glm4_moe
 from assay.hub.family import Names
 from assay.spec.model import ModelSpec
 
@@ -39,3 +40,21 @@ def spec(c: Config) -> Tree:
         "norm": {"kind": "layernorm", "eps": 1e-6},
     }
     return deepseek_v3.decoder(c, kinds, mixer)
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    mixer = outward.part(spec, "mixer", "mla")
+    index = outward.of_kind(mixer.select, "blocks.0.mixer.select", "indexer")
+    kinds = ["sparse" if outward.kind_at(spec, "ffn", i) == "moe" else "dense" for i in range(spec.layers)]
+    return {
+        **outward.basics(spec, "deepseek_v32", "DeepseekV32ForCausalLM"),
+        **deepseek_v3.latent_outward(spec),
+        **deepseek_v3.rope_outward(spec),
+        **glm4_moe.mixture_outward(spec),
+        "rms_norm_eps": outward.epsilon(spec),
+        "mlp_layer_types": kinds,
+        "layer_types": ["indexed_attention"] * spec.layers,
+        "index_n_heads": index.heads,
+        "index_head_dim": index.head_dim,
+        "index_topk": index.keep,
+    }

@@ -35,6 +35,6 @@ def hugging_face(spec: ModelSpec) -> Tree:
     kinds, ropes = found["layer_types"], {}
     for kind, theta in ((shared.FULL, 1_000_000.0), (shared.SLIDING, 10_000.0)):
         rules = {"rope_theta": theta, "rope_type": "default"}
-        there = kind in kinds
-        ropes[kind] = outward.rope_rules(spec, outward.position(spec, "rope", kinds.index(kind))) if there else rules
+        scheme = outward.position(spec, "rope", kinds.index(kind)) if kind in kinds else None
+        ropes[kind] = rules if scheme is None else outward.rope_rules(spec, scheme, outward.head_size(spec))
     return {**found, "rope_parameters": ropes}

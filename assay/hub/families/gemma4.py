@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Packed, Place, Rule
@@ -184,3 +185,62 @@ def mixture(c: Config, norm: Tree) -> Tree:
         "router": router,
         "norm": norm,
     }
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    mixers = [outward.part(spec, "mixer", "gqa", i) for i in range(spec.layers)]
+    takers = [i for i, mixer in enumerate(mixers) if mixer.takes is not None]
+    kinds, net = outward.layer_types(spec), outward.part(spec, "ffn", "gated")
+    last = outward.part(spec, "ffn", "gated", spec.layers - 1)
+    return {
+        **outward.sizes(spec, "gemma4_text", "Gemma4ForCausalLM"),
+        **sizes_outward(spec, mixers, kinds),
+        **beside_outward(spec),
+        "rope_parameters": {kind: rope_outward(spec, kind, kinds) for kind in (shared.FULL, shared.SLIDING)},
+        "rms_norm_eps": outward.epsilon(spec),
+        "attention_bias": outward.biased(spec),
+        "attention_k_eq_v": any(mixer.values.tied for mixer in mixers),
+        "num_kv_shared_layers": len(takers),
+        "layer_types": kinds,
+        "sliding_window": outward.window(spec) or 512,
+        "intermediate_size": net.width,
+        "use_double_wide_mlp": bool(takers) and last.width != net.width,
+        "hidden_activation": outward.activation(net),
+        "final_logit_softcapping": outward.of_kind(spec.head, "head", "lm").softcap,
+    }
+
+
+def sizes_outward(spec: ModelSpec, mixers: list[Any], kinds: list[str]) -> Tree:
+    """The keys of `sizes`: those of the local layers, and the layers that differ from them."""
+    usual = kinds.index(shared.SLIDING) if shared.SLIDING in kinds else 0
+    each = [
+        {"head_dim": mixer.size(spec.site(i)), "num_key_value_heads": mixer.groups} for i, mixer in enumerate(mixers)
+    ]
+    return {**each[usual], "per_layer_config": {str(i): own for i, own in enumerate(each) if own != each[usual]}}
+
+
+def rope_outward(spec: ModelSpec, kind: str, kinds: list[str]) -> Tree:
+    """Of a kind of layer that there is not, RoPE as it is."""
+    if kind not in kinds:
+        return {"rope_theta": 1e4, "rope_type": "default"}
+    layer = kinds.index(kind)
+    scheme = outward.position(spec, "rope", layer)
+    if scheme.scaling is None or scheme.scaling.kind != "proportional":
+        return outward.rope_rules(spec, scheme, outward.head_size(spec, layer))
+    share = {"partial_rotary_factor": scheme.scaling.share}
+    return {"rope_theta": scheme.theta, "rope_type": "proportional", **share}
+
+
+def beside_outward(spec: ModelSpec) -> Tree:
+    """What stands beside the dense network: experts, and an embedding for each layer."""
+    own, moe = outward.at(spec, "per_layer", 0), outward.at(spec, "experts", 0)
+    found: Tree = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": spec.vocab}
+    if own is not None:
+        own = outward.of_kind(own, "blocks.0.per_layer", "per_layer")
+        found = {"hidden_size_per_layer_input": own.width, "vocab_size_per_layer_input": own.vocab}
+    if moe is None:
+        return {**found, "enable_moe_block": False}
+    moe = outward.of_kind(moe, "blocks.0.experts", "moe")
+    router = outward.of_kind(moe.router, "blocks.0.experts.router", "topk")
+    experts = {"num_experts": moe.experts, "top_k_experts": router.k, "moe_intermediate_size": moe.width}
+    return {**found, **experts, "enable_moe_block": True}

@@ -65,36 +65,41 @@ def router(c: Config) -> Tree:
 
 
 def hugging_face(spec: ModelSpec) -> Tree:
-    """`intermediate_size` is that of the dense layers; without one it is the experts'."""
-    kinds = [[b.part.kind_name() for _, _, b in spec.branches(i)] for i in range(spec.layers)]
-    first = next((i for i, found in enumerate(kinds) if "moe" in found), 0)
-    moe, mixer = outward.part(spec, "ffn", "moe", first), outward.part(spec, "mixer", "gqa")
-    plain = outward.part(spec, "ffn", "gated") if first else moe
+    mixer = outward.part(spec, "mixer", "gqa")
     return {
         **outward.sizes(spec, "glm4_moe", "Glm4MoeForCausalLM"),
         **outward.rope(spec, partial=True),
-        "num_key_value_heads": mixer.groups,
-        "head_dim": outward.head_size(spec),
+        **outward.grouped(spec),
         "rms_norm_eps": outward.epsilon(spec),
         "attention_bias": mixer.bias == "qkv",
         "use_qk_norm": mixer.qk_norm is not None,
-        "intermediate_size": plain.width,
-        "first_k_dense_replace": first,
-        "num_nextn_predict_layers": 0,
-        **experts_outward(moe, first),
+        **mixture_outward(spec),
     }
 
 
-def experts_outward(moe: Any, layer: int) -> Tree:
-    """The keys of `mixture`."""
-    router = outward.of_kind(moe.router, f"blocks.{layer}.ffn.router", "topk")
+def mixture_outward(spec: ModelSpec) -> Tree:
+    """The keys of `mixture`, and of the dense layers before the first with experts; `intermediate_size` is the
+    experts' where there is none."""
+    moe, first = outward.part(spec, "ffn", "moe"), outward.first(spec, "ffn", "moe")
+    plain = outward.part(spec, "ffn", "gated") if outward.kinds_at(spec, "ffn", "gated") else moe
     beside = 0 if moe.shared is None else outward.of_kind(moe.shared, "shared", "gated").width // moe.width
+    return {
+        "hidden_act": outward.activation(moe),
+        "intermediate_size": plain.width,
+        "first_k_dense_replace": first,
+        "num_nextn_predict_layers": 0,
+        "moe_intermediate_size": moe.width,
+        "n_shared_experts": beside,
+        **router_outward(moe),
+    }
+
+
+def router_outward(moe: Any) -> Tree:
+    """The keys of `router`, and how many experts there are."""
+    router = outward.of_kind(moe.router, "ffn.router", "topk")
     groups = router.groups
     return {
-        "hidden_act": outward.ACTS[moe.act],
-        "moe_intermediate_size": moe.width,
         "n_routed_experts": moe.experts,
-        "n_shared_experts": beside,
         "num_experts_per_tok": router.k,
         "norm_topk_prob": router.renormalise,
         "routed_scaling_factor": router.scale,

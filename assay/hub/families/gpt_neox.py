@@ -49,13 +49,11 @@ def spec(c: Config) -> Tree:
 def hugging_face(spec: ModelSpec) -> Tree:
     outward.whole_heads(spec, by_width=True)
     net, turn = outward.part(spec, "ffn", "dense"), outward.rope(spec, partial=True)
-    # Where nothing is said, a quarter of a head is turned.
-    share = turn["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
     return {
         **outward.sizes(spec, "gpt_neox", "GPTNeoXForCausalLM"),
         **turn,
         "rotary_emb_base": turn["rope_theta"],
-        "rotary_pct": share,
+        "rotary_pct": turn["partial_rotary_factor"],
         "intermediate_size": net.width,
         "hidden_act": outward.activation(net),
         "layer_norm_eps": outward.epsilon(spec, "layernorm"),

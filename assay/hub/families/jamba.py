@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Depthwise, Experts, Fused
@@ -89,3 +89,45 @@ def mixture(c: Config) -> Tree:
             "balance": c.number("router_aux_loss_coef", 0.001),
         },
     }
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    outward.whole_heads(spec, by_width=True)
+    mixer, net = outward.part(spec, "mixer", "mamba"), outward.at(spec, "ffn", 0)
+    sparse = outward.kinds_at(spec, "ffn", "moe")
+    width = mixer.channels(spec.site(0))
+    if net is None or width % spec.d_model:
+        raise ValueError(f"blocks: layers with a network and a mamba of a multiple of {spec.d_model} are expected")
+    found = {
+        **outward.sizes(spec, "jamba", "JambaForCausalLM"),
+        "num_key_value_heads": outward.part(spec, "mixer", "gqa").groups,
+        "rms_norm_eps": outward.epsilon(spec),
+        "hidden_act": outward.activation(net),
+        "intermediate_size": net.width,
+        **repeated("attn_layer", outward.kinds_at(spec, "mixer", "gqa"), spec.layers),
+        **repeated("expert_layer", sparse, spec.layers),
+        "num_experts": 1,
+        "mamba_expand": width // spec.d_model,
+        "mamba_d_state": mixer.state_dim,
+        "mamba_dt_rank": mixer.rank(spec.site(0)),
+        "mamba_d_conv": mixer.conv,
+        "mamba_conv_bias": mixer.conv_bias,
+        "mamba_proj_bias": mixer.bias,
+    }
+    return found | (mixture_outward(spec) if sparse else {})
+
+
+def mixture_outward(spec: ModelSpec) -> Tree:
+    moe = outward.part(spec, "ffn", "moe")
+    router = outward.of_kind(moe.router, "ffn.router", "topk")
+    found = {"num_experts": moe.experts, "num_experts_per_tok": router.k}
+    return found | {"intermediate_size": moe.width, "router_aux_loss_coef": router.balance}
+
+
+def repeated(name: str, chosen: list[int], layers: int) -> Tree:
+    """`NAME_period` and `NAME_offset` of these layers. ValueError where they are not one in every so many."""
+    for period in range(1, layers + 2):
+        for offset in range(period):
+            if list(range(offset, layers, period)) == chosen:
+                return {f"{name}_period": period, f"{name}_offset": offset}
+    raise ValueError(f"{name}_period: layers {chosen}; one in every so many is expected")

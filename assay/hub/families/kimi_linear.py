@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.families import deepseek_v3, glm4_moe
 from assay.hub.family import Names
 from assay.hub.rules import Depthwise, Experts, Shaped
+from assay.spec.model import ModelSpec
 
 TYPES = ("kimi_linear",)
 LINEAR = "linear_attention"
@@ -38,6 +39,9 @@ OWN: Names = {
     "blocks.*.ffn.down": Experts(f"{MOE}.experts.#.w2.weight"),
 }
 NAMES = shared.over(OWN)
+RENAMED = {"num_experts_per_tok": "num_experts_per_token", "norm_topk_prob": "moe_renormalize"}
+RENAMED |= {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts", "n_group": "num_expert_group"}
+"""DeepSeek-V3's keys -> its own."""
 
 
 def spec(c: Config) -> Tree:
@@ -118,3 +122,21 @@ def mixture(c: Config) -> Tree:
     both = {"kind": "gated", "width": beside * width, "act": act}
     experts: Any = c.integer(c.either("num_experts", "num_local_experts"), 256)
     return {"kind": "moe", "experts": experts, "width": width, "act": act, "router": router, "shared": both}
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    mixer = outward.part(spec, "mixer", "kda")
+    linear, sparse = outward.kinds_at(spec, "mixer", "kda"), outward.kinds_at(spec, "ffn", "moe")
+    found = {
+        **outward.basics(spec, "kimi_linear", "KimiLinearForCausalLM"),
+        **deepseek_v3.latent_outward(spec),
+        **glm4_moe.mixture_outward(spec),
+        "rms_norm_eps": outward.epsilon(spec),
+        "model_max_length": spec.context,
+        "layer_types": [LINEAR if i in linear else shared.FULL for i in range(spec.layers)],
+        "mlp_layer_types": ["sparse" if i in sparse else "dense" for i in range(spec.layers)],
+        "linear_num_heads": mixer.heads,
+        "linear_head_dim": mixer.head_dim or spec.d_model // mixer.heads,
+        "linear_conv_kernel_dim": mixer.conv or 4,
+    }
+    return {RENAMED.get(key, key): value for key, value in found.items()}

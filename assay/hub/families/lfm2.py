@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Depthwise, Fused
@@ -65,3 +65,20 @@ def width(c: Config) -> int:
     if "block_ffn_dim_multiplier" in c.values and not c.has("block_ffn_dim_multiplier"):
         return found
     return -(-int(times * found) // multiple) * multiple
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    outward.whole_heads(spec, by_width=True)
+    conv, net = outward.part(spec, "mixer", "gated_conv"), outward.part(spec, "ffn", "gated")
+    convs = outward.kinds_at(spec, "mixer", "gated_conv")
+    return {
+        **outward.sizes(spec, "lfm2", "Lfm2ForCausalLM"),
+        **outward.grouped(spec),
+        **outward.rope(spec),
+        "norm_eps": outward.epsilon(spec),
+        "layer_types": ["conv" if i in convs else shared.FULL for i in range(spec.layers)],
+        "conv_L_cache": conv.size,
+        "conv_bias": conv.bias,
+        "intermediate_size": net.width,
+        "block_auto_adjust_ff_dim": False,
+    }

@@ -5,7 +5,7 @@ Meta 2025, "The Llama 4 herd".
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Packed, Pairs
@@ -99,4 +99,35 @@ def mixture(c: Config) -> Tree:
         "router": router,
         "shared": {"kind": "gated", "width": width, "act": act},
         "input_scaled": True,
+    }
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    mixers = [outward.part(spec, "mixer", "gqa", i) for i in range(spec.layers)]
+    turned = [i for i, mixer in enumerate(mixers) if mixer.position is not None]
+    sparse = [i for i in range(spec.layers) if outward.kind_at(spec, "ffn", i) == "moe"]
+    chunks = [mixer.sees.chunk for mixer in mixers]
+    moe = outward.part(spec, "ffn", "moe")
+    router = outward.of_kind(moe.router, "ffn.router", "topk")
+    dense = {"intermediate_size_mlp": outward.part(spec, "ffn", "gated").width} if len(sparse) < spec.layers else {}
+    heat = next((mixer.scores.temperature for mixer in mixers if mixer.scores.temperature is not None), None)
+    return {
+        **outward.sizes(spec, "llama4_text", "Llama4ForCausalLM"),
+        **outward.grouped(spec),
+        **(outward.rope(spec, turned[0]) if turned else {"rope_theta": 500_000.0}),
+        **dense,
+        "rms_norm_eps": outward.epsilon(spec),
+        "attention_bias": outward.biased(spec),
+        "use_qk_norm": any(mixer.qk_norm is not None for mixer in mixers),
+        "no_rope_layers": [int(i in turned) for i in range(spec.layers)],
+        "layer_types": [shared.FULL if chunk is None else CHUNKED for chunk in chunks],
+        "attention_chunk_size": next((chunk for chunk in chunks if chunk is not None), 8192),
+        "attn_temperature_tuning": heat is not None,
+        **({} if heat is None else {"attn_scale": heat.gain, "floor_scale": heat.every}),
+        "moe_layers": sparse,
+        "intermediate_size": moe.width,
+        "hidden_act": outward.activation(moe),
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": router.k,
+        "router_aux_loss_coef": router.balance,
     }

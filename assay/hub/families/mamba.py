@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from assay.hub import outward
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Depthwise, Fused
+from assay.spec.model import ModelSpec
 
 TYPES = ("mamba", "falcon_mamba")
 SAME = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -39,7 +41,7 @@ def spec(c: Config) -> Tree:
         "d_model": d,
         "vocab": c.integer("vocab_size"),
         "layers": layers,
-        "context": CONTEXT,
+        "context": c.integer("max_position_embeddings", CONTEXT),
         "blocks": {"block": {"mixer": mixer(c, d), "norm": {"kind": norm}}},
         "final_norm": norm,
         "head": {"kind": "lm", "tie": c.flag("tie_word_embeddings", True)},
@@ -63,3 +65,24 @@ def mixer(c: Config, d: int) -> Tree:
     if c.text("model_type") == "falcon_mamba":
         found["norm"] = {"kind": "rmsnorm", "weight": "none", "eps": c.number("mixer_rms_eps", 1e-6)}
     return found
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    """With norms inside its mixers it is a Falcon Mamba."""
+    mixer = outward.part(spec, "mixer", "mamba")
+    width, falcon = mixer.channels(spec.site(0)), mixer.norm is not None
+    if width % spec.d_model:
+        raise ValueError(f"blocks.0.mixer.width: {width}; a multiple of d_model ({spec.d_model}) is expected")
+    named = ("falcon_mamba", "FalconMambaForCausalLM") if falcon else ("mamba", "MambaForCausalLM")
+    return {
+        **outward.basics(spec, *named),
+        "expand": width // spec.d_model,
+        "state_size": mixer.state_dim,
+        "time_step_rank": mixer.rank(spec.site(0)),
+        "conv_kernel": mixer.conv,
+        "use_conv_bias": mixer.conv_bias,
+        "use_bias": mixer.bias,
+        "hidden_act": outward.activation(mixer),
+        "layer_norm_epsilon": outward.epsilon(spec),
+        **({"mixer_rms_eps": outward.of_kind(mixer.norm, "blocks.0.mixer.norm", "rmsnorm").eps} if falcon else {}),
+    }

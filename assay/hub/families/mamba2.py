@@ -55,7 +55,7 @@ def spec(c: Config) -> Tree:
         "d_model": d,
         "vocab": c.integer("vocab_size"),
         "layers": c.integer("num_hidden_layers"),
-        "context": CONTEXT,
+        "context": c.integer("max_position_embeddings", CONTEXT),
         "blocks": {"block": {"mixer": mixer, "norm": {"kind": norm}}},
         "final_norm": norm,
         "head": {"kind": "lm", "tie": c.flag("tie_word_embeddings", False)},
@@ -77,11 +77,7 @@ def hugging_face(spec: ModelSpec) -> Tree:
     mixer: Any = outward.part(spec, "mixer", "mamba2")
     site, dt = spec.site(0), mixer.dt
     return {
-        "model_type": "mamba2",
-        "architectures": ["Mamba2ForCausalLM"],
-        "hidden_size": spec.d_model,
-        "vocab_size": spec.vocab,
-        "num_hidden_layers": spec.layers,
+        **outward.basics(spec, "mamba2", "Mamba2ForCausalLM"),
         "num_heads": mixer.count(site),
         "head_dim": mixer.head_dim,
         "expand": mixer.inner(site) // spec.d_model,
@@ -94,5 +90,4 @@ def hugging_face(spec: ModelSpec) -> Tree:
         "time_step_max": dt.high,
         "time_step_limit": [dt.at_least, {"__float__": "Infinity"} if dt.at_most is None else dt.at_most],
         "layer_norm_epsilon": outward.epsilon(spec),
-        "tie_word_embeddings": outward.of_kind(spec.head, "head", "lm").tie,
     }

@@ -3,7 +3,7 @@ arXiv 2501.08313."""
 
 from __future__ import annotations
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Experts, FusedHeads
@@ -76,3 +76,23 @@ def spec(c: Config) -> Tree:
     linear = block(lightning, "linear_attn")
     blocks, pattern = shared.by_kind(c, kinds, {shared.FULL: lambda: full, LINEAR: lambda: linear})
     return shared.decoder(c, blocks, pattern, positions={"main": c.rope(theta=1e6)})
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    moe, linear = outward.part(spec, "ffn", "moe"), outward.kinds_at(spec, "mixer", "lightning")
+    full = outward.kinds_at(spec, "mixer", "gqa")
+    found = {
+        **outward.decoder(spec, "minimax", "MiniMaxForCausalLM", ffn="moe"),
+        **outward.rope(spec),
+        "layer_types": [LINEAR if i in linear else shared.FULL for i in range(spec.layers)],
+        "sliding_window": outward.part(spec, "mixer", "gqa").sees.window,
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": outward.of_kind(moe.router, "ffn.router", "topk").k,
+        "router_aux_loss_coef": moe.router.balance,
+    }
+    for name, layer, stage in (("full_attn", full, 0), ("linear_attn", linear, 0), ("mlp", range(spec.layers), 1)):
+        for where in list(layer)[:1]:
+            joined = [stage.residual for stage in spec.expand()[where]]
+            residual = outward.of_kind(joined[stage] if stage < len(joined) else None, "residual", "normed")
+            found |= {f"{name}_alpha_factor": residual.alpha, f"{name}_beta_factor": residual.beta}
+    return found

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from assay.hub import shared
+from typing import Any
+
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.families import bert
 from assay.hub.rules import Fused
+from assay.spec.model import ModelSpec
 
 TYPES = ("modernbert",)
 NAMES = {
@@ -27,6 +30,7 @@ SAME = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
 OTHERWISE = (("model.", ""),)
 EVERY = 3  # of three layers the first sees everything
 THETA = {shared.FULL: 160_000.0, shared.SLIDING: 10_000.0}
+POOLS = {"cls": "first", "mean": "mean"}
 
 
 def spec(c: Config) -> Tree:
@@ -90,7 +94,7 @@ def head(c: Config, norm: Tree) -> Tree | None:
     """The same dense map, activation and norm stand in front of the vocabulary and of a classifier."""
     c.must_be("tie_word_embeddings", True)
     act, bias = c.activation("classifier_activation", "gelu"), c.flag("classifier_bias", False)
-    pool = {"cls": "first", "mean": "mean"}[c.text("classifier_pooling", "cls", ("cls", "mean"))]
+    pool = POOLS[c.text("classifier_pooling", "cls", tuple(POOLS))]
     common = {"act": act, "dense_bias": bias, "norm": norm}
     heads = {
         "mlm": {"kind": "mlm", "bias": c.flag("decoder_bias", True), **common},
@@ -101,3 +105,48 @@ def head(c: Config, norm: Tree) -> Tree | None:
     if found == "none" and "head.dense.weight" in (c.tensors or ()):
         found = "mlm"  # its decoder has no bias, and its matrix is the embedding's
     return heads[found]
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    outward.whole_heads(spec, by_width=True)
+    mixers = [outward.part(spec, "mixer", "gqa", i) for i in range(spec.layers)]
+    kinds = [shared.FULL if mixer.sees.band is None else shared.SLIDING for mixer in mixers]
+    bands = [mixer.sees.band for mixer in mixers if mixer.sees.band is not None]
+    net, head = outward.part(spec, "ffn", "gated"), bert.head_outward(spec, "ModernBert")
+    ropes = {kind: {"rope_theta": theta, "rope_type": "default"} for kind, theta in THETA.items()}
+    for kind in set(kinds):
+        layer = kinds.index(kind)
+        ropes[kind] = outward.rope_rules(spec, outward.position(spec, "rope", layer), outward.head_size(spec, layer))
+    return {
+        "model_type": "modernbert",
+        "hidden_size": spec.d_model,
+        "vocab_size": spec.vocab,
+        "num_hidden_layers": spec.layers,
+        "max_position_embeddings": spec.context,
+        "num_attention_heads": mixers[0].heads,
+        "attention_bias": outward.biased(spec),
+        "layer_types": kinds,
+        "local_attention": 2 * bands[0][0] if bands else 128,
+        "rope_parameters": ropes,
+        "intermediate_size": net.width,
+        "hidden_activation": outward.activation(net),
+        "mlp_bias": net.bias,
+        "norm_eps": outward.epsilon(spec, "layernorm"),
+        "norm_bias": bool(getattr(spec.final_norm, "bias", False)),
+        **head,
+        **pooled(spec.head),
+    }
+
+
+def pooled(head: Any) -> Tree:
+    """What stands in front of the vocabulary or of the classes."""
+    if head is None:
+        return {}
+    if head.act not in outward.ACTS:
+        raise ValueError(f"head.act: {head.act!r}; {', '.join(outward.ACTS)} are expected")
+    found = {"classifier_activation": outward.ACTS[head.act], "classifier_bias": head.dense_bias}
+    if head.kind_name() == "mlm":
+        return found | {"decoder_bias": head.bias}
+    if head.pool not in POOLS.values():
+        raise ValueError(f"head.pool: {head.pool!r}; {', '.join(POOLS.values())} are expected")
+    return found | {"classifier_pooling": next(name for name, pool in POOLS.items() if pool == head.pool)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.families import glm4_moe
 from assay.hub.family import Names
@@ -137,3 +137,50 @@ def mixture(c: Config) -> Tree:
         "router": glm4_moe.router(c),
         "shared": both,
     }
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    kinds = [letter(spec, i) for i in range(spec.layers)]
+    mixer: Any = outward.part(spec, "mixer", "mamba2")
+    found = {
+        **outward.basics(spec, "nemotron_h", "NemotronHForCausalLM"),
+        "layers_block_type": kinds,
+        "layer_norm_epsilon": outward.epsilon(spec),
+        "mamba_num_heads": mixer.count(spec.site(0)),
+        "mamba_head_dim": mixer.head_dim,
+        "ssm_state_size": mixer.state_size,
+        "n_groups": mixer.groups,
+        "conv_kernel": mixer.conv,
+        "use_conv_bias": mixer.conv_bias,
+        "use_bias": mixer.bias,
+        "time_step_min": mixer.dt.low,
+        "time_step_max": mixer.dt.high,
+    }
+    if shared.FULL in kinds:
+        found |= outward.grouped(spec) | {"num_attention_heads": outward.part(spec, "mixer", "gqa").heads}
+    if "mlp" in kinds:
+        net = outward.part(spec, "ffn", "dense")
+        found |= {"intermediate_size": net.width, "mlp_hidden_act": outward.activation(net), "mlp_bias": net.bias}
+    return found | (mixture_outward(spec) if "moe" in kinds else {})
+
+
+def mixture_outward(spec: ModelSpec) -> Tree:
+    """The keys of `mixture`."""
+    moe = outward.part(spec, "ffn", "moe")
+    return {
+        **glm4_moe.router_outward(moe),
+        "mlp_hidden_act": outward.activation(moe),
+        "n_shared_experts": 1,
+        "moe_intermediate_size": moe.width,
+        "moe_shared_expert_intermediate_size": outward.of_kind(moe.shared, "ffn.shared", "dense").width,
+        "moe_latent_size": moe.latent,
+    }
+
+
+def letter(spec: ModelSpec, layer: int) -> str:
+    """What one layer is. ValueError for one that is not a single part of these kinds."""
+    found = tuple(outward.kind_at(spec, name, layer) for name in ("mixer", "ffn"))
+    kinds = {("mamba2", None): LINEAR, ("gqa", None): shared.FULL, (None, "dense"): "mlp", (None, "moe"): "moe"}
+    if found not in kinds:
+        raise ValueError(f"blocks.{layer}: {found[0]!r} and {found[1]!r}; one of mamba2, gqa, dense, moe is expected")
+    return kinds[found]

@@ -51,8 +51,7 @@ def hugging_face(spec: ModelSpec) -> Tree:
     return {
         **outward.sizes(spec, "qwen3_moe", "Qwen3MoeForCausalLM"),
         **outward.rope(spec),
-        "num_key_value_heads": outward.part(spec, "mixer", "gqa").groups,
-        "head_dim": outward.head_size(spec),
+        **outward.grouped(spec),
         "hidden_act": outward.activation(moe),
         "rms_norm_eps": outward.epsilon(spec),
         "attention_bias": outward.biased(spec),

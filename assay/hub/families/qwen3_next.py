@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Depthwise, Fused, FusedHeads, Place
@@ -115,3 +115,43 @@ def mixture(c: Config) -> Tree:
     width = c.integer("moe_intermediate_size", 512)
     experts = c.integer("num_experts", 512)
     return {"kind": "moe", "experts": experts, "width": width, "act": act, "router": router, "shared": beside}
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    mixer = outward.part(spec, "mixer", "gated_deltanet")
+    kinds = [
+        LINEAR if outward.kind_at(spec, "mixer", i) == "gated_deltanet" else shared.FULL for i in range(spec.layers)
+    ]
+    size = mixer.head_dim or spec.d_model // mixer.heads
+    return {
+        **outward.sizes(spec, "qwen3_next", "Qwen3NextForCausalLM"),
+        **outward.grouped(spec),
+        **outward.rope(spec, partial=True),
+        **mixture_outward(spec),
+        "rms_norm_eps": outward.epsilon(spec),
+        "layer_types": kinds,
+        "linear_num_key_heads": mixer.key_heads,
+        "linear_num_value_heads": mixer.heads,
+        "linear_key_head_dim": size,
+        "linear_value_head_dim": mixer.value_dim or size,
+        "linear_conv_kernel_dim": mixer.conv or 4,
+    }
+
+
+def mixture_outward(spec: ModelSpec) -> Tree:
+    """The keys of `mixture`, and of the layers without experts."""
+    moe, plain = outward.part(spec, "ffn", "moe"), outward.kinds_at(spec, "ffn", "gated")
+    router = outward.of_kind(moe.router, "ffn.router", "topk")
+    dense = {"intermediate_size": outward.part(spec, "ffn", "gated").width} if plain else {}
+    return {
+        **dense,
+        "hidden_act": outward.activation(moe),
+        "mlp_only_layers": plain,
+        "decoder_sparse_step": 1,
+        "num_experts": moe.experts,
+        "num_experts_per_tok": router.k,
+        "norm_topk_prob": router.renormalise,
+        "router_aux_loss_coef": router.balance,
+        "moe_intermediate_size": moe.width,
+        "shared_expert_intermediate_size": outward.of_kind(moe.shared, "ffn.shared", "gated").width,
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from assay.hub import shared
+from assay.hub import outward, shared
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.hub.rules import Depthwise
@@ -63,7 +63,7 @@ def spec(c: Config) -> Tree:
         "d_model": d,
         "vocab": c.integer("vocab_size"),
         "layers": layers,
-        "context": CONTEXT,
+        "context": c.integer("max_position_embeddings", CONTEXT),
         "positions": {"main": c.rope(share=0.5)} if "attention" in kinds else {},
         "embed": {"kind": "token", "scale": scale},
         "blocks": blocks,
@@ -90,3 +90,32 @@ def recurrent(c: Config, d: int) -> Tree:
 def attention(c: Config) -> Tree:
     bias = "all" if c.flag("attention_bias", False) else "out"
     return shared.attention(c, sees={"window": c.integer("attention_window_size", 2048)}, bias=bias)
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    """A network is half as wide as its configuration says."""
+    mixer, net = outward.part(spec, "mixer", "rglru"), outward.part(spec, "ffn", "gated")
+    attends = outward.kinds_at(spec, "mixer", "gqa")
+    found = {
+        **outward.basics(spec, "recurrent_gemma", "RecurrentGemmaForCausalLM"),
+        "num_attention_heads": mixer.heads,
+        "lru_width": mixer.channels(spec.site(0)),
+        "conv1d_width": mixer.conv,
+        "block_types": shortest(["attention" if i in attends else "recurrent" for i in range(spec.layers)]),
+        "intermediate_size": 2 * net.width,
+        "hidden_activation": outward.activation(net),
+        "rms_norm_eps": outward.epsilon(spec),
+        "logits_soft_cap": outward.of_kind(spec.head, "head", "lm").softcap,
+    }
+    if attends:
+        outward.whole_heads(spec, by_width=True)
+        attention = outward.part(spec, "mixer", "gqa")
+        found |= outward.rope(spec, partial=True) | {"num_key_value_heads": attention.groups}
+        found |= {"attention_bias": outward.biased(spec), "attention_window_size": attention.sees.window}
+    return found
+
+
+def shortest(kinds: list[str]) -> list[str]:
+    """What a list repeats, to its end."""
+    size = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return kinds[:size]

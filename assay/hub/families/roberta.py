@@ -51,3 +51,9 @@ def spec(c: Config) -> Tree:
         "d_model": d,
         "head": heads[bert.purpose(c, "lm_head.bias", "classifier.out_proj.weight")],
     }
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    """`pad_token_id` is where positions begin, whatever the tokenizer fills with."""
+    found = bert.body_outward(spec, "roberta", "Roberta")
+    return {**found, "max_position_embeddings": spec.context + FIRST, "pad_token_id": FIRST - 1}

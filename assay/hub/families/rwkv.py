@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from assay.hub import outward
 from assay.hub.config import Config, Tree
 from assay.hub.rules import Shaped
+from assay.spec.model import ModelSpec
 
 TYPES = ("rwkv",)
 TIME, CHANNEL = "rwkv.blocks.*.attention", "rwkv.blocks.*.feed_forward"
@@ -54,4 +58,19 @@ def spec(c: Config) -> Tree:
         "pattern": ("first", *["block"] * (layers - 1)),
         "final_norm": {"kind": "layernorm"},  # whatever the configuration says
         "head": {"kind": "lm", "tie": c.flag("tie_word_embeddings", False)},
+    }
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    """Nothing is rescaled: what is read back computes the same, and only the epsilons of norms would notice."""
+    mixer, net = outward.part(spec, "mixer", "rwkv4"), outward.part(spec, "ffn", "rwkv_channel")
+    norm: Any = spec.expand()[0][0].branches[0].pre
+    found = outward.basics(spec, "rwkv", "RwkvForCausalLM")
+    return {
+        "context_length": found.pop("max_position_embeddings"),
+        **found,
+        "attention_hidden_size": mixer.width or spec.d_model,
+        "intermediate_size": net.width,
+        "layer_norm_epsilon": outward.of_kind(norm, "blocks.0.mixer_norm", "layernorm").eps,
+        "rescale_every": 0,
     }

@@ -5,6 +5,9 @@ v1.1 gates its feed-forward network with GELU, and has a head of its own without
 
 from __future__ import annotations
 
+from typing import Any
+
+from assay.hub import outward
 from assay.hub.config import Config, Tree
 from assay.hub.family import Names
 from assay.spec.model import ModelSpec
@@ -37,7 +40,7 @@ BOTH: Names = {**HEAD, **side("decoder"), **side("encoder", "encoder.")}
 SKIP = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": "cross-attention has no positions"}
 SAME = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight")
 OTHERWISE = (("shared.", "encoder.embed_tokens."),)
-CONTEXT = 512  # what it was trained on; buckets set no end, and its configurations name none
+CONTEXT = 512  # what it was trained on; buckets set no end, and transformers' configurations name none
 
 
 def names(spec: ModelSpec) -> Names:
@@ -53,7 +56,7 @@ def names(spec: ModelSpec) -> Names:
 def spec(c: Config) -> Tree:
     d, layers = c.integer("d_model"), c.integer("num_layers")
     c.must_be("is_encoder_decoder", True)
-    c.ignore("dropout_rate", "dense_act_fn", "is_gated_act", "decoder_start_token_id", "n_positions", "num_labels")
+    c.ignore("dropout_rate", "dense_act_fn", "is_gated_act", "decoder_start_token_id", "num_labels")
     # transformers 5 says of every T5 that it is tied, and writes down whether the output is scaled; the files on the
     # hub tie T5 and not v1.1. A head in the files is the model's own, whatever else is said.
     scaled = c.flag("scale_decoder_outputs", c.flag("tie_word_embeddings", True))
@@ -61,7 +64,7 @@ def spec(c: Config) -> Tree:
     common = {
         "d_model": d,
         "vocab": c.integer("vocab_size"),
-        "context": CONTEXT,
+        "context": c.integer("n_positions", CONTEXT),
         "final_norm": {"kind": "rmsnorm", "eps": c.number("layer_norm_epsilon", 1e-6)},
     }
     return {
@@ -108,3 +111,39 @@ ACTS = {
 def feed_forward(c: Config) -> Tree:
     kind, act = ACTS[c.text("feed_forward_proj", "relu", tuple(ACTS))]
     return {"kind": kind, "width": c.integer("d_ff"), "act": act}
+
+
+def hugging_face(spec: ModelSpec) -> Tree:
+    """`tie_word_embeddings` says for transformers whether the output is scaled; its T5 ties a head that no file has."""
+    if spec.encoder is None:
+        raise ValueError("encoder: null; one is expected")
+    mixer, table = outward.part(spec, "mixer", "gqa"), outward.position(spec, "t5")
+    kind, net = projection(outward.at(spec, "ffn", 0)), outward.at(spec, "ffn", 0)
+    return {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        "d_model": spec.d_model,
+        "d_kv": outward.head_size(spec),
+        "d_ff": net.width,
+        "vocab_size": spec.vocab,
+        "n_positions": spec.context,
+        "num_layers": spec.encoder.layers,
+        "num_decoder_layers": spec.layers,
+        "num_heads": mixer.heads,
+        "relative_attention_num_buckets": table.buckets,
+        "relative_attention_max_distance": table.max_distance,
+        "layer_norm_epsilon": outward.epsilon(spec),
+        "feed_forward_proj": kind,
+        "tie_word_embeddings": outward.of_kind(spec.head, "head", "lm").tie,
+    }
+
+
+def projection(net: Any) -> str:
+    """T5's name of a feed-forward network."""
+    found = next(
+        (name for name, known in ACTS.items() if net is not None and known == (net.kind_name(), net.act)), None
+    )
+    if found is None:
+        raise ValueError(f"blocks.0.ffn: {', '.join(f'{kind} with {act}' for kind, act in ACTS.values())} are expected")
+    return found
