@@ -19,7 +19,7 @@ from assay.ops.step import Step
 from assay.parts.ffns.gated import GatedFfn
 from assay.parts.heads.lm import LossOptions
 from assay.train.evaluate import step_of, token_losses
-from assay.train.learner import Learner
+from assay.train.learner import NLL, Learner
 from assay.train.loop import Options, train
 from assay.train.outcome import Diverged, Status, TrainResult
 from tests.train.small import data, learner, model, recipe
@@ -32,7 +32,7 @@ def gradients(held: Learner, batch: Batch, counts: int = 1) -> dict[str, Tensor]
     """The gradient that the loop forms of a batch cut into pieces."""
     held.optimizer.zero_grad()
     for piece in batch.split(batch.grid[0] // counts):
-        held._backward(piece, batch.counted, piece.counted / batch.counted, {})
+        held._backward(piece, batch.counted, {NLL: torch.zeros(())})
     return {n: p.grad.clone() for n, p in held.model.named_parameters() if p.grad is not None}
 
 
@@ -54,7 +54,7 @@ def test_pieces_of_unequal_counts_give_the_gradient_of_the_whole_batch() -> None
     # The mean of the pieces' means is another gradient: what this test is there to tell apart.
     held.optimizer.zero_grad()
     for piece in batch.split(2):
-        held._backward(piece, piece.counted * 2, 1.0, {})
+        held._backward(piece, piece.counted * 2, {NLL: torch.zeros(())})
     worst = max((p.grad - whole[n]).abs().max() for n, p in held.model.named_parameters() if p.grad is not None)
     assert worst > 1e-3
 

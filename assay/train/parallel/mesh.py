@@ -10,9 +10,12 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from assay.train.parallel.comm import Comm
+from assay.train.parallel.roll import Roll, guarded
 from assay.train.parallel.spec import AXES, ParallelSpec
 
 LOOPBACK = "lo"
@@ -105,9 +108,16 @@ def opened(spec: ParallelSpec, device: torch.device) -> Iterator[Mesh]:
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
-    dist.init_process_group(backend_for(device), timeout=timedelta(seconds=spec.timeout_s))
+    wait = timedelta(seconds=spec.timeout_s)
+    store, rank, _ = next(rendezvous("env://", timeout=wait))
+    # One store may serve all restarts: what the processes before this one wrote is not read.
+    store = PrefixStore(f"restart/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        backend_for(device), store=PrefixStore("groups", store), rank=rank, world_size=world, timeout=wait
+    )
     try:
-        yield Mesh.of(spec, device.type)
+        with guarded(Roll(PrefixStore("roll", store), rank, world)):
+            yield Mesh.of(spec, device.type)
     finally:
         dist.destroy_process_group()
 
