@@ -67,8 +67,8 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 ```
 
-`generate` works and keeps no cache: each step computes the whole text again. vLLM and SGLang do not load it: they have
-no implementation of this architecture, and what follows says where it parts from those they have.
+`generate` works, with the package's cache. vLLM and SGLang do not load it: they have no implementation of this
+architecture, and what follows says where it parts from those they have.
 
 | family | why not |
 |---|---|

@@ -128,7 +128,7 @@ def own_config(spec: ModelSpec) -> Tree:
         "max_position_embeddings": spec.context,
         # A tied head reads the table itself; by this transformers knows that layers share weights.
         "tie_word_embeddings": spec.sources != tuple(range(spec.layers)),
-        "use_cache": False,
+        "use_cache": True,
         "assay_version": __version__,
         "spec_digest": digest(spec),
         "assay": dump(spec),

@@ -38,7 +38,7 @@ def rwkv() -> Any:
 def test_it_agrees(
     make: Callable[[], Any], told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = randomised(make(), 3)
+    model: Any = randomised(make(), 3)
     model.save_pretrained(tmp_path)
     assert main(["parity", str(tmp_path), "--tokens", "14", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

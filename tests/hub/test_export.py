@@ -15,6 +15,9 @@ import yaml
 
 from assay.cli.main import main
 from assay.data.tokenizers import Tokenizer, _bytes
+from assay.engine.engine import generate
+from assay.engine.request import Request
+from assay.engine.sampler import SamplingParams
 from assay.hub.export import export_hf
 from assay.hub.express import as_family, express
 from assay.hub.load import import_folder
@@ -164,17 +167,65 @@ def test_a_model_of_its_own_delegates(own: tuple[LM, Any]) -> None:
         theirs(x, attention_mask=torch.ones(2, 3))
 
 
+def counted(theirs: Any, sizes: list[int]) -> Any:
+    """Notes how many columns each call of the model gets."""
+    return theirs.register_forward_pre_hook(
+        lambda _, given, named: sizes.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+
+
 @torch.no_grad()
-def test_a_model_of_its_own_generates(own: tuple[LM, Any]) -> None:
-    (model, theirs), x = own, ids(2, 6)
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_model_of_its_own_generates(own: tuple[LM, Any], cached: bool) -> None:
+    """As one pass over the whole text says, padded rows too; with the cache each step brings one token."""
+    (model, theirs), x, sizes = own, ids(2, 6), list[int]()
     mask = torch.ones_like(x)
     mask[1, :2] = 0
-    said = theirs.generate(x, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    hook = counted(theirs, sizes)
+    asked = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": cached}
+    said = theirs.generate(x, attention_mask=mask, **asked)
+    hook.remove()
+    assert sizes == [6, *([1] * 11 if cached else range(7, 18))]
     for row, start in ((0, 0), (1, 2)):
         text = x[row : row + 1, start:]
-        for _ in range(4):
+        for _ in range(12):
             text = torch.cat([text, logits(model, text)[:, -1:].argmax(-1)], 1)
-        assert text[0, -4:].tolist() == said[row, 6:].tolist()
+        assert text[0, -12:].tolist() == said[row, 6:].tolist()
+
+
+RECURRENT: dict[str, Any] = {
+    **LLAMA,
+    "positions": {"turn": {"kind": "rope", "scaling": {"kind": "ntk", "factor": 2.0}}},
+    "blocks": {
+        "a": {"mixer": {"kind": "gated_deltanet", "heads": 2}, "ffn": {"kind": "gated", "width": 12}},
+        "b": {"mixer": {"kind": "gqa", "heads": 4, "position": "turn", "sees": {"window": 4}}},
+    },
+    "pattern": ["a", "b"],
+}
+
+
+@torch.no_grad()
+def test_a_cache_has_states_and_windows_and_beams(tmp_path: Path) -> None:
+    """A recurrence and a window: greedy tokens are the engine's; beams and drawn tokens are those without a cache."""
+    model = drawn(spec(RECURRENT))
+    assert export_hf(model, Tokenizer(_bytes()), tmp_path / "out").family is None
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    x = ids(2, 6)
+    usual = {"attention_mask": torch.ones_like(x), "max_new_tokens": 9, "eos_token_id": None, "pad_token_id": 0}
+    greedy = theirs.generate(x, do_sample=False, **usual)
+    asked = [Request(prompt=tuple(row), max_new=9, sampling=SamplingParams(temperature=0.0)) for row in x.tolist()]
+    engine: list[list[int]] = [[], []]
+    for token in generate(model, Tokenizer(_bytes()), asked):
+        engine[token.request] += [] if token.id is None else [token.id]
+    assert greedy[:, 6:].tolist() == engine
+    for how in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 9, "num_return_sequences": 2}):
+        found = []
+        for cached in (True, False):
+            torch.manual_seed(4)
+            found.append(theirs.generate(x, use_cache=cached, **how, **usual))
+        assert torch.equal(*found)
+    with pytest.raises(ValueError, match="cache_implementation: 'static'; accepted: null"):
+        theirs.generate(x, cache_implementation="static", **usual)
 
 
 def test_a_model_of_its_own_is_saved_again_by_transformers(own: tuple[LM, Any], tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import nn
 
 from assay.data.tokenizers import Tokenizer, _bytes
 from assay.hub import live
@@ -31,30 +30,31 @@ MAKERS = (
     *(llama4, mamba2, minimax, windowed, kimi_linear, kimi_queries, qwen3_next),
 )
 
-RELU = {**encoders.ROBERTA, "hidden_act": "relu"}  # its head has GELU all the same, and BERT's has not
-VARIANTS = ("windowed", "nemotron_h_biased", "kimi_queries", "v3_plain", "mamba-auto", "rwkv-rescaled")
+VARIANTS: tuple[str, ...] = ("windowed", "nemotron_h_biased", "kimi_queries", "v3_plain", "mamba-auto", "rwkv-rescaled")
 VARIANTS += ("bert-pretraining", "roberta-classifier", "xlm-roberta", "recurrent_gemma-bias", "modernbert-local")
 FIRST = dict.fromkeys(("roberta-classifier", "xlm-roberta"), "bert")
 """RoBERTa counts positions from another row, which is all that is its own: these are BERTs, and BERT is asked first."""
 
 
-def drawn(make: Callable[[], tuple[nn.Module, Any]]) -> Any:
-    made, _ = make()
-    randomised(made, 3)
-    return made
+def drawn(make: Callable[[], tuple[Any, Any]], folder: Path) -> None:
+    randomised(made := make()[0], 3)
+    made.save_pretrained(folder)
 
 
-def by_name(name: str) -> Any:
+def by_name(name: str, folder: Path) -> None:
     config, model, values = test_recurrent_elementwise.MADE[name]
-    return randomised(model(config(**values)), 3)
+    drawn(lambda: (model(config(**values)), None), folder)
 
 
-SAVE: dict[str, Callable[[Path], Any]] = {
-    make.__name__: lambda p, make=make: drawn(make).save_pretrained(p) for make in MAKERS
-}
-SAVE |= {name: lambda p, name=name: by_name(name).save_pretrained(p) for name in test_recurrent_elementwise.MADE}
+def relu(folder: Path) -> None:
+    """A RoBERTa whose head has GELU all the same, which no BERT has."""
+    drawn(lambda: (hf.RobertaForMaskedLM(hf.RobertaConfig(**encoders.ROBERTA | {"hidden_act": "relu"})), None), folder)
+
+
+SAVE: dict[str, Callable[[Path], Any]] = {make.__name__: partial(drawn, make) for make in MAKERS}
+SAVE |= {name: partial(by_name, name) for name in test_recurrent_elementwise.MADE}
 SAVE |= {name: partial(encoders.save, name) for name in encoders.MADE}
-SAVE["roberta"] = lambda p: randomised(hf.RobertaForMaskedLM(hf.RobertaConfig(**RELU)), 3).save_pretrained(p)
+SAVE["roberta"] = relu
 
 
 def said(model: Any, form: str) -> torch.Tensor:
@@ -62,8 +62,8 @@ def said(model: Any, form: str) -> torch.Tensor:
     x = ids(2, 14).clamp(min=2)
     more: dict[str, Any] = {"decoder": {"use_cache": False}, "both": {"decoder_input_ids": x[:, :9]}, "encoder": {}}
     out = model.eval()(input_ids=x, **more[form])
-    found: torch.Tensor = getattr(out, "logits", None)
-    return out.last_hidden_state if found is None else found
+    found: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    return found
 
 
 @torch.no_grad()
