@@ -11,16 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assay.ops.attend import decode, matmul, oracle, sdpa, tiled
+from assay.ops.attend import decode, gathered, matmul, oracle, sdpa, tiled
 from assay.ops.attend.call import Call
 from assay.ops.attend.plan import BACKENDS, Plan, materialised
+from assay.ops.attend.plan import gathered as in_parts
 from assay.ops.attend.rule import Scores, softmax
 from assay.ops.here import Here, heard
 from assay.ops.sees import Sees
 from assay.ops.step import Layout, Step, View
 
 # Not a read-only dict: a compiler cannot look into one once any other has changed, as a cast of the weights does.
-MODULES = (oracle, tiled, matmul, sdpa)
+MODULES = (oracle, tiled, matmul, sdpa, gathered)
 # Beyond this many entries a mask is not made unless a backend has to (256 MiB).
 LARGEST_MASK = 1 << 28
 
@@ -29,6 +30,9 @@ def plan(step: Step, layout: Layout, sees: Sees, backend: str = "auto") -> Plan:
     """Once a step for all layers with the same rule. `auto`: each layer takes the fastest backend that serves it."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"attention backend is {backend!r}; accepted: auto, {', '.join(BACKENDS)}")
+    cut = in_parts(step, layout, sees, backend) if backend in ("auto", "gathered") else None
+    if cut is not None:
+        return cut
     rows = layout.seq.shape[0] if layout.aligned else 1
     entries = step.seq.shape[0] // max(rows, 1) * layout.seq.numel()
     if backend in ("oracle", "tiled") or (backend == "auto" and entries > LARGEST_MASK):
@@ -51,7 +55,10 @@ def refusal(name: str, call: Call) -> str | None:
 
 
 def chosen(call: Call) -> str:
-    """On a CPU `matmul`; elsewhere torch's fused attention if the scores are plain; `tiled` past the mask's limit."""
+    """On a CPU `matmul`; elsewhere torch's fused attention if the scores are plain; `tiled` past the mask's limit, and
+    `gathered` where the plan has parts."""
+    if call.plan.parts is not None:
+        return "gathered" if gathered.refuses(call) is None else "matmul"
     if call.plan.mask is None and not call.plan.lower and refusal("tiled", call) is None:
         return "tiled"
     return "matmul" if call.q.device.type == "cpu" or sdpa.refuses(call) is not None else "sdpa"

@@ -6,6 +6,7 @@ heads, P = H / G, K head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +15,15 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.attend.plan import Plan, aligned, materialised, narrowed
+from assay.ops.attend.parts import SMALLEST, Part
+from assay.ops.attend.plan import Plan, aligned, materialised, may_gather, narrowed
 from assay.ops.sees import Sees
 from assay.ops.step import Layout, Step, View
 from assay.spec.base import Spec
+
+CAUSAL = Sees()
+# A part of own blocks holds about so many logits.
+LOGITS = 1 << 19
 
 
 class Blocks(Spec):
@@ -37,6 +43,19 @@ class Blocks(Spec):
     def narrows(self, entries: int) -> bool:
         """Whether a token that could see this many keys sees fewer."""
         return entries > self.size * self.keep
+
+    def gathers(self, new: int, entries: int) -> bool:
+        """Whether so many queries, of whom each could see so many keys, are multiplied with what they choose alone."""
+        return new > 1 and new * entries >= SMALLEST and entries >= 2 * self.size * self.keep
+
+    def multiplied(self, new: int, seen: int) -> int:
+        """(query, key) pairs that are multiplied where blocks are gathered: the chosen blocks, which are full, and the
+        squares of the queries' own; else the square."""
+        if not self.gathers(new, new + seen):
+            return new * (new + seen)
+        chosen = sum(min(self.keep - 1, i // self.size) * self.size for i in range(seen, seen + new))
+        own = (new + seen - 1) // self.size - seen // self.size + 1
+        return chosen + own * min(self.size, new) * self.size
 
     def pairs(self, new: int, seen: int) -> int:
         """(query, key) pairs when `new` tokens arrive after `seen` others; exact, since earlier blocks are full."""
@@ -142,16 +161,30 @@ def entered(found: Runs, picked: Bool[Tensor, "R G T C"], step: Step, layout: La
 
 
 @torch.no_grad()
-def chosen(
+def choices(
     rule: Blocks, q: Float[Tensor, "N H K"], k: Float[Tensor, "Q V G K"], step: Step, layout: Layout
-) -> Bool[Tensor, "R H T S"]:
-    """Which entries of the view are in a block that a query head chooses, or in the query's own."""
+) -> tuple[Runs, Bool[Tensor, "R H T C"]]:
+    """The blocks of the view, and which of them each query head chooses beside the query's own."""
     q_seq, q_index, _, k_seq, _, _ = aligned(step, layout)
     rows, entries = k_seq.shape
     found = runs(layout, rows, rule.size, rule.size)
     worth = rule.worth(q.view(rows, -1, *q.shape[1:]), found.of(k.reshape(rows, entries, *k.shape[2:])))
     before = found.before(q_seq, q_index // rule.size * rule.size)
-    return entered(found, best(worth, before, rule.keep - 1), step, layout)
+    return found, best(worth, before, rule.keep - 1)
+
+
+def gathers(rule: Blocks, step: Step, layout: Layout) -> bool:
+    """Whether chosen blocks are multiplied alone, and the square is not made."""
+    rows = layout.seq.shape[0] if layout.aligned else 1
+    return rule.gathers(step.tokens // rows, layout.seq.numel() // rows) and may_gather(step.seq)
+
+
+@torch.no_grad()
+def chosen(
+    rule: Blocks, q: Float[Tensor, "N H K"], k: Float[Tensor, "Q V G K"], step: Step, layout: Layout
+) -> Bool[Tensor, "R H T S"]:
+    """Which entries of the view are in a block that a query head chooses, or in the query's own."""
+    return entered(*choices(rule, q, k, step, layout), step, layout)
 
 
 def within(allowed: Bool[Tensor, "R G T S"], made: Plan | None, step: Step, layout: Layout, sees: Sees) -> Plan:
@@ -162,10 +195,83 @@ def within(allowed: Bool[Tensor, "R G T S"], made: Plan | None, step: Step, layo
     return narrowed(made, allowed & made.mask[:, None])
 
 
+def opened(
+    rule: Blocks,
+    found: Runs,
+    picked: Bool[Tensor, "R G T C"],
+    made: Plan | None,
+    step: Step,
+    view: View,
+    sees: Sees = CAUSAL,
+) -> Plan:
+    """The step's plan for a layer whose queries see the blocks they picked and their own, of what the rule shows."""
+    layout, groups = view.layout, view.dense("k").shape[2]
+    backend = "auto" if made is None else made.backend
+    if backend == "auto" and sees == CAUSAL and gathers(rule, step, layout):
+        heads = picked.shape[1]
+        own = own_parts(rule.size, heads, step, layout, groups)
+        parts = (*chosen_parts(found, picked, layout, groups), *own)
+        return Plan(backend, parts=parts, by_head=heads, allowed=lambda: entered(found, picked, step, layout))
+    return within(entered(found, picked, step, layout), made, step, layout, sees)
+
+
+def chosen_parts(found: Runs, picked: Bool[Tensor, "R G T C"], layout: Layout, groups: int) -> Iterator[Part]:
+    """A part for each block that somebody picks: all who do, by head, with its keys, all of which they see."""
+    rows, heads, tokens, _ = picked.shape
+    entries = layout.seq.numel() // rows
+    inside = torch.arange(found.size)
+    number, block, place = picked.flatten(0, 1).transpose(1, 2).nonzero(as_tuple=True)
+    asking = number * tokens + place
+    wanted, counts = torch.stack([number, block]).unique_consecutive(dim=1, return_counts=True)
+    row, group = wanted[0] // heads, wanted[0] % heads // (heads // groups)
+    first = found.first[row, wanted[1]] + (row * groups + group) * entries
+    for q, start in zip(asking.split(counts.tolist()), first.tolist(), strict=True):
+        yield Part(q[None], (start + inside)[None], None)
+
+
+def own_parts(size: int, heads: int, step: Step, layout: Layout, groups: int) -> Iterator[Part]:
+    """Every query with the keys of its own block up to its own, by head, in squares of `size`."""
+    q_seq, q_index, _, k_seq, k_index, _ = aligned(step, layout)
+    (rows, tokens), entries = q_seq.shape, k_seq.shape[1]
+    row = torch.arange(rows)[:, None]
+    apart = int(torch.maximum(q_index.max(), k_index.max())) // size + 1
+    many = int(torch.maximum(q_seq.max(), k_seq.max())) + 1
+
+    def segments(seq: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Which block of which sequence of which row the tokens are of, and where they stand, -1 for no token."""
+        number = torch.where(seq < 0, -1, (row * many + seq) * apart + index.div(size, rounding_mode="floor"))
+        return number.flatten(), torch.arange(number.numel())
+
+    (q_number, q_at), (k_number, k_at) = segments(q_seq, q_index), segments(k_seq, k_index)
+    names = q_number.unique()
+    names = names[names >= 0]
+    q, k = (table(names, number, at, size) for number, at in ((q_number, q_at), (k_number, k_at)))
+    mask = (q >= 0)[..., None] & (k >= 0)[:, None] & (k_index.flatten()[k][:, None] <= q_index.flatten()[q][..., None])
+    width = min(size, tokens)
+    q, mask = q[:, :width], mask[:, :width]
+    head = torch.arange(heads)[:, None, None]
+    of_head = (q // tokens * heads + head) * tokens + q % tokens
+    of_group = (k // entries * groups + head // (heads // groups)) * entries + k % entries
+    q = torch.where(q >= 0, of_head, rows * heads * tokens).flatten(0, 1)
+    k = of_group.where(k >= 0, 0).flatten(0, 1)
+    mask = mask.expand(heads, *mask.shape).flatten(0, 1)
+    step_by = max(1, LOGITS // (width * size))
+    for i in range(0, len(q), step_by):
+        yield Part(q[i : i + step_by], k[i : i + step_by], mask[None, i : i + step_by])
+
+
+def table(names: Int[Tensor, "B"], number: Int[Tensor, "N"], at: Int[Tensor, "N"], size: int) -> Int[Tensor, "B s"]:
+    """Where the tokens of each numbered block stand, in their order; -1 behind its last."""
+    order = number.argsort(stable=True)
+    first = torch.searchsorted(number[order], names)[:, None] + torch.arange(size)
+    read = first.clamp(max=len(order) - 1)
+    return torch.where((first < len(order)) & (number[order][read] == names[:, None]), at[order][read], -1)
+
+
 def looked_into(
     rule: Blocks, made: Plan | None, q: Float[Tensor, "N H K"], view: View, step: Step, sees: Sees
 ) -> Plan | None:
     """The step's plan for a layer whose queries choose blocks; as it is where every block would be chosen."""
     if not rule.narrows(view.layout.seq.shape[1]):
         return made
-    return within(chosen(rule, q, view.dense("k"), step, view.layout), made, step, view.layout, sees)
+    return opened(rule, *choices(rule, q, view.dense("k"), step, view.layout), made, step, view, sees)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from assay.ops.attend.plan import Plan, aligned, materialised, prefixes, seen
+from assay.ops.attend.plan import Plan, aligned, materialised, narrowed, prefixes, seen
 from assay.ops.attend.rule import Scores
 from assay.ops.sees import Sees
 from assay.ops.step import Step, View
@@ -35,7 +35,10 @@ class Call:
         """The same call with its mask made, for a backend that needs one."""
         if self.plan.mask is not None:
             return self
-        return replace(self, plan=materialised(self.step, self.view.layout, self.sees, self.plan.backend))
+        made = materialised(self.step, self.view.layout, self.sees, self.plan.backend)
+        if self.plan.allowed is not None and made.mask is not None:
+            made = narrowed(made, self.plan.allowed() & made.mask[:, None])
+        return replace(self, plan=made)
 
     def visible(self, queries: slice, keys: slice) -> Bool[Tensor, "R T S"]:
         """A tile of the mask, made for it alone."""

@@ -5,6 +5,7 @@ Legend: R x T rows and columns of the grid, S entries of the view.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -13,10 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from assay.ops.attend.parts import Part, Where, gathered_pairs, groups, multiplied, parts, worth
 from assay.ops.sees import Sees
 from assay.ops.step import Layout, Step
 
-BACKENDS = ("oracle", "tiled", "matmul", "sdpa")
+BACKENDS = ("oracle", "tiled", "matmul", "sdpa", "gathered")
 TILE = 64
 
 
@@ -39,6 +41,10 @@ class Plan:
 
     `dead` marks the tokens that see nothing; None where it is known that there are none. `lower`: every row is the
     plain lower triangle, known without a look at it, and no mask was made.
+
+    `parts` serve `gathered`, and no mask was made. by_head: 0 where they count the columns of the grid and of the view,
+    for all rows and heads alike; else the number of heads whose own they are, and they count through all rows and these
+    heads. allowed: what is seen of the rule then, for who needs the mask.
     """
 
     backend: str
@@ -49,6 +55,9 @@ class Plan:
     blocks: tuple[Block, ...] = ()
     dead: Bool[Tensor, "R T"] | None = None
     lower: bool = False
+    parts: tuple[Part, ...] | None = None
+    by_head: int = 0
+    allowed: Callable[[], Bool[Tensor, "R G T S"]] | None = None
 
     @cached_property
     def shift(self) -> int | None:
@@ -114,11 +123,37 @@ def materialised(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan:
     return Plan(backend, mask, q_pos, k_pos, added, _blocks(some, every), None if bool(alive.all()) else ~alive)
 
 
+def may_gather(x: Tensor) -> bool:
+    """On a CPU, where looking at places costs no synchronisation. Sums that are to be the same bit for bit, whoever
+    else is in the step, are made otherwise."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+def gathered(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan | None:
+    """A plan with parts, on a CPU, where the rule leaves most of a large square out, or where `gathered` is asked for;
+    else None. ValueError where it is asked for a rule that it cannot cut up."""
+    asked = backend == "gathered"
+    if asked and sees.prefix:
+        raise ValueError("attention backend 'gathered' has no parts for a rule with a `prefix`")
+    if not asked and (sees.everything or not may_gather(step.seq)):
+        return None
+    q_seq, q_index, _, k_seq, k_index, _ = (t.numpy() for t in aligned(step, layout))
+    where = Where(q_seq, q_index, k_seq, k_index).once()
+    found = groups(sees, where) if asked else worth(sees, where)
+    if asked and found is None:
+        raise ValueError("attention backend 'gathered' needs rows that agree where `stride` begins")
+    return None if found is None else Plan(backend, parts=parts(sees, where, found))
+
+
 def narrowed(plan: Plan, mask: Bool[Tensor, "R *G T S"]) -> Plan:
     """The plan of one layer that sees only this part of what the plan's own mask shows, all heads the same or each
     group of heads its own: some of it wherever there is something to see. ValueError for a backend that makes its mask
     from the places and not from the plan."""
-    if plan.backend in ("oracle", "tiled"):
+    if plan.backend in ("oracle", "tiled", "gathered"):
         raise ValueError(
             f"attention backend {plan.backend!r} does not read a chosen mask; accepted: auto, matmul, sdpa"
         )
@@ -148,13 +183,21 @@ def query_blocks(tokens: int) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=1024)  # the layers of a model ask the same question, and a long context takes a while
-def executed_pairs(new: int, past: int, sees: Sees, backend: str = "matmul", prefix: int = 0) -> int:
+def executed_pairs(new: int, past: int, sees: Sees, backend: str = "auto", prefix: int = 0) -> int:
     """(query, key) pairs that `backend` multiplies when one sequence brings `new` tokens after `past` others, its view
     holding just these in order, and so does each of a batch of equal ones. 4 * heads * head_dim FLOPs a pair, forward.
 
-    Holds for the blocked path (a CPU, no bias but one by distance); the plain path multiplies the whole square,
-    new * (new + past).
+    auto: what a CPU takes, `gathered` where the rule leaves most of a large square out, else `matmul`. Holds for its
+    blocked path (no bias but one by distance) and for `gathered` without a bias; the plain path multiplies the whole
+    square, new * (new + past).
     """
+    found = gathered_pairs(new, past, sees) if backend == "auto" else None
+    if found is not None:
+        return found
+    if backend == "gathered":
+        cut = groups(sees, Where.alone(new, past))
+        return 0 if cut is None else multiplied(cut, 1)
+    backend = "matmul" if backend == "auto" else backend
     if backend == "oracle":
         return sees.pairs(new, past, prefix)
     if backend == "sdpa":

@@ -174,10 +174,11 @@ class Gqa(MixerSpec):
         """q k^T and p v: 2 products of 2 * heads * head_dim FLOPs for each pair. Executed: the blocks of queries with
         the keys that somebody in them sees. Without a prefix: one of p tokens has p (p - 1) / 2 visible pairs more.
         With `scores.blocks`: the pairs that are left, and 2 * heads * head_dim for each block that is weighed (twice
-        for bounds). Executed: the whole square, and every block; what blocks are weighed by is made again each step."""
+        for bounds). Executed: the whole square, or of a large one the chosen blocks and the squares of the queries'
+        own, and every block; what blocks are weighed by is made again each step."""
         per_pair, blocks = 4 * self.heads * self.size(site), self.scores.blocks
         if blocks is not None and blocks.narrows(new + seen):
-            pairs, executed = blocks.pairs(new, seen), new * (new + seen)
+            pairs, executed = blocks.pairs(new, seen), blocks.multiplied(new, seen)
             weighed, multiplied = blocks.scored(new, seen), blocks.executed(new, seen)
             return Cost(per_pair * pairs + per_pair // 2 * weighed, per_pair * executed + per_pair // 2 * multiplied)
         executed = ops.executed_pairs(new, seen, self.sees)
@@ -212,13 +213,17 @@ class GqaMixer(Placed):
     """[N, D] -> [N, D]. Head counts are read from the tensors, so a shard of the heads runs the same lines."""
 
     def prepare_key(self) -> object:
-        return ("attend", self.spec.sees, self.spec.takes)
+        return ("attend", self.spec.sees, self.spec.takes, self.spec.scores.blocks)
 
     def prepare(self, step: Step, state: State | None) -> Any:
         assert state is not None
         self.check_bound()
         # Borrowed keys stand where their giver stored them, which this part's own (empty) state does not know.
-        return None if self.spec.takes is not None else ops.plan(step, state.layout(step), self.spec.sees)
+        if self.spec.takes is not None:
+            return None
+        layout, blocks = state.layout(step), self.spec.scores.blocks
+        alone = blocks is not None and ops.gathers(blocks, step, layout)
+        return None if alone else ops.plan(step, layout, self.spec.sees)
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         q, view = self.read(x, step, here)

@@ -122,7 +122,8 @@ class Nsa(MixerSpec):
         """4 * heads * head_dim for each pair of a query with a compressed block, with a token of a selected block (all
         that may be selected are full), and with one of the window. The maps that compress count for each block and key
         head, less what they count as maps of tokens, so this may be below 0. Executed: all blocks of the view, the
-        square of what is selected, and the sums over compressed blocks as a product with their overlaps."""
+        square of what is selected (of a large one the selected blocks and the squares of the queries' own), and the
+        sums over compressed blocks as a product with their overlaps."""
         k, rule, length, near = self.dim(site), self.compress, new + seen, Sees(window=self.window)
         each, maps = 4 * self.heads * k, 4 * self.hidden(site) * k * (rule.size + 1)
         behind = [max(0, (ends - rule.size) // rule.stride + 1) for ends in range(seen, length + 1)]
@@ -130,7 +131,7 @@ class Nsa(MixerSpec):
         pairs = sum(behind[1:]) + self.blocks.pairs(new, seen) + near.pairs(new, seen)
         square, sums = ops.executed_pairs(new, seen, CAUSAL), 0
         if self.blocks.narrows(length):
-            square, sums = new * length, 2 * self.groups * new * count * (length // self.size)
+            square, sums = self.blocks.multiplied(new, seen), 2 * self.groups * new * count * (length // self.size)
         executed = new * count + square + ops.executed_pairs(new, seen, near)
         return Cost(
             each * pairs + maps * (self.groups * made - new),
@@ -167,14 +168,15 @@ class NsaMixer(Placed):
                 raise ValueError(f"{self.name}: position {self.spec.position!r} adds a bias, and blocks have no place")
 
     def prepare_key(self) -> object:
-        return ("nsa", self.spec.window)
+        return ("nsa", self.spec.window, self.blocks)
 
     def prepare(self, step: Step, state: State | None) -> Any:
         """The plans of the tokens that are before a query, and of those in its window."""
         assert state is not None
         self.check_bound()
         layout = state.layout(step)
-        return ops.plan(step, layout, CAUSAL), ops.plan(step, layout, self.near)
+        before = None if ops.gathers(self.blocks, step, layout) else ops.plan(step, layout, CAUSAL)
+        return before, ops.plan(step, layout, self.near)
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         k_dim = self.spec.dim(self.site)
@@ -195,7 +197,8 @@ class NsaMixer(Placed):
         before, near = step.table(self)
         coarse, probs = self.coarse(q, view, step)
         if self.blocks.narrows(view.layout.seq.shape[1]):
-            before = ops.within(self.selected(probs, view.layout, step, here), before, step, view.layout, CAUSAL)
+            found, picked = self.selected(probs, view.layout, step, here)
+            before = ops.opened(self.blocks, found, picked, before, step, branch(view, "select"))
         scores = ops.Scores(q.shape[-1] ** -0.5)
         fine = ops.attend(q, branch(view, "select"), step, CAUSAL, scores, before)
         window = ops.attend(q, branch(view, "window"), step, self.near, scores, near)
@@ -227,8 +230,8 @@ class NsaMixer(Placed):
     @torch.no_grad()
     def selected(
         self, probs: Float[Tensor, "R H T C"], layout: Layout, step: Step, here: Here
-    ) -> Bool[Tensor, "R G T S"]:
-        """The entries of the blocks that each group of heads selects, and of the query's own."""
+    ) -> tuple[ops.Runs, Bool[Tensor, "R G T C"]]:
+        """The blocks that can be selected, and which of them each group of heads selects beside the query's own."""
         spec, rows = self.spec, probs.shape[0]
         q_seq, q_index, _, _, _, _ = ops.aligned(step, layout)
         small = ops.runs(layout, rows, spec.compress.size, spec.compress.stride)
@@ -243,7 +246,7 @@ class NsaMixer(Placed):
         always = (number < spec.initial) | (number > own - spec.local)
         worth = worth.masked_fill(always[:, None], float("inf"))
         picked = ops.best(worth, blocks.before(q_seq, q_index // spec.size * spec.size), spec.keep - 1)
-        return ops.entered(blocks, here.tap("choice", picked), step, layout)
+        return blocks, here.tap("choice", picked)
 
 
 def branch(view: View, name: str) -> View:
