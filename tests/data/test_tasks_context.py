@@ -25,6 +25,7 @@ from assay.data.tasks.needle import Needle
 from assay.data.tasks.noisy_recall import NoisyRecall
 from assay.data.tasks.phonebook import Phonebook
 from assay.data.tasks.selective_copy import SelectiveCopy
+from assay.data.tasks.stacked_mqar import StackedMqar
 from assay.data.tasks.variable_tracking import VariableTracking
 
 SEEDS = st.integers(0, 10**9)
@@ -223,3 +224,24 @@ def test_words_stand_as_often_as_they_should(seed: int) -> None:
 def rows(task: CommonWords | FrequentWords, seed: int) -> list[tuple[list[int], list[int]]]:
     examples = task.draw(3, seed)
     return list(zip(examples.inputs.tolist(), examples.targets.tolist()))
+
+
+@given(SEEDS)
+def test_stacked_pairs_are_read_by_place(seed: int) -> None:
+    """A symbol is taken apart by counting, and a row is read with a dictionary; passes repeat its pairs."""
+    task = StackedMqar(length=30, pairs=5, keys=7, values=6, passes=2)
+    names = {13 + 6 * k + v: (k, 7 + v) for k in range(7) for v in range(6)}
+    examples = task.draw(4, seed)
+    for inputs, targets in zip(examples.inputs.tolist(), examples.targets.tolist()):
+        worth = dict(names[symbol] for symbol in inputs[:5])
+        assert len(worth) == len(set(worth.values())) == 5
+        assert sorted(inputs[:5]) == sorted(inputs[5:10])
+        assert targets == [IGNORED] * 10 + [worth[key] for key in inputs[10:]]
+
+
+def test_stacked_pairs_and_questions_are_even() -> None:
+    task = StackedMqar()
+    examples = task.draw(2000, 1)
+    assert even(np.bincount(examples.targets[examples.asked], minlength=64)[32:])
+    assert even(np.bincount(examples.inputs[:, :8].ravel() - 64, minlength=1024))
+    assert even(np.bincount(examples.inputs[:, 8:].ravel(), minlength=32))

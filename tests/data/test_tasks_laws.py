@@ -63,6 +63,10 @@ def _others(kind: str, some: Callable[[int, int], int], draw: st.DrawFn) -> dict
 def _recalling(kind: str, some: Callable[[int, int], int]) -> dict[str, Any]:
     spare = some(0, 40)
     match kind:
+        case "stacked_mqar":
+            pairs, passes = some(2, 9), some(1, 3)
+            enough = {"keys": 4 * pairs + some(0, 9), "values": 4 * pairs + some(0, 9)}
+            return {"length": pairs * (passes + 1) + spare, "pairs": pairs, "passes": passes, **enough}
         case "in_context_recall":
             return {"length": 20 + 2 * spare, "keys": some(2, 5), "values": some(2, 9)}
         case "noisy_recall":
@@ -210,6 +214,8 @@ REFUSED = [
     ("induction", {"most": 8}, "most: 8; blocks of 16 (least) symbols need 16 or more"),
     ("induction", {"symbols": 31}, "symbols: 31; blocks of 32 (most) different symbols need 32 or more"),
     ("induction", {"length": 32}, "length: 32; blocks of 32 (most) symbols and a repeated one need 33 or more"),
+    ("stacked_mqar", {"length": 15}, "length: 15; 8 pairs, each asked, need 16 or more"),
+    ("stacked_mqar", {"values": 7}, "values: 7; 8 pairs need 8 or more"),
     ("in_context_recall", {"length": 33}, "length: 33; accepted: even numbers, for a row is made of pairs"),
     ("noisy_recall", {"noise": 1.0}, "noise"),
     ("fuzzy_recall", {"symbols": 2, "keys": 9}, "keys: 9; 3 of size 1, and 2 exist"),
