@@ -80,8 +80,10 @@ def refuse(part: PartSpec, site: Site, axis: str, ranks: int) -> None:
         raise ValueError(f"{what}: it has {count} pieces; accepted: {axis} in {accepted}")
 
 
-def deal(spec: ModelSpec, sizes: Mapping[str, int]) -> Deal:
-    """The weights that ranks of these axes hold pieces of. ValueError, by name, for what cannot be dealt out so."""
+def deal(spec: ModelSpec, sizes: Mapping[str, int], sequence: bool = False) -> Deal:
+    """The weights that ranks of these axes hold pieces of. sequence: between the parts that are cut, `tensor` ranks
+    have a part of the tokens each, so that the gradients of norms there are partial as well. ValueError, by name, for
+    what cannot be dealt out so."""
     cuts: dict[str, Cut] = {}
     partial: set[str] = set()
     tensor, expert = sizes.get("tensor", 1), sizes.get("expert", 1)
@@ -90,7 +92,8 @@ def deal(spec: ModelSpec, sizes: Mapping[str, int]) -> Deal:
             refuse(part, site, "tensor", tensor)
             dims = cut_weights(part, site, "tensor")
             cuts |= {f"{site.name}.{name}": Cut("tensor", dim) for name, dim in dims.items()}
-            if dims and part.slot in ("mixers", "ffns"):
+            between = sequence and site.name.startswith("blocks.") and part.slot in ("norms", "residuals")
+            if between or (dims and part.slot in ("mixers", "ffns")):
                 partial |= {f"{site.name}.{name}" for name in part.weights(site).keys() - dims.keys()}
         if expert > 1 and part.pieces(site).get("expert"):
             refuse(part, site, "expert", expert)
@@ -118,9 +121,3 @@ def owned(spec: ModelSpec) -> Iterator[tuple[Site, PartSpec]]:
 def cut_fields(fields: tuple[StateField, ...], ranks: int) -> tuple[StateField, ...]:
     """What one of `ranks` tensor ranks remembers of a part that is cut."""
     return tuple(f if f.split is None else replace(f, shape=piece_shape(f.shape, f.split, ranks)) for f in fields)
-
-
-def bubble(stages: int, micro: int) -> float:
-    """The share of time that a pipeline's ranks wait, GPipe or 1F1B, for equal stages: (p - 1) / (m + p - 1). Huang et
-    al. 2018, arXiv 1811.06965, section 2.3; Narayanan et al. 2021, arXiv 2104.04473, section 2.2."""
-    return (stages - 1) / (micro + stages - 1)

@@ -1,0 +1,118 @@
+"""Context parallelism on two processes: packed documents that cross the border between ranks train as on one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from assay.model.lm import LM
+from assay.ops.sees import Sees
+from assay.train.evaluate import step_of
+from assay.train.parallel import context
+from assay.train.parallel.context import Columns
+from assay.train.parallel.mesh import Mesh
+from tests.train.parallel.plans import Found, batch, built, mesh_of, model, together
+
+STEPS = 3
+GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2, "position": "rope", "scores": {"softcap": 2.0, "sink": True}}
+MLA = {"kind": "mla", "heads": 2, "kv_rank": 6, "nope_dim": 4, "rope_dim": 4, "value_dim": 4, "position": "rope"}
+MIXERS = {
+    "gqa": GQA,
+    "window": GQA | {"sees": {"window": 5}},
+    "mla": MLA,
+    "mamba2": {"kind": "mamba2", "heads": 2, "head_dim": 8, "state_size": 4, "chunk": 4},
+    "gated_deltanet": {"kind": "gated_deltanet", "heads": 2, "head_dim": 8, "chunk": 4},
+    "rwkv7": {"kind": "rwkv7", "heads": 2, "head_dim": 8},
+    "rglru": {"kind": "rglru", "heads": 2},
+    "mamba": {"kind": "mamba"},
+}
+MODELS = {name: model(mixer) for name, mixer in MIXERS.items()} | {
+    "hybrid": model(GQA, blocks={"a": {"mixer": GQA}, "d": {"mixer": MIXERS["gated_deltanet"]}}, pattern=["d", "a"]),
+    "learned": model(
+        {"kind": "gqa", "heads": 2}, positions={"p": {"kind": "learned"}}, head={"kind": "lm", "tie": True}
+    ),
+}
+
+
+def steps(made: LM, mesh: Mesh | None) -> tuple[Tensor, LM]:
+    optimizer, losses = torch.optim.AdamW(made.parameters(), lr=1e-2), []
+    for number in range(STEPS):
+        read = batch(number)
+        out = made(step_of(read), targets=read.targets)
+        optimizer.zero_grad()
+        (out.loss["objective"] / read.counted).backward()
+        nll = out.loss["nll"].detach()
+        if mesh is not None:
+            mesh.comm.all_reduce(nll, mesh.group("context"))
+            for p in made.parameters():
+                mesh.comm.all_reduce(p.grad, mesh.group("context"))
+        optimizer.step()
+        losses.append(nll)
+    return torch.stack(losses), made
+
+
+def cases(rank: int, processes: int) -> Found:
+    found: Found = {}
+    mesh = mesh_of(context=processes)
+    for name, spec in MODELS.items():
+        made = built(spec)
+        context.apply(made, mesh)
+        with torch.no_grad():
+            found[f"{name}/logits"] = made(step_of(batch(9))).logits
+        losses, made = steps(made, mesh)
+        found[f"{name}/losses"] = losses
+        found |= {f"{name}/w/{n}": p.detach() for n, p in made.named_parameters()}
+    made = built(MODELS["gqa"])
+    context.apply(made, mesh)
+    mesh.comm.reset()
+    read = batch(0)
+    made(step_of(read), targets=read.targets).loss["objective"].backward()
+    kinds = ("all_gather", "reduce_scatter")
+    found["traffic"] = torch.tensor([n[k] for n in (mesh.comm.calls, mesh.comm.sent) for k in kinds])
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Found]:
+    return together("tests.train.parallel.test_plans_context:cases", 2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_learn_what_one_process_learns(found: list[Found], name: str) -> None:
+    made = built(MODELS[name])
+    logits = made(step_of(batch(9))).logits.detach()
+    losses, made = steps(made, None)
+    # A recurrence's state is declared in float32, and begins so on one process, from zero.
+    for rank in found:
+        torch.testing.assert_close(rank[f"{name}/logits"], logits, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(rank[f"{name}/losses"], losses, rtol=1e-10, atol=1e-10)
+        for key, p in made.named_parameters():
+            torch.testing.assert_close(rank[f"{name}/w/{key}"], p.detach(), rtol=1e-9, atol=1e-9, msg=f"{name} {key}")
+
+
+def test_a_gather_a_layer_and_its_bytes(found: list[Found]) -> None:
+    """Keys and values of all tokens, of which a rank has half: once forward, and their gradients once back."""
+    gathers, scatters, gathered, scattered = found[0]["traffic"].tolist()
+    each = batch(0).inputs.shape[0] * (2 * 2 * 4) * 8 // 2
+    assert (gathers, scatters) == (2, 2)
+    assert gathered == scattered == 2 * each
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_folded_columns_cost_every_rank_the_same(ranks: int) -> None:
+    length = 4 * ranks
+    seen = [int((row + 1).sum()) for row in Columns.of(length, ranks, True).places]
+    assert set(seen) == {Sees().pairs(length, 0) // ranks}
+    assert sorted(Columns.of(length, ranks, True).places.flatten().tolist()) == list(range(length))
+    plain = [int((row + 1).sum()) for row in Columns.of(length, ranks, False).places]
+    assert max(plain) > max(seen)
+
+
+def test_what_cannot_be_spread_is_named() -> None:
+    with pytest.raises(ValueError, match=r"blocks.0.mixer: mixer gqa: context=2 .*later tokens.*; accepted: context=1"):
+        context.refuse(model(GQA | {"sees": {"causal": False}}), 2)
+    with pytest.raises(ValueError, match="with dropout"):
+        context.refuse(model(GQA | {"scores": {"dropout": 0.1}}), 2)
+    with pytest.raises(ValueError, match=r"recipe.batch.length: 18; with parallel.context=4 a multiple of 8"):
+        Columns.of(18, 4, True)
