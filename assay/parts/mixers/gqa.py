@@ -141,6 +141,11 @@ class Gqa(MixerSpec):
         if kept is not None and (wanted is None or wanted > kept):
             raise ValueError(f"`takes` {self.takes!r}: its giver keeps only {kept} tokens, and this layer sees more")
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        """Key heads, each with its queries; not where a norm goes over all heads, or dropout is drawn for all."""
+        whole = self.qk_norm is not None and self.qk_norm.over == "full"
+        return {} if whole or self.scores.dropout else {"tensor": self.groups}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         k, qkv = self.size(site), self.bias in ("qkv", "all")
         table = {"q": Fan(site.d_in, self.heads * k, qkv, split=0)}

@@ -101,6 +101,9 @@ class Nsa(MixerSpec):
         if scheme.reads:
             raise ValueError("nsa needs a scheme with `turns: write`: this one turns keys when they are read")
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.groups}
+
     def linears(self, site: Site) -> dict[str, Fan]:
         k = self.dim(site)
         hidden = self.hidden(site)
