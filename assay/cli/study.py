@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from assay.cli.common import Json, Overrides, Part, console, emit_json, load_parts, parse_overrides
+from assay.cli.common import Json, Overrides, Part, console, emit_json, fail, load_parts, parse_overrides
 
 if TYPE_CHECKING:
     from assay.study.run import Finished
+    from assay.study.runners.remote import Runner
+
+ENGINES = {"local": None, "ray": "ray", "slurm": "submitit"}
+"""Where trials run, and the package that it needs."""
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -29,6 +34,11 @@ def run(
     budget: Annotated[str, typer.Option(help="smoke (90 s), quick (12 minutes) or full (2 hours).")] = "quick",
     workers: Annotated[int, typer.Option(help="Trials side by side; 0 is one for each core.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print arms, tokens and expected time.")] = False,
+    engine: Annotated[str, typer.Option(help="Where trials run: local, ray or slurm.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="ray: host:port or auto; slurm: a partition, or local for processes here.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="Of each trial, with ray or slurm.")] = 0,
     part: Part = None,
     json: Json = False,
 ) -> None:
@@ -44,6 +54,7 @@ def run(
     from assay.study.spec import load_study
     from assay.study.tables import Live, plan_table
 
+    runner = runner_of(engine, address, gpus)
     name, spec = load_study(study)
     request = Request(name, spec, budget, parse_overrides(changes))
     about = console()
@@ -55,6 +66,7 @@ def run(
         watch=Live,
         note=lambda text: about.print(text, soft_wrap=True),
         environment=measured_machine,
+        runner=runner,
     )
     if dry_run:
         plan, left = foreseen(request, out, session)
@@ -65,6 +77,28 @@ def run(
             emit_json({**counts, "scale": plan.scale})
         return
     conclude(run_study(request, out, session), out, json)
+
+
+def runner_of(engine: str, address: str | None, gpus: int) -> Runner:
+    """What `--engine` names. A package that is missing is named before anything is planned."""
+    from assay.study.runners.local import run_trials
+
+    if engine not in ENGINES:
+        fail(f"--engine {engine!r}; accepted: {', '.join(ENGINES)}")
+    if gpus < 0:
+        fail(f"--gpus {gpus}; accepted: 0 or more")
+    if engine == "local":
+        if address is not None or gpus:
+            fail("--address and --gpus are of --engine ray and slurm")
+        return run_trials
+    import_module(ENGINES[engine] or "")
+    if engine == "ray":
+        from assay.study.runners.ray import OnRay
+
+        return OnRay(address, gpus)
+    from assay.study.runners.slurm import OnSlurm
+
+    return OnSlurm(address, gpus)
 
 
 def measured_machine() -> dict[str, Any]:

@@ -159,7 +159,7 @@ def concluded(ladder: Ladder, results: Sequence[Result], told: Plain, options: O
     findings["rates"] = _rates(ladder, results)
     findings["batches"] = batches(rows)
     findings["shift"] = _shift(findings)
-    return findings
+    return dict(json.loads(json.dumps(findings)))  # lists where there were tuples, as a reader of the file has them
 
 
 def _shift(findings: Plain) -> float | None:

@@ -25,6 +25,7 @@ from assay.study.plan import (
 )
 from assay.study.runners.folder import Folder
 from assay.study.runners.local import Failed, Pool, Watcher, run_trials
+from assay.study.runners.remote import Runner
 from assay.study.spec import StudySpec, load_study
 from assay.study.sweep import best_rates, note, sweep_results
 from assay.study.synthesis import Synthesis, comparison_table, synthesise
@@ -43,7 +44,7 @@ class Watching(Protocol):
 @dataclass(frozen=True)
 class Session:
     """What a run needs beside the request. `environment` measures the machine for the `environment` line, once the
-    request is known to be good. `note` is told one line."""
+    request is known to be good. `note` is told one line. `runner`: where trials run; this machine's pool if absent."""
 
     materials: Materials
     pool: Pool = field(default_factory=Pool)
@@ -53,6 +54,7 @@ class Session:
     watch: Watching | None = None
     note: Callable[[str], None] = print
     find: Find = load_study
+    runner: Runner = run_trials
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _run(trials: Sequence[Trial], folder: Folder, session: Session) -> list[Fail
     left = folder.adopt(trials)
     watching = session.watch(left) if session.watch else nullcontext(None)
     with watching as watcher:
-        return run_trials(left, folder, session.pool, watcher)
+        return session.runner(left, folder, session.pool, watcher)
 
 
 @dataclass(frozen=True)

@@ -84,3 +84,9 @@ def no_high_rates(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
 def wordy(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
     """Says what is no Result."""
     return [{"kind": "nonsense", "values": {}}]
+
+
+def slow(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
+    """Long enough that several run at once."""
+    time.sleep(1.0)
+    return run_trial(job, progress)

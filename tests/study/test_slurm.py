@@ -1,0 +1,47 @@
+"""Trials through submitit's own processes: the same Results as here, errors named, a killed job tried again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from assay.study.plan import Plan, Request, make_plan
+from assay.study.runners.local import run_trials
+from assay.study.runners.slurm import OnSlurm
+from assay.study.trials import Trial
+from tests.study.test_plan import POSITIONS, _study
+from tests.study.test_ray import lines, ran
+from tests.study.toy import MATERIALS
+
+pytest.importorskip("submitit", reason="needs the extra `cluster`")
+pytestmark = pytest.mark.slow
+HERE = OnSlurm("local")
+
+
+def _plan(arms: tuple[str, ...] = ("none", "rope")) -> Plan:
+    whole = make_plan(Request("s", _study(POSITIONS), "smoke"), MATERIALS)
+    kept: list[Trial] = [t for t in whole.trials if t.uses[0].arm in arms and t.seed == 0]
+    return replace(whole, trials=tuple(kept))
+
+
+def test_jobs_give_the_results_of_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    plan = _plan()
+    assert ran(tmp_path / "slurm", plan, HERE) == []
+    assert ran(tmp_path / "local", plan, run_trials) == []
+    assert lines(tmp_path / "slurm") == lines(tmp_path / "local")
+
+
+def test_an_error_is_named_and_a_killed_job_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    failed = {f.trial.uses[0].arm: f.why for f in ran(tmp_path, _plan(("rope", "alibi")), HERE, "crashing")}
+    assert set(failed) == {"rope", "alibi"}
+    assert "ValueError: rope is broken" in failed["rope"]
+    assert "lost 4 times" in failed["alibi"]
+
+
+def test_without_slurm_the_message_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match=r"--engine slurm: .*--address local"):
+        ran(tmp_path, _plan(), OnSlurm())
