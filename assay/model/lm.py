@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -47,6 +47,21 @@ class Forgetting:
         return {name: Stateless(f, like.dtype, like.device) for name, f in self.fields.items()}
 
 
+class Border(Protocol):
+    """Where a model's blocks are spread over a pipeline of processes: what stands before this one's `span` of them and
+    behind it. leaves: the stream goes on to another process; what is returned then stands for the loss."""
+
+    leaves: bool
+
+    def enter(self, step: Step, own: Entry) -> tuple[Tensor, dict[str, object]]: ...
+
+    def leave(self, h: Tensor) -> dict[str, Tensor]: ...
+
+
+Entry = Callable[[Step], tuple[Tensor, dict[str, object]]]
+"""The residual stream before the first block, and what blocks are given."""
+
+
 class LM(nn.Module):
     """Built from a spec; `forward` is the only entry."""
 
@@ -79,6 +94,7 @@ class LM(nn.Module):
         apart = tuple(f"{m.name}." for m in parts if m.by_piece)
         self._flat = [(m, number) for m, number in self._planned if not f"{m.name}.".startswith(apart)]
         self.blank: Blank = Forgetting(state_table(spec, prefix))
+        self.span, self.border = range(spec.layers), cast(Border | None, None)
 
     def _site(self, name: str) -> Site:
         return prefixed(self.spec.root(name), self.prefix)
@@ -98,20 +114,30 @@ class LM(nn.Module):
         taps: dict[str, Tensor] = {}
         if step.pieces:
             states = {}
-            pieces = tuple(replace(p, step=self._prepared(p.step, p.states, taps)) for p in step.pieces)
+            pieces = tuple(replace(p, step=self.prepared(p.step, p.states, taps)) for p in step.pieces)
             step = step.with_(pieces=pieces, tables=self._tables(step, states, self._flat))
         else:
             states = states if states is not None else self._stateless(step)
-            step = self._prepared(step, states, taps)
-        x = self.embed(step)
-        for name in self.spec.positions:
-            x = cast(Position, self.positions[name]).on_embed(x, step)
-        given: dict[str, object] = {"embed": x}
-        h = self.blocks[0].open(x)
+            step = self.prepared(step, states, taps)
+        return self.stacked(step, states, taps, targets, options)
+
+    def stacked(
+        self,
+        step: Step,
+        states: Mapping[str, State],
+        taps: dict[str, Tensor],
+        targets: Int[Tensor, "N"] | None = None,
+        options: LossOptions | None = None,
+    ) -> Output:
+        """The layers on a step that is prepared: nothing here looks at the contents of a tensor."""
+        h, given = self._entered(step) if self.border is None else self.border.enter(step, self._entered)
         for layer, block in enumerate(self.blocks):
-            h, given, new = block(h, given, step, states, f"{self.prefix}blocks.{layer}")
-            taps.update(new)
-        h = self.blocks[0].close(h)
+            if layer in self.span:
+                h, given, new = block(h, given, step, states, f"{self.prefix}blocks.{layer}")
+                taps.update(new)
+        if self.border is not None and self.border.leaves:
+            return Output(None, self.border.leave(h), taps)
+        h = self.blocks[self.span[0]].close(h)
         h = self.final_norm(h, step) if self.final_norm is not None else h
         if step.listen and heard(f"{self.prefix}final", step.listen):
             taps[f"{self.prefix}final"] = h
@@ -122,7 +148,15 @@ class LM(nn.Module):
         h = h if step.emit is None else h.index_select(0, step.emit)
         return Output(self.head(h, step, self.embed.table()), None, taps)
 
-    def _prepared(self, step: Step, states: Mapping[str, State], taps: dict[str, Tensor]) -> Step:
+    def _entered(self, step: Step) -> tuple[Tensor, dict[str, object]]:
+        """The residual stream before the first block, and what blocks are given."""
+        x = self.embed(step)
+        for name in self.spec.positions:
+            x = cast(Position, self.positions[name]).on_embed(x, step)
+        return self.blocks[0].open(x), {"embed": x}
+
+    def prepared(self, step: Step, states: Mapping[str, State], taps: dict[str, Tensor]) -> Step:
+        """The step with its memory, and with the tables of all parts."""
         step = self._encoded(step, taps)
         return step.with_(tables=self._tables(step, states))
 

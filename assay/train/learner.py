@@ -87,11 +87,10 @@ class Learner:
         total = max(1, batch.counted)
         pieces = self._pieces(batch)
         sums: dict[str, Tensor] = {NLL: torch.zeros((), device=self.device)}
-        for i, piece in enumerate(pieces):
-            self.team.sync(i == len(pieces) - 1)
-            self._backward(piece, total, sums)
+        self.team.run(len(pieces), lambda i: self._objective(pieces[i], total, sums))
         self.team.reduce()
         stats = self.team.total(sums)
+        stats |= self.team.total({NLL: stats[NLL]}, ("pipeline",))
         norm = self.team.clip(self.recipe.clip if self.recipe.clip is not None else float("inf"))
         rate = self.recipe.optimizer.peak(self.spec.d_model) * factor(self.recipe.schedule, number, steps)
         set_rate(self.optimizer, rate)
@@ -106,14 +105,14 @@ class Learner:
         count = self.recipe.batch.accumulate
         return (batch,) if count == 1 else tuple(batch.split(batch.grid[0] // count))
 
-    def _backward(self, piece: Batch, total: int, sums: dict[str, Tensor]) -> None:
-        """Add the gradient of this process's part of a piece, and to `sums` the sum of its losses.
+    def _objective(self, piece: Batch, total: int, sums: dict[str, Tensor]) -> Tensor:
+        """What is minimised of this process's part of a piece. Its losses are added to `sums`.
 
         A `loss.*` tap is a mean over the piece's tokens, weighted by its part of the model, and counts by the share of
         the targets that are here. `stat.*` taps are sums.
         """
         own, place = self.team.part(piece)
-        share = own.counted / total if own.counted != total else 1.0
+        share = self.team.share(own.counted, total)
         own = own.to(self.device)
         out = self.runner(step_of(own).with_(part=place), own.targets, self.options)
         assert out.loss is not None
@@ -124,7 +123,7 @@ class Learner:
                 objective = objective + value * share
             elif ".stat." in name:
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        objective.backward()
+        return objective
 
     def trained(self) -> LM:
         """The model in evaluation mode; where its weights are cut, the first process gets a whole one, on the host, and
@@ -190,6 +189,7 @@ class Learner:
         """Go on where `state` was taken. ValueError for a state of another model or other data."""
         prefix = "optimizer/"
         held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        held = {k: v for k, v in held.items() if self.team.keeps(k.rpartition("/")[0])}
         load_state(self.optimizer, self.model, {k: self.team.own_moment(k, v) for k, v in held.items()})
         self.loader.restore(values["loader"])
         torch.set_rng_state(tensors["rng/cpu"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class PerLayer(FfnSpec):
     act: Activation = "gelu_tanh"
     vocab: int | None = Field(default=None, ge=1)
     norm: NormSpec = Field(default="rmsnorm", validate_default=True)
+
+    refuses: ClassVar[Mapping[str, str]] = {"pipeline": "the first layer gives to all others"}
 
     def check(self, site: Site) -> None:
         if (self.vocab is None) != (site.layer > 0):

@@ -84,7 +84,7 @@ class LmHeadPart(Head):
     ) -> dict[str, Tensor]:
         """Sums over the targets that are not -1: `nll` and `count`, and `objective`, which is what is minimised."""
         options, features = options or LossOptions(), self.rows.enter(features)
-        rows = max(1, options.piece // table.shape[0])
+        rows = max(1, options.piece // self.site.d_out)
         if features.shape[0] <= rows:
             return self._piece(features, targets, step, table, options)
         total: dict[str, Tensor] = {}

@@ -24,6 +24,7 @@ from assay.spec.base import StateField
 from assay.spec.model import ModelSpec
 from assay.train.parallel.exchange import Line, gathered
 from assay.train.parallel.mesh import Mesh
+from assay.train.parallel.plan import refuse_dropout
 
 
 @dataclass(frozen=True)
@@ -242,11 +243,7 @@ def refuse(spec: ModelSpec, ranks: int) -> None:
         whole = {law: reason for law, reason in part.refusals().items() if law in ("chunking", "packing", "neighbours")}
         if whole:
             raise ValueError(f"{what}, since {next(iter(whole.values()))}; accepted: context=1")
-        rule = getattr(part, "scores", None)
-        if getattr(part, "dropout", 0.0) or getattr(rule, "dropout", 0.0):
-            raise ValueError(f"{what} with dropout, which is drawn for whole rows; accepted: context=1, or dropout 0")
-    if any(stage.dropout for stages in spec.expand() for stage in stages):
-        raise ValueError(f"dropout: context={ranks} is not supported, since it is drawn for whole rows; accepted: 0")
+    refuse_dropout(spec, "context", ranks)
 
 
 def apply(model: LM, mesh: Mesh) -> None:

@@ -107,6 +107,32 @@ class Scattered(torch.autograd.Function):
         return ctx.line.gathered_up(grads[0]), None
 
 
+class Sliced(torch.autograd.Function):
+    """y = this process's part of x, which all have; dx = all dy one after another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
+        ctx.line = line
+        return x.chunk(line.ranks)[line.rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.line.gathered_up(grads[0]), None
+
+
+class Joined(torch.autograd.Function):
+    """y = all x one after another; dx = this process's part of dy, which all have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
+        ctx.line = line
+        return line.gathered_up(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].chunk(ctx.line.ranks)[ctx.line.rank].contiguous(), None
+
+
 class Sent(torch.autograd.Function):
     """Rows to where they belong: give[i] of them to process i, take[i] from it; gradients go the way back."""
 
@@ -135,6 +161,14 @@ def gathered(x: Tensor, line: Line) -> Tensor:
 
 def scattered(x: Tensor, line: Line) -> Tensor:
     return Scattered.apply(x, line)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sliced(x: Tensor, line: Line) -> Tensor:
+    return Sliced.apply(x, line)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def joined(x: Tensor, line: Line) -> Tensor:
+    return Joined.apply(x, line)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sent(x: Tensor, line: Line, give: Sequence[int], take: Sequence[int]) -> Tensor:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from assay.spec.model import ModelSpec
 from assay.spec.shard import Cut, Deal, deal
-from assay.train.parallel.exchange import Line
 from assay.train.parallel.mesh import Mesh
 
 
 def deal_of(spec: ModelSpec, mesh: Mesh) -> Deal:
     """The deal of this mesh. ValueError, by name, for a part that it cannot be dealt out to."""
-    return deal(spec, {axis: mesh.size(axis) for axis in ("tensor", "expert")})
+    return deal(spec, {axis: mesh.size(axis) for axis in ("tensor", "expert")}, mesh.spec.sequence)
 
 
 def mine(whole: Tensor, cut: Cut | None, mesh: Mesh) -> Tensor:
@@ -44,16 +41,12 @@ def settle(model: nn.Module, found: Deal, mesh: Mesh) -> None:
         p.grad = total.view_as(g)
 
 
-def squares(model: nn.Module, cuts: Mapping[str, Cut], mesh: Mesh) -> dict[str, Tensor]:
-    """The sum of squared gradients by the axis whose ranks' sums add up to the whole's; "" is whole everywhere."""
-    found: dict[str, Tensor] = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            axis = cuts[name].axis if name in cuts else ""
-            square = p.grad.square().sum()
-            found[axis] = found[axis] + square if axis in found else square
-    return found
-
-
-def line(mesh: Mesh, axis: str) -> Line:
-    return Line.of(mesh, axis)
+def refuse_dropout(spec: ModelSpec, axis: str, ranks: int) -> None:
+    """ValueError, by name, for dropout: what is left out is drawn for whole rows and all layers, in their order."""
+    why = f"{axis}={ranks} is not supported with dropout, which is drawn as one process draws it; accepted: 0"
+    for site, part in spec.parts():
+        if getattr(part, "dropout", 0.0) or getattr(getattr(part, "scores", None), "dropout", 0.0):
+            raise ValueError(f"{site.name}: {part.slot[:-1]} {part.kind_name()}: {why}")
+    for layer, stages in enumerate(spec.expand()):
+        if any(stage.dropout for stage in stages):
+            raise ValueError(f"blocks.{layer}: dropout: {why}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,8 +14,9 @@ from assay.model.lm import LM
 from assay.ops.step import RowsOf
 from assay.spec.shard import Deal
 from assay.train.evaluate import Evaluation
-from assay.train.parallel import replicas
+from assay.train.parallel import context, expert, pipeline, replicas, tensor
 from assay.train.parallel.mesh import Mesh
+from assay.train.parallel.pipeline import Stage
 from assay.train.parallel.plan import deal_of, joined, mine
 from assay.train.parallel.spec import ROWS, TOKENS
 
@@ -26,7 +27,7 @@ class Team:
     def __init__(self, model: LM, mesh: Mesh, precision: str) -> None:
         self.mesh, self.model = mesh, model
         self.deal = deal_of(model.spec, mesh) if mesh.size("tensor", "expert") > 1 else Deal()
-        spread(model, mesh, precision)
+        self.stage = spread(model, mesh, precision)
         self.parameters = dict(model.named_parameters())
 
     @property
@@ -36,7 +37,7 @@ class Team:
     @property
     def cuts(self) -> bool:
         """Whether any process holds less than the whole model."""
-        return self.casts or bool(self.deal.cuts)
+        return self.casts or bool(self.deal.cuts) or self.stage is not None
 
     @property
     def casts(self) -> bool:
@@ -46,16 +47,27 @@ class Team:
     def part(self, batch: Batch, even: bool = False) -> tuple[Batch, RowsOf | None]:
         """This process's rows of a batch, as even as they can be dealt out; one without a row has one of padding.
         even: as many for all, some of them padding."""
-        n, rows = self.mesh.size(*ROWS), batch.grid[0]
-        if n == 1:
+        n, rows, group = self.mesh.size(*ROWS), batch.grid[0], self.mesh.group(*TOKENS)
+        if group is None:
             return batch, None
+        if n == 1:
+            return batch, RowsOf(0, rows, rows, lambda x: self.mesh.comm.total(x, group))
         place, most = self.mesh.rank(*ROWS), -(-rows // n)
         first, stop = (most * place, most * place + most) if even else (rows * place // n, rows * (place + 1) // n)
         first, stop = min(first, rows), min(stop, rows)
         size = most if even else max(1, stop - first)
-        group = self.mesh.group(*TOKENS)
         found = padded(batch, first, stop, size)
         return found, RowsOf(first, size, rows, lambda x: self.mesh.comm.total(x, group))
+
+    def run(self, pieces: int, objective: Callable[[int], Tensor]) -> None:
+        """The gradients of a batch's pieces, objective(i) being what is minimised of number i."""
+        if self.stage is not None:
+            self.stage.run(pieces, objective)
+            self.stage.settle(self.model)
+            return
+        for i in range(pieces):
+            self.sync(i == pieces - 1)
+            objective(i).backward()
 
     def sync(self, last: bool) -> None:
         """Before a backward pass: only that of a step's last piece exchanges gradients."""
@@ -70,10 +82,16 @@ class Team:
         more = ("tensor",) if name in self.deal.partial else ()
         return tuple(axis for axis in (*TOKENS, *more) if axis not in done and self.mesh.size(axis) > 1)
 
+    def share(self, counted: int, total: int) -> float:
+        """Of a mean over all tokens of a step, what counts here: by targets, which ranks of `context` all see."""
+        return (counted / total if counted != total else 1.0) / self.mesh.size("context")
+
     def reduce(self) -> None:
         """After the last backward pass: every gradient becomes the sum over all processes."""
         found: dict[tuple[str, ...], list[Tensor]] = {}
         for name, p in self.parameters.items():
+            if p.grad is None and name in self.deal.partial and p.requires_grad:
+                p.grad = torch.zeros_like(p)  # a bias that another rank adds
             if p.grad is not None:
                 found.setdefault(self.axes(name), []).append(replicas.local(p.grad))
         for axes, grads in found.items():
@@ -97,11 +115,12 @@ class Team:
         cut = self.deal.cuts.get(name)
         apart = {"pipeline", *([cut.axis] if cut is not None else [])}
         apart |= {"shard"} if self.casts and self.parameters[name].requires_grad else set()
-        return self.mesh.processes // self.mesh.size(*apart)
+        same = 1 if self.stage is None else self.stage.holders(name)
+        return same * (self.mesh.processes // self.mesh.size(*apart))
 
-    def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def total(self, values: Mapping[str, Tensor], axes: tuple[str, ...] = TOKENS) -> dict[str, Tensor]:
         """Sums over all tokens of the step, wherever they are."""
-        group = self.mesh.group(*TOKENS)
+        group = self.mesh.group(*axes)
         if group is None or not values:
             return dict(values)
         flat = torch.cat([v.reshape(-1) for v in values.values()])
@@ -113,9 +132,12 @@ class Team:
         """Of all processes' rows. ValueError when they hold no target."""
         if self.mesh.size(*ROWS) > 1:
             sums = {"nats": part.index_nats, "counts": part.index_tokens, "size": (part.tokens, part.bytes)}
-            found = self.total({name: torch.tensor(v, dtype=torch.float64) for name, v in sums.items()})
+            found = self.total({name: torch.tensor(v, dtype=torch.float64) for name, v in sums.items()}, ROWS)
             counts, size = (tuple(int(n) for n in found[name].tolist()) for name in ("counts", "size"))
             part = Evaluation(*size, tuple(found["nats"].tolist()), counts)
+        if self.stage is not None:
+            nats = self.total({"": torch.tensor(part.index_nats, dtype=torch.float64)}, ("pipeline",))[""]
+            part = replace(part, index_nats=tuple(nats.tolist()))
         return part.checked()
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
@@ -125,6 +147,10 @@ class Team:
         found = torch.tensor([int(f) for f in flags])
         self.mesh.comm.all_reduce(found, self.mesh.everyone, dist.ReduceOp.MAX)
         return tuple(bool(f) for f in found.tolist())
+
+    def keeps(self, name: str) -> bool:
+        """Whether this process has a part of the weight; a name that no process knows is left to `own_moment`."""
+        return self.stage is None or name in self.parameters or name not in self.stage.elsewhere
 
     def own(self, name: str, whole: Tensor) -> Tensor:
         """What this process holds of a weight, or of a moment of it."""
@@ -153,24 +179,25 @@ class Team:
         """Whole tensors on the host of the first process, one after another; elsewhere nothing. held: by key, the
         weight that a tensor belongs to, and this process's part of it; one of another rank than the weight is whole."""
         found = {}
-        for key, (name, tensor) in held.items():
-            whole = self.whole(name, tensor) if tensor.dim() == self.parameters[name].dim() else tensor
-            if self.mesh.first:
+        for key, (name, own) in held.items():
+            whole = self.whole(name, own) if own.dim() == self.parameters[name].dim() else own
+            if self.mesh.first or self.stage is not None:
                 found[key] = whole.detach().cpu()
-        return found
+        found = found if self.stage is None else self.stage.collected(found)
+        return found if self.mesh.first else {}
 
 
-def spread(model: LM, mesh: Mesh, precision: str) -> None:
-    """Apply the plan of each axis that has more than one process. ValueError, by name, for what has none."""
-    for axis in ("pipeline", "context", "expert"):
+def spread(model: LM, mesh: Mesh, precision: str) -> Stage | None:
+    """Apply the plan of each axis that has more than one process; this one's stage, of a pipeline. ValueError, by name,
+    for what has no plan."""
+    for axis, plan in (("tensor", tensor), ("expert", expert), ("context", context)):
         if mesh.size(axis) > 1:
-            raise ValueError(f"recipe.parallel.{axis}: {mesh.size(axis)}; assay train has no plan for it; accepted: 1")
-    if mesh.size("tensor") > 1:
-        from assay.train.parallel import tensor
-
-        tensor.apply(model, mesh)
+            plan.apply(model, mesh)
+    if mesh.size("pipeline") > 1:
+        return pipeline.apply(model, mesh)
     if mesh.size("shard") > 1:
         replicas.apply(model, mesh, precision)
+    return None
 
 
 def padded(batch: Batch, first: int, stop: int, size: int) -> Batch:

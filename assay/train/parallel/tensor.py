@@ -7,12 +7,15 @@ the table that each part declares (`assay.spec.shard`).
 
 from __future__ import annotations
 
+from typing import Any
+
 from assay.model.lm import LM, Forgetting
 from assay.parts.base import Part
 from assay.parts.cut import cut
+from assay.spec.model import ModelSpec
 from assay.spec.shard import cut_fields, cut_weights, owned
 from assay.train.parallel import vocab
-from assay.train.parallel.exchange import Line, copied, summed
+from assay.train.parallel.exchange import Line, copied, gathered, joined, scattered, sliced, summed
 from assay.train.parallel.mesh import Mesh
 from assay.train.parallel.plan import deal_of
 
@@ -24,9 +27,11 @@ def apply(model: LM, mesh: Mesh) -> None:
     cut_names = set()
     for site, spec in owned(model.spec):
         if dims := cut_weights(spec, site, "tensor"):
-            _cut(found[site.name], dims, line)
+            _cut(found[site.name], dims, line, mesh.spec.sequence)
             cut_names.add(site.name)
     vocab.apply(model, line, model.spec.vocab)
+    if mesh.spec.sequence:
+        _spread_tokens(model, line)
     assert isinstance(model.blank, Forgetting)
     sources = model.spec.sources
     fields = {}
@@ -37,8 +42,41 @@ def apply(model: LM, mesh: Mesh) -> None:
     model.blank = Forgetting(fields)
 
 
-def _cut(part: Part, dims: dict[str, int], line: Line) -> None:
+def _cut(part: Part, dims: dict[str, int], line: Line, sequence: bool) -> None:
     cut(part, dims, line.rank, line.ranks)
     if part.spec.slot in ("mixers", "ffns"):
-        part.register_forward_pre_hook(lambda module, args: (copied(args[0], line), *args[1:]))
-        part.register_forward_hook(lambda module, args, out: summed(out, line))
+        into, out_of = (gathered, scattered) if sequence else (copied, summed)
+        part.register_forward_pre_hook(lambda module, args: (into(args[0], line), *args[1:]))
+        part.register_forward_hook(lambda module, args, out: out_of(out, line))
+
+
+def _spread_tokens(model: LM, line: Line) -> None:
+    """Between the parts that are cut, each rank has its share of the step's tokens (Korthikanti et al. 2022, arXiv
+    2205.05198, section 4.2.2): norms and what is saved for them cost a rank its share, and no byte more is sent.
+    ValueError, by name, for a model in which something else reads tokens there."""
+    refuse_sequence(model.spec, line.ranks)
+
+    def into(module: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if args[0].shape[0] % line.ranks:
+            raise ValueError(
+                f"parallel.sequence: {args[0].shape[0]} tokens of a step and parallel.tensor={line.ranks}; accepted: "
+                f"rows of a process times recipe.batch.length a multiple of {line.ranks}"
+            )
+        return sliced(args[0], line), *args[1:]
+
+    model.blocks[0].register_forward_pre_hook(into)
+    model.blocks[-1].register_forward_hook(lambda module, args, out: (joined(out[0], line), *out[1:]))
+
+
+def refuse_sequence(spec: ModelSpec, ranks: int) -> None:
+    """ValueError, by name, for what needs all tokens between the parts that are cut."""
+    what = "parallel.sequence is not supported"
+    for layer, source in enumerate(spec.sources):
+        if layer != source:
+            raise ValueError(f"blocks.{layer}: like blocks.{source}: {what}; accepted: false")
+        if any(stage.dropout for stage in spec.expand()[layer]):
+            raise ValueError(f"blocks.{layer}: dropout, which is drawn for all tokens: {what}; accepted: dropout 0")
+        for site, part in spec.layer_parts(layer):
+            whole = part.slot in ("mixers", "ffns") and not part.pieces(site).get("tensor")
+            if whole or "neighbours" in part.refusals():
+                raise ValueError(f"{site.name}: {part.slot[:-1]} {part.kind_name()}: {what}; accepted: false")

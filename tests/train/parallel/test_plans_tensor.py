@@ -39,9 +39,9 @@ MODELS: dict[str, ModelSpec] = {
     ),
     "t5": model(QK | {"position": "t"}, positions={"t": {"kind": "t5", "heads": 4, "buckets": 8, "max_distance": 12}}),
 }  # fmt: skip
-OPTIONS = LossOptions(
-    smoothing=0.1, z=1e-2, piece=16 * 16
-)  # a piece of the logits is 16 rows, or 8 of a whole vocabulary
+SPREAD = ("dense", "mla", "hybrid")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+OPTIONS = LossOptions(smoothing=0.1, z=1e-2, piece=8 * 32)  # eight rows of logits at once
 
 
 def steps(made: LM, mesh: Mesh | None) -> tuple[Tensor, LM]:
@@ -77,6 +77,27 @@ def cases(rank: int, processes: int) -> Found:
         found[f"{name}/held"] = torch.tensor(sum(p.numel() for p in made.parameters()))
         found |= {f"{name}/w/{n}": plan.joined(p.detach(), cuts.get(n), mesh) for n, p in made.named_parameters()}
     found["traffic"] = traffic(mesh)
+    return found | in_sequence(processes)
+
+
+def in_sequence(processes: int) -> Found:
+    """The same with the tokens between the parts spread; and what one step sends."""
+    found: Found = {}
+    mesh = mesh_of(tensor=processes, sequence=True)
+    for name in SPREAD:
+        made = built(MODELS[name])
+        tensor.apply(made, mesh)
+        losses, made = steps(made, mesh)
+        cuts = plan.deal_of(made.spec, mesh).cuts
+        found[f"{name}/sequence/losses"] = losses
+        found |= {
+            f"{name}/sequence/w/{n}": plan.joined(p.detach(), cuts.get(n), mesh) for n, p in made.named_parameters()
+        }
+    made, read = built(MODELS["t5"]), batch(0)
+    tensor.apply(made, mesh)
+    mesh.comm.reset()
+    made(step_of(read), targets=read.targets).loss["objective"].backward()
+    found["sequence"] = torch.tensor([n[k] for n in (mesh.comm.calls, mesh.comm.sent) for k in KINDS])
     return found
 
 
@@ -107,6 +128,33 @@ def test_two_ranks_learn_what_one_process_learns(found: list[Found], name: str) 
         torch.testing.assert_close(rank[f"{name}/losses"], losses, rtol=1e-10, atol=1e-10)
         for key, p in made.named_parameters():
             torch.testing.assert_close(rank[f"{name}/w/{key}"], p.detach(), rtol=1e-10, atol=1e-10, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_tokens_spread_between_the_parts_change_nothing(found: list[Found], name: str) -> None:
+    losses, made = steps(built(MODELS[name]), None)
+    for rank in found:
+        torch.testing.assert_close(rank[f"{name}/sequence/losses"], losses, rtol=1e-10, atol=1e-10)
+        for key, p in made.named_parameters():
+            torch.testing.assert_close(rank[f"{name}/sequence/w/{key}"], p.detach(), rtol=1e-10, atol=1e-10, msg=key)
+
+
+def test_spread_tokens_cost_no_byte_more(found: list[Found]) -> None:
+    """A gather and a scatter for each sum over ranks: four of each a layer, and one gather either way at the ends of
+    the stack; a ring's sum is a scatter and a gather. What is left of sums is the vocabulary's."""
+    spec, n, word = MODELS["t5"], batch(0).inputs.shape[0], 8
+    sums, gathers, scatters, _, gathered, scattered = found[0]["sequence"].tolist()
+    each = n * spec.d_model * word // 2
+    assert (sums, gathers, scatters) == (5, 4 * spec.layers + 2, 4 * spec.layers)
+    assert (gathered, scattered) == (gathers * each, scatters * each)
+
+
+def test_what_needs_all_tokens_between_parts_is_named() -> None:
+    with pytest.raises(ValueError, match=r"blocks.0.ffn: ffn moe: parallel.sequence is not supported"):
+        tensor.refuse_sequence(MODELS["moe"], 2)
+    dropped = model(QK, blocks={"b": {"mixer": QK, "dropout": 0.1}})
+    with pytest.raises(ValueError, match=r"blocks.0: dropout.*parallel.sequence is not supported"):
+        tensor.refuse_sequence(dropped, 2)
 
 
 def test_a_rank_holds_its_share(found: list[Found]) -> None:
