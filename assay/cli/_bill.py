@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from assay.cli.bill import Account
     from assay.cost.bill import Bill, LayerBill, Question, Sheet
-    from assay.cost.hardware import Hardware
+    from assay.cost.hardware import Hardware, Roofline
     from assay.cost.levers import Largest
+    from assay.cost.parallel import Share
     from assay.spec.model import ModelSpec
 
 PARTS = {
@@ -70,6 +72,9 @@ def show(accounts: Mapping[str, Account]) -> None:
         only = next(iter(accounts.values()))
         console.print(layers(only.bill))
         console.print(grid(["training memory", "bytes"], [[row] for row in kept(only)]))
+        if only.share is not None:
+            console.print(grid(["of one process", "bytes"], [[row] for row in shared(only.share)]))
+            fits(only.share, only.rooflines.values(), console)
     devices = list(next(iter(accounts.values())).rooflines)
     for device in devices:
         console.print(roofs(accounts, device))
@@ -159,6 +164,20 @@ def kept(account: Account) -> list[tuple[str, str]]:
         "in all, scores not kept": found.need.total,
     }
     return [(name, human(count, "bytes")) for name, count in each.items()]
+
+
+def shared(found: Share) -> list[tuple[str, str]]:
+    """What the process with most of a step keeps, and what it sends in one."""
+    names = ("weights", "gradients", "moments", "gathered", "activations", "total")
+    held = [(name, getattr(found, name)) for name in names]
+    sent = [(f"sent a step: {kind}", size) for kind, size in found.sent.items() if size]
+    return [(name, human(size, "bytes")) for name, size in held + sent]
+
+
+def fits(found: Share, machines: Iterable[Roofline], console: Console) -> None:
+    for one in machines:
+        verdict = "fits" if found.total <= one.memory_bytes else "does not fit"
+        console.print(f"One process's share of a training step {verdict} in {one.hardware}.")
 
 
 def layers(b: Bill) -> Table:

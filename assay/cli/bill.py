@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from assay.cost.hardware import Hardware, Roofline
     from assay.cost.levers import Largest
     from assay.cost.memory import Training
+    from assay.cost.parallel import Share, Spread
     from assay.spec.model import ModelSpec
 
 HERE = "here"
@@ -28,7 +29,8 @@ HERE = "here"
 
 @dataclass(frozen=True)
 class Account:
-    """All that is said of one config. unread: keys of its config.json that nothing reads."""
+    """All that is said of one config. unread: keys of its config.json that nothing reads. share: with --parallel, what
+    the process that has most of a training step has of it."""
 
     sheet: Sheet
     bill: Bill
@@ -36,6 +38,7 @@ class Account:
     largest: Largest
     rooflines: dict[str, Roofline]
     unread: tuple[str, ...]
+    share: Share | None = None
 
     @property
     def prefixed(self) -> list[str]:
@@ -50,6 +53,7 @@ class Account:
             "roofline": {name: r.as_json() for name, r in self.rooflines.items()},
             "unread": list(self.unread),
             "without_prefix": self.prefixed,
+            "parallel": self.share.as_json() if self.share is not None else None,
         }
 
 
@@ -70,6 +74,13 @@ def run(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="State bytes and decode cost against context.")
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(metavar="AXIS=N,...", help="Training on processes along data, shard, tensor, expert, context."),
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="With --parallel: pieces that a step's --batch rows make.")
+    ] = 1,
     part: Part = None,
     json: Json = False,
 ) -> None:
@@ -87,8 +98,9 @@ def run(
         fail("a bill has no recipe; overrides here begin with model.")
     ask = Question(1 if context is None else context, batch, dtype, kv_dtype, page, memory)
     read = {name: spec_of(name, changes) for name in dict.fromkeys(configs)}
+    how = spread(parallel, accumulate) if parallel is not None else None
     machines = {name: machine(name, dtype) for name in dict.fromkeys(hardware or ())}
-    accounts = {name: account(spec, unread, ask, context, machines) for name, (spec, unread) in read.items()}
+    accounts = {name: account(spec, unread, ask, context, machines, how) for name, (spec, unread) in read.items()}
     if plot is not None:
         draw({name: a.sheet for name, a in accounts.items()}, plot, ask, machines)
     if json:
@@ -97,6 +109,22 @@ def run(
         emit_json(next(iter(records.values())) if len(records) == 1 else both)
         return
     show(accounts)
+
+
+def spread(text: str, pieces: int) -> Spread:
+    """`data=8,shard=4`, checked as a recipe's `parallel` is."""
+    from assay.cost.parallel import Spread
+    from assay.spec.load import validate
+    from assay.train.parallel.spec import AXES, ParallelSpec
+
+    pairs = [item.partition("=") for item in text.split(",")]
+    wrong = [key for key, _, count in pairs if key not in AXES or not count.isdigit()]
+    if wrong:
+        fail(f"--parallel: {wrong[0]!r}; accepted: AXIS=NUMBER,... with axes {', '.join(AXES)}")
+    found = validate(ParallelSpec, {key: int(count) for key, _, count in pairs}, "--parallel")
+    if found.pipeline > 1:
+        fail(f"--parallel: pipeline={found.pipeline}; a bill has no account of stages: accepted: pipeline=1")
+    return Spread(found.sizes, pieces)
 
 
 def machine(name: str, dtype: str) -> Hardware:
@@ -124,7 +152,12 @@ def machine(name: str, dtype: str) -> Hardware:
 
 
 def account(
-    spec: ModelSpec, unread: tuple[str, ...], ask: Question, context: int | None, machines: dict[str, Hardware]
+    spec: ModelSpec,
+    unread: tuple[str, ...],
+    ask: Question,
+    context: int | None,
+    machines: dict[str, Hardware],
+    how: Spread | None,
 ) -> Account:
     """context: null is the model's own."""
     from dataclasses import replace
@@ -133,9 +166,11 @@ def account(
     from assay.cost.hardware import roofline
     from assay.cost.levers import largest
     from assay.cost.memory import training
+    from assay.cost.parallel import share
 
     sheet = Sheet(spec)
     asked = replace(ask, context=spec.context if context is None else context)
     told = sheet.bill(asked)
     limits = {name: roofline(sheet, told, device) for name, device in machines.items()}
-    return Account(sheet, told, training(sheet, asked), largest(sheet, told), limits, unread)
+    part = share(sheet, asked, how) if how is not None else None
+    return Account(sheet, told, training(sheet, asked), largest(sheet, told), limits, unread, part)

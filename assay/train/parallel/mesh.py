@@ -116,8 +116,11 @@ def opened(spec: ParallelSpec, device: torch.device) -> Iterator[Mesh]:
         backend_for(device), store=PrefixStore("groups", store), rank=rank, world_size=world, timeout=wait
     )
     try:
-        with guarded(Roll(PrefixStore("roll", store), rank, world)):
-            yield Mesh.of(spec, device.type)
+        roll = Roll(PrefixStore("roll", store), rank, world)
+        with guarded(roll):
+            mesh = Mesh.of(spec, device.type)
+            roll.progress = mesh.comm.calls.total
+            yield mesh
     finally:
         dist.destroy_process_group()
 

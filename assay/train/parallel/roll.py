@@ -25,11 +25,13 @@ class Lost(ConnectionError):
 class Roll:
     """The processes of a run, which answer one another through a store, also while they wait in a collective.
 
-    The store is that of the launcher, which outlives a process. A process that is killed or stopped does not answer.
+    The store is that of the launcher, which outlives a process. A process that is killed or stopped does not answer;
+    one that is busy with something else does, and says how many exchanges it has made (`progress`).
     """
 
     def __init__(self, store: dist.Store, number: int, processes: int) -> None:
         self.store, self.number, self.processes = store, number, processes
+        self.progress: Callable[[], int] = int
         self._done = threading.Event()
         self._answers = threading.Thread(target=self._answer, daemon=True)
         self._answers.start()
@@ -39,7 +41,7 @@ class Roll:
         while not self._done.wait(BEAT_S):
             try:
                 if self.store.check(["roll/call"]):
-                    self.store.set(f"roll/here/{self.number}", "")
+                    self.store.set(f"roll/here/{self.number}", str(self.progress()))
                     return
             except RuntimeError:  # the store went first: nobody can be answered
                 return
@@ -52,6 +54,16 @@ class Roll:
         """Before this process stops: why."""
         self.store.set(f"roll/stopped/{self.number}", reason)
 
+    def _behind(self, others: list[int]) -> str:
+        made = {i: int(self.store.get(f"roll/here/{i}")) for i in others} | {self.number: self.progress()}
+        least = min(made.values())
+        late = [str(i) for i, count in sorted(made.items()) if count == least]
+        if len(late) == len(made):
+            return "all processes are there, but could not reach one another"
+        return (
+            f"process {', '.join(late)} is there, but behind: {least} exchanges made, the others {max(made.values())}"
+        )
+
     def call(self) -> str:
         """Ask who is there, and say who is not."""
         self.store.set("roll/call", "")
@@ -62,7 +74,7 @@ class Roll:
                 told = [f"process {i} stopped: {self.store.get(f'roll/stopped/{i}').decode()}" for i in stopped]
                 return "; ".join(told)
             if all(self.store.check([f"roll/here/{i}"]) for i in others):
-                return "all processes are there, but could not reach one another"
+                return self._behind(others)
             time.sleep(BEAT_S)
         missing = [str(i) for i in others if not self.store.check([f"roll/here/{i}"])]
         many = "es" if len(missing) > 1 else ""

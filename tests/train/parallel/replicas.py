@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import os
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from assay.data.loader import Batch
 from assay.model import lm
 from assay.spec.model import ModelSpec
 from assay.train import learner
+from assay.train.checkpoint import Saved, read_run, save_run, stored_weights
 from assay.train.learner import Learner
 from assay.train.loop import dataset
 from assay.train.parallel.mesh import Mesh
+from assay.train.parallel.replicas import local
 from assay.train.parallel.spec import ParallelSpec
 from assay.train.recipe import Recipe
 from tests.train.parallel.plans import Found
 from tests.train.small import model, recipe
 
 STEPS = 5
+LAYOUTS: dict[str, dict[str, int]] = {
+    "data2": {"data": 2},
+    "shard2": {"shard": 2},
+    "data4": {"data": 4},
+    "data2-shard2": {"data": 2, "shard": 2},
+}
 GQA: dict[str, Any] = {"kind": "gqa", "heads": 2, "position": "rope"}
 MLA: dict[str, Any] = {"kind": "mla", "heads": 2, "kv_rank": 6, "nope_dim": 4, "rope_dim": 4, "value_dim": 4,
                        "position": "rope"}  # fmt: skip
@@ -41,6 +51,8 @@ MODELS: dict[str, ModelSpec] = {
     "tied": model(layers=3, pattern=["b", "b", "c"], blocks={
         "b": {"mixer": GQA, "ffn": GATED}, "c": {"like": "blocks.0"}}),
 }  # fmt: skip
+
+HYBRID = MODELS["hybrid"]
 
 
 def how(**changes: Any) -> Recipe:
@@ -79,17 +91,71 @@ def mesh_of(**sizes: int) -> Mesh:
     return Mesh.of(ParallelSpec(**sizes))  # type: ignore[arg-type]
 
 
-def rows_of(batch: Batch) -> list[tuple[int, ...]]:
-    return [tuple(row) for row in batch.inputs.view(batch.grid).tolist()]
-
-
 def everything(rank: int, processes: int) -> Found:
     """All cases in one group of processes: each layout with each model."""
     found: Found = {}
-    layouts = {2: [{"data": 2}, {"shard": 2}], 4: [{"data": 4}, {"data": 2, "shard": 2}]}[processes]
-    for sizes in layouts:
-        mesh, name = mesh_of(**sizes), "-".join(f"{k}{v}" for k, v in sizes.items())
+    for name, axes in LAYOUTS.items():
+        if math.prod(axes.values()) != processes:
+            continue
+        mesh = mesh_of(**axes)
         for kind, spec in MODELS.items():
             found |= under(f"{name}/{kind}", steps(made(spec, mesh)))
         found |= under(f"{name}/float32", steps(made(MODELS["moe"], mesh, torch.float32)))
+    found |= sizes(rank, processes) | under("dealt", dealt(processes))
+    one = made(HYBRID, split(processes), torch.float32)
+    found |= under("saved", steps(one, 3))
+    save(one, folder() / f"on{processes}")
+    return found | under("resumed", resumed(rank, processes))
+
+
+def dealt(processes: int) -> Found:
+    """This process's rows of a batch of five and of one of a single row, and which of their tokens are padding."""
+    one = made(MODELS["mla"], mesh_of(data=processes), batch__rows=5, batch__accumulate=1)
+    batch = next(one.loader)
+    found = {f"{n}/{even}": one.team.part(batch.part(0, n), even)[0] for n in (5, 1) for even in (0, 1)}
+    pairs = {"inputs": "inputs", "targets": "targets", "real": "seq"}
+    return {f"{case}/{name}": getattr(own, key) for case, own in found.items() for name, key in pairs.items()}
+
+
+def sizes(rank: int, processes: int) -> Found:
+    """Bytes that each process holds, and sends in a step, by kind."""
+    found: Found = {}
+    for name, axes in LAYOUTS.items():
+        if processes == math.prod(axes.values()):
+            mesh = mesh_of(**axes)
+            one = made(MODELS["mla"], mesh, torch.float32, clip=None)
+            mesh.comm.reset()
+            one.step(0, 8)
+            sums = {kind: torch.tensor(size) for kind, size in mesh.comm.sent.items()}
+            held = {"weights": sum(local(p).nbytes for p in one.model.parameters())}
+            held["moments"] = sum(local(t).nbytes for s in one.optimizer.state.values() for t in s.values() if t.dim())
+            found |= under(name, sums | {k: torch.tensor(v) for k, v in held.items()})
     return found
+
+
+def folder() -> Path:
+    """Where the test that started these processes keeps its saves."""
+    return Path(os.environ["REPLICAS_FOLDER"])
+
+
+def split(processes: int) -> Mesh:
+    return mesh_of(**{1: {}, 2: {"shard": 2}, 3: {"shard": 3}, 4: {"data": 2, "shard": 2}}[processes])
+
+
+def save(one: Learner, place: Path) -> None:
+    """As the loop does: the first process writes."""
+    weights, (tensors, values) = one.team.weights(), one.state()
+    if one.team.mesh.first:
+        save_run(place, weights, Saved(3, tensors, values))
+
+
+def resumed(rank: int, processes: int) -> Found:
+    """A run taken up where `saved_on` names: what was read, as it is after it was dealt out, and two more steps."""
+    place = folder() / (folder() / "from").read_text()
+    one, saved = made(HYBRID, split(processes), torch.float32), read_run(place)
+    assert saved is not None
+    one.take(stored_weights(place, HYBRID))
+    one.restore(saved.tensors, saved.values)
+    read = under("read", {f"weight/{n}": w.clone() for n, w in one.team.weights().items()})
+    read |= under("read", {f"state/{n}": t.clone() for n, t in one.state()[0].items() if not n.startswith("rng")})
+    return read | under("on", steps(one, 2, 3))

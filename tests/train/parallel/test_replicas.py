@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
 
+from assay.cost.bill import Question, Sheet
+from assay.cost.parallel import Share, Spread, share
+from assay.train.checkpoint import read_run, stored_weights
 from tests.train.parallel.plans import Found, together
-from tests.train.parallel.replicas import MODELS, made, steps
+from tests.train.parallel.replicas import HYBRID, LAYOUTS, MODELS, made, resumed, save, steps
+
+FOUR = ["data4", "data2-shard2"]
 
 
 @lru_cache(maxsize=8)
@@ -19,8 +26,26 @@ def alone(kind: str) -> Found:
 
 
 @pytest.fixture(scope="module")
-def two() -> list[Found]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where runs are saved: one of three steps, by one process, is there."""
+    folder = tmp_path_factory.mktemp("runs")
+    one = made(HYBRID, None, torch.float32)
+    steps(one, 3)
+    save(one, folder / "on1")
+    (folder / "from").write_text("on1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPLICAS_FOLDER", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def two(place: Path) -> list[Found]:
     return together("tests.train.parallel.replicas:everything", 2)
+
+
+@pytest.fixture(scope="module")
+def four(place: Path) -> list[Found]:
+    return together("tests.train.parallel.replicas:everything", 4, 300.0)
 
 
 def compare(found: Found, case: str) -> None:
@@ -37,3 +62,100 @@ def compare(found: Found, case: str) -> None:
 def test_two_processes_compute_what_one_computes(two: list[Found], layout: str, kind: str) -> None:
     compare(two[0], f"{layout}/{kind}")
     assert torch.equal(two[0][f"{layout}/{kind}:loss"], two[1][f"{layout}/{kind}:loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*MODELS, "float32"])
+@pytest.mark.parametrize("layout", FOUR)
+def test_four_processes_compute_what_one_computes(four: list[Found], layout: str, kind: str) -> None:
+    compare(four[0], f"{layout}/{kind}")
+
+
+def predicted(layout: str) -> Share:
+    """By the bill: six rows of 16 tokens, in two pieces."""
+    return share(Sheet(MODELS["mla"]), Question(16, 6, "f32"), Spread(LAYOUTS[layout], 2))
+
+
+def check_bytes(found: list[Found], layout: str) -> None:
+    want = predicted(layout)
+    held = [{k.partition(":")[2]: int(t) for k, t in each.items() if k.startswith(f"{layout}:")} for each in found]
+    n = len(held)
+    # Beside gradients, the loss is summed and the gradient's squares: two float32.
+    sent = {kind: size for kind, size in want.sent.items() if size}
+    sent["all_reduce"] = want.sent["all_reduce"] + round(2 * (n - 1) / n * 8)
+    assert {k: held[0][k] for k in sent} == pytest.approx(sent, abs=16)
+    assert held[0].keys() - {"weights", "moments"} == sent.keys()
+    assert max(h["weights"] for h in held) == want.weights and max(h["moments"] for h in held) == want.moments
+
+
+@pytest.mark.parametrize("layout", ["data2", "shard2"])
+def test_bytes_held_and_sent_are_those_of_the_bill(two: list[Found], layout: str) -> None:
+    check_bytes(two, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FOUR)
+def test_bytes_on_four_processes_are_those_of_the_bill(four: list[Found], layout: str) -> None:
+    check_bytes(four, layout)
+
+
+def check_resumed(found: Found, place: Path, saved_on: int) -> None:
+    """To the bit what was saved, whoever saved it; and two steps more are those of a run that was never cut."""
+    run = place / f"on{saved_on}"
+    saved = read_run(run)
+    assert saved is not None
+    want = {f"weight/{n}": w for n, w in stored_weights(run, HYBRID).items()}
+    want |= {f"state/{n}": t for n, t in saved.tensors.items() if not n.startswith("rng")}
+    read = {name.removeprefix("read:"): t for name, t in found.items() if name.startswith("read:")}
+    assert read.keys() == want.keys() and all(torch.equal(read[n], want[n]) for n in want)
+    whole = steps(made(HYBRID, None, torch.float32))
+    torch.testing.assert_close(found["on:loss"], whole["loss"][3:], rtol=1e-5, atol=0)
+    for name, t in whole.items():
+        if name.startswith("weight/"):
+            torch.testing.assert_close(found[f"on:{name}"], t, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_by_one_process_and_taken_up_by_two(two: list[Found], place: Path) -> None:
+    check_resumed({n.removeprefix("resumed:"): t for n, t in two[0].items() if n.startswith("resumed:")}, place, 1)
+
+
+def test_saved_by_two_processes_and_taken_up_by_one(two: list[Found], place: Path) -> None:
+    (place / "from").write_text("on2")
+    check_resumed(resumed(0, 1), place, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_saved_by_four_processes_and_taken_up_by_fewer(four: list[Found], place: Path, processes: int) -> None:
+    (place / "from").write_text("on4")
+    if processes == 1:
+        found = resumed(0, 1)
+    else:
+        found = together("tests.train.parallel.replicas:resumed", processes)[0]
+    check_resumed(found, place, 4)
+
+
+def check_dealt(found: list[Found]) -> None:
+    """Every row of the batch is one process's, in the order of the batch, whatever their number; padding is no target,
+    and all have as many rows where that is asked for."""
+    batch = next(made(MODELS["mla"], None, batch__rows=5, batch__accumulate=1).loader)
+    for rows in (5, 1):
+        whole = batch.part(0, rows)
+        for even in (0, 1):
+            held = [{n: each[f"dealt:{rows}/{even}/{n}"] for n in ("inputs", "targets", "real")} for each in found]
+            real = [h["real"] >= 0 for h in held]
+            for name in ("inputs", "targets"):
+                joined = torch.cat([h[name][mask] for h, mask in zip(held, real, strict=True)])
+                assert torch.equal(joined, getattr(whole, name))
+            assert all(bool((h["targets"][~mask] == -1).all()) for h, mask in zip(held, real, strict=True))
+            sizes = {len(h["inputs"]) for h in held}
+            assert min(sizes) >= 16 and (len(sizes) == 1 or not even)
+
+
+def test_rows_are_dealt_out_to_two(two: list[Found]) -> None:
+    check_dealt(two)
+
+
+@pytest.mark.slow
+def test_rows_are_dealt_out_to_four(four: list[Found]) -> None:
+    check_dealt(four)

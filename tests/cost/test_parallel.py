@@ -1,0 +1,70 @@
+"""The bill of a step on many processes, against the formulas of the papers; `tests/train/parallel` measures it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from assay.cli.main import main
+from assay.cost.bill import Question, Sheet
+from assay.cost.parallel import Share, Spread, share
+from assay.spec.load import load_model
+
+SPEC = load_model("gpt-11m")
+COUNT = sum(w.numel for w in Sheet(SPEC).weights().values())
+
+
+def of(pieces: int = 1, dtype: str = "f32", **sizes: int) -> Share:
+    return share(Sheet(SPEC), Question(256, 8, dtype), Spread(sizes, pieces))
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_replicas_keep_all_and_sum_gradients_in_a_ring(n: int) -> None:
+    """16 bytes a weight in float32 (Rajbhandari et al. 2020, section 3.1); 2 (n-1)/n of the gradients are sent."""
+    found = of(data=n)
+    assert found.weights + found.gradients + found.moments == 16 * COUNT and found.gathered == 0
+    assert found.sent["all_reduce"] == pytest.approx(2 * (n - 1) / n * 4 * COUNT, abs=1)
+    assert found.sent["all_gather"] == found.sent["reduce_scatter"] == 0
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_shards_keep_their_part_and_send_half_as_much_again(n: int) -> None:
+    """ZeRO-3: 16/n bytes a weight, and gathers forward and backward beside one reduction (section 7.2.2): 3 P, less the
+    second gather of what stands outside the blocks."""
+    found, outside = of(shard=n), sum(w.numel for k, w in Sheet(SPEC).weights().items() if not k.startswith("blocks."))
+    assert found.weights + found.gradients + found.moments == pytest.approx(16 * COUNT / n)
+    assert sum(found.sent.values()) == pytest.approx((n - 1) / n * 4 * (3 * COUNT - outside), abs=3)
+    assert found.gathered > 4 * outside
+
+
+def test_hybrid_shards_sum_their_part_alone() -> None:
+    found = of(data=4, shard=2)
+    assert found.sent["all_reduce"] == pytest.approx(2 * 3 / 4 * 4 * COUNT / 2, abs=1)
+    assert found.sent["reduce_scatter"] == of(shard=2).sent["reduce_scatter"]
+
+
+def test_pieces_gather_again_and_reduce_once() -> None:
+    one, two = of(shard=2), of(2, shard=2)
+    assert two.sent["all_gather"] == 2 * one.sent["all_gather"]
+    assert two.sent["reduce_scatter"] == one.sent["reduce_scatter"]
+    assert two.gradients == 4 * COUNT and two.activations < one.activations
+
+
+def test_a_model_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="the model has no experts"):
+        of(expert=2)
+    assert main(["bill", "gpt-11m", "--parallel", "data=2,shards=2"]) == 2
+    assert "--parallel: 'shards'; accepted: AXIS=NUMBER" in capsys.readouterr().err
+    assert main(["bill", "gpt-11m", "--parallel", "pipeline=2"]) == 2
+    assert "accepted: pipeline=1" in capsys.readouterr().err
+
+
+def test_the_verb_says_what_a_process_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bill", "gpt-11m", "--dtype", "f32", "--context", "256", "--batch", "8", "--parallel", "data=2,shard=2"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])["parallel"]
+    assert found == of(data=2, shard=2).as_json()
+    assert main([*words, "--hardware", "a100"]) == 0
+    said = capsys.readouterr().out
+    assert "of one process" in said and "One process's share of a training step fits in A100" in said
