@@ -63,13 +63,6 @@ def cases(rank: int, processes: int) -> Found:
         losses, made = steps(made, mesh)
         found[f"{name}/losses"] = losses
         found |= {f"{name}/w/{n}": p.detach() for n, p in made.named_parameters()}
-    made = built(MODELS["gqa"])
-    context.apply(made, mesh)
-    mesh.comm.reset()
-    read = batch(0)
-    made(step_of(read), targets=read.targets).loss["objective"].backward()
-    kinds = ("all_gather", "reduce_scatter")
-    found["traffic"] = torch.tensor([n[k] for n in (mesh.comm.calls, mesh.comm.sent) for k in kinds])
     return found
 
 
@@ -78,6 +71,7 @@ def found() -> list[Found]:
     return together("tests.train.parallel.test_plans_context:cases", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_learn_what_one_process_learns(found: list[Found], name: str) -> None:
     made = built(MODELS[name])
@@ -89,14 +83,6 @@ def test_two_ranks_learn_what_one_process_learns(found: list[Found], name: str) 
         torch.testing.assert_close(rank[f"{name}/losses"], losses, rtol=1e-10, atol=1e-10)
         for key, p in made.named_parameters():
             torch.testing.assert_close(rank[f"{name}/w/{key}"], p.detach(), rtol=1e-9, atol=1e-9, msg=f"{name} {key}")
-
-
-def test_a_gather_a_layer_and_its_bytes(found: list[Found]) -> None:
-    """Keys and values of all tokens, of which a rank has half: once forward, and their gradients once back."""
-    gathers, scatters, gathered, scattered = found[0]["traffic"].tolist()
-    each = batch(0).inputs.shape[0] * (2 * 2 * 4) * 8 // 2
-    assert (gathers, scatters) == (2, 2)
-    assert gathered == scattered == 2 * each
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
