@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -76,6 +76,12 @@ class Where:
             return self
         return Where(self.q_seq[:1] * 0, self.q_index[:1], np.where(here[:1], 0, -1), self.k_index[:1])
 
+    @cached_property
+    def plain(self) -> bool:
+        """One row of one sequence, whose entries stand in their order from the first on."""
+        one = len(self.q_seq) == 1 and (self.q_seq == self.q_seq[0, 0]).all() and (self.k_seq == self.q_seq[0, 0]).all()
+        return bool(one and np.array_equal(self.k_index[0], np.arange(self.k_index.shape[1])))
+
     def classes(self, stride: int) -> tuple[Places, Places] | None:
         """Numbers of the queries' and the entries' columns that are the same where one may see the other at a distance
         of whole strides; None where rows disagree about them."""
@@ -111,6 +117,8 @@ def _near(sees: Sees, where: Where, q: Places) -> Places:
     low, high = sees.spans(index, int(k.max(initial=-1)) + 1)
     low, seq_low = (np.where(seq >= 0, x, FAR).min(1, keepdims=True) for x in (low, seq))
     high, seq_high = (np.where(seq >= 0, x, -1).max(1, keepdims=True) for x in (high, seq))
+    if where.plain:
+        return _columns(sees, max(0, int(low[0, 0])), min(int(high[0, 0]) + 1, k.shape[1]))
     inside = k >= low
     if sees.first:
         inside |= k < sees.first
@@ -118,6 +126,15 @@ def _near(sees: Sees, where: Where, q: Places) -> Places:
         inside |= k % sees.chunk >= sees.chunk - sees.last
     inside &= (k <= high) & (where.k_seq >= seq_low) & (where.k_seq <= seq_high)
     return np.flatnonzero(inside.any(0))
+
+
+def _columns(sees: Sees, low: int, high: int) -> Places:
+    """The places from low to below high, and those below that `first` and `last` show."""
+    below = [np.arange(min(sees.first, low))]
+    if sees.last and sees.chunk is not None:
+        ends = np.arange(-(-low // sees.chunk))[:, None] * sees.chunk + np.arange(sees.chunk - sees.last, sees.chunk)
+        below.append(ends[ends < low])
+    return np.concatenate([*below, np.arange(low, high)])
 
 
 def _far(sees: Sees, where: Where, q_class: Places, k_class: Places) -> Iterator[Group]:
@@ -137,22 +154,24 @@ def _far(sees: Sees, where: Where, q_class: Places, k_class: Places) -> Iterator
 def batches(found: Sequence[Group], rows: int) -> Iterator[list[Group]]:
     """Groups of like sizes, to be padded to the largest: as many as make a part."""
     batch: list[Group] = []
-    real = 0
     for group in sorted(found, key=lambda g: (g.far, len(g.q), len(g.k))):
-        now = len(group.q) * len(group.k)
-        padded = (len(batch) + 1) * now
-        if batch and (rows * padded > PAIRS or padded > PADDED * (real + now) or batch[0].far != group.far):
+        more = [*batch, group]
+        padded, real = padded_pairs(more), sum(len(g.q) * len(g.k) for g in more)
+        if batch and (rows * padded > PAIRS or padded > PADDED * real or batch[0].far != group.far):
             yield batch
-            batch, real = [], 0
-        batch.append(group)
-        real += now
+            more = [group]
+        batch = more
     if batch:
         yield batch
 
 
+def padded_pairs(batch: Sequence[Group]) -> int:
+    return len(batch) * max(len(g.q) for g in batch) * max(len(g.k) for g in batch)
+
+
 def multiplied(found: Sequence[Group], rows: int) -> int:
     """(query, key) pairs of the parts made of these, in each of the rows."""
-    return sum(len(b) * max(len(g.q) for g in b) * max(len(g.k) for g in b) for b in batches(found, rows))
+    return sum(padded_pairs(batch) for batch in batches(found, rows))
 
 
 def worth(sees: Sees, where: Where) -> list[Group] | None:

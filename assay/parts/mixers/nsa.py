@@ -233,7 +233,7 @@ class NsaMixer(Placed):
     @torch.no_grad()
     def selected(
         self, probs: Float[Tensor, "R H T C"], layout: Layout, step: Step, here: Here
-    ) -> tuple[ops.Runs, Bool[Tensor, "R G T C"]]:
+    ) -> tuple[ops.Runs, Bool[Tensor, "R G T B"]]:
         """The blocks that can be selected, and which of them each group of heads selects beside the query's own."""
         spec, rows = self.spec, probs.shape[0]
         q_seq, q_index, _, _, _, _ = ops.aligned(step, layout)
