@@ -1,6 +1,6 @@
 """A server under mixed load and under fire: does it stay right, responsive and as large as it was?
 
-    python benchmarks/soak.py [--minutes 60] [--clients 12] [--out FILE] [--seed N]
+    python benchmarks/soak.py [--minutes 60] [--clients 12] [--pause 0] [--out FILE] [--seed N]
 
 A small hybrid model (attention, a window, two recurrent layers; random weights) is served by `assay serve` in a process
 of its own, with a cache too small for what is asked at once, and killed in the middle. What clients do is in
@@ -81,8 +81,8 @@ def words() -> Tokenizer:
 class Soak:
     """One server, the clients that visit it, and what was found."""
 
-    def __init__(self, folder: Path, port: int, clients: int, seed: int) -> None:
-        self.folder, self.port, self.clients, self.seed = folder, port, clients, seed
+    def __init__(self, folder: Path, port: int, clients: int, seed: int, pause: float = 0.0) -> None:
+        self.folder, self.port, self.clients, self.seed, self.pause = folder, port, clients, seed, pause
         self.url, self.violations = f"http://127.0.0.1:{port}", list[str]()
         self.life, self.up, self.go = 0, asyncio.Event(), asyncio.Event()
         self.cut = self.quiets = 0
@@ -109,6 +109,7 @@ class Soak:
     async def client(self, traffic: Traffic, end: float) -> None:
         """One visit after another. A connection may be lost where the server was killed, and nowhere else."""
         while time.monotonic() < end:
+            await asyncio.sleep(self.pause)
             await self.up.wait()
             await self.go.wait()
             life = self.life
@@ -288,11 +289,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds of each client before a visit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), free_port(), given.clients, given.seed)
+        soak = Soak(Path(folder), free_port(), given.clients, given.seed, given.pause)
         try:
             result = asyncio.run(soak.run(60 * given.minutes))
         finally:

@@ -3,11 +3,13 @@
 One line on stdout says the address once requests can be answered; the log goes to stderr, a JSON object a line. SIGTERM
 and Ctrl-C let running replies finish for 10 seconds. Any address but this machine's own needs --api-key-file.
 --replicas N serves from N processes with an engine each; --apart from two, one that reads prompts and one that goes on
-with the replies. --threads, --max-running and --memory are then of each process.
+with the replies; --split 2p3d from two that read and three that go on. --threads, --max-running and --memory are then
+of each process.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -53,9 +55,15 @@ CacheDir = Annotated[
 CacheBytes = Annotated[
     int | None, typer.Option("--cache-bytes", min=1, metavar="BYTES", help="Of --cache-dir at most. [default: 8 GiB]")
 ]
-Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms that give the same each time.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same reply, to the bit, whatever else is served; slower in bf16.")
+]
 Replicas = Annotated[int, typer.Option("--replicas", min=1, help="Processes with an engine each.")]
 Apart = Annotated[bool, typer.Option("--apart", help="One process reads prompts, another goes on with the replies.")]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", metavar="XpYd", help="X processes read prompts, Y go on with the replies. [--apart: 1p1d]"),
+]
 Route = Annotated[
     str | None,
     typer.Option("--route", help="Among replicas: round_robin, least_loaded or prefix. [default: least_loaded]"),
@@ -82,6 +90,7 @@ def run(
     cache_bytes: CacheBytes = None,
     replicas: Replicas = 1,
     apart: Apart = False,
+    split: Split = None,
     route: Route = None,
     ready_file: Ready = None,
     part: Part = None,
@@ -99,10 +108,9 @@ def run(
     from assay.engine.server.run import serve
 
     engine = EngineConfig(max_running=max_running, page=page, memory=memory)
-    cluster = processes(replicas, apart, route)
-    if cache_bytes is not None and cache_dir is None:
-        fail("--cache-bytes: there is no folder that it could bound; accepted: with --cache-dir")
-    stored = partial(storage, Path(ckpt), kv_dtype, cache_dir, cache_bytes or 8 << 30)
+    cluster = processes(replicas, split or ("1p1d" if apart else None), route)
+    limit = bounded(cache_dir, cache_bytes)
+    stored = partial(storage, Path(ckpt), kv_dtype, cache_dir, limit)
     build = partial(built, partial(options.load, ckpt, device, dtype), engine, stored, threads, deterministic)
     with ExitStack() as open_:
 
@@ -111,7 +119,8 @@ def run(
                 return build()
             return open_.enter_context(front(ckpt, engine, cluster, partial(elsewhere, build, part)))
 
-        serve(config, make, max_running * (1 if apart else replicas) + limits.waiting, partial(ready, name, ready_file))
+        at_once = max_running * (1 if cluster is None else cluster.speakers)
+        serve(config, make, at_once + limits.waiting, partial(ready, name, ready_file))
 
 
 def check(ckpt: str, dtype: str | None, kv_dtype: str | None) -> None:
@@ -130,19 +139,30 @@ def ready(name: str, file: Path | None, url: str) -> None:
         file.write_text(f"{url}\n")
 
 
-def processes(replicas: int, apart: bool, route: str | None) -> ClusterConfig | None:
+def bounded(folder: Path | None, limit: int | None) -> int:
+    if limit is not None and folder is None:
+        fail("--cache-bytes: there is no folder that it could bound; accepted: with --cache-dir")
+    return limit or 8 << 30
+
+
+def processes(replicas: int, split: str | None, route: str | None) -> ClusterConfig | None:
     """What was asked for beside one engine in this process; None: nothing."""
-    if apart and (replicas > 1 or route is not None):
-        fail("--apart: one process reads and one goes on; accepted: without --replicas and --route")
+    if split is not None and (replicas > 1 or route is not None):
+        fail("--apart, --split: some processes read and others go on; accepted: without --replicas and --route")
+    counts = None if split is None else re.fullmatch(r"([1-9]\d?)p([1-9]\d?)d", split)
+    if split is not None and counts is None:
+        fail(f"--split {split!r}: accepted: how many read and how many go on, as in 1p2d")
     if route is not None and route not in ROUTES:
         fail(f"--route {route!r}: accepted: {', '.join(ROUTES)}")
-    if not apart and replicas == 1:
+    if counts is None and replicas == 1:
         if route is not None:
             fail("--route: one process has nobody to choose among; accepted: with --replicas 2 or more")
         return None
     from assay.engine.apart.router import ClusterConfig
 
-    return ClusterConfig.model_validate({"route": "apart" if apart else route or ROUTES[0], "replicas": replicas})
+    if counts is not None:
+        return ClusterConfig(route="apart", prefill=int(counts[1]), decode=int(counts[2]))
+    return ClusterConfig.model_validate({"route": route or ROUTES[0], "replicas": replicas})
 
 
 def storage(ckpt: Path, kv_dtype: str | None, folder: Path | None, limit: int, model: LM) -> Storage:

@@ -13,6 +13,7 @@ from torch import Tensor
 from assay.cache import Cache, Paged, PageSize, Size, Slot, Swapped
 from assay.cache.coded import Quantised
 from assay.cache.size import Fields
+from assay.engine import steady
 from assay.engine.config import position_limit
 from assay.engine.storage import Storage
 from assay.model.lm import LM, Output, state_table
@@ -142,7 +143,13 @@ class Runner:
         self.model, self.device = model.eval(), weight.device
         if self.device.type == "cpu":
             kernels()  # compiled now, where there are none yet, and not in the first request
+        self.width = steady.width(model)
         self.cache = made(state_table(model.spec, model.prefix), size, weight, storage or Storage())
+        if self.width is not None and isinstance(self.cache, Quantised) and self.cache.forms:
+            raise ValueError(
+                "kv dtype: what is read of keys and values in fewer bits depends on how tokens were cut into steps; "
+                "accepted with deterministic algorithms: bf16"
+            )
         self.horizons: dict[Slot, int] = {}
         self.sources: dict[Slot, Ids] = {}  # of sequences whose source nobody has encoded yet
 
@@ -197,7 +204,12 @@ class Runner:
     @torch.inference_mode()
     def step(self, work: Sequence[Work]) -> Float[Tensor, "E V"]:
         """One step for any mix of prompts' chunks and single tokens; logits after the last token of each work that
-        asks for them, in the order of `work`."""
+        asks for them, in the order of `work`. Deterministic in half precision: as many calls as that takes."""
+        if self.width is None:
+            return self._call(work)
+        return torch.cat([self._call(call) for call in steady.calls(work, self.width)])
+
+    def _call(self, work: Sequence[Work]) -> Float[Tensor, "E V"]:
         logits = self.output(work).logits
         assert logits is not None
         order = sorted(range(len(work)), key=lambda i: len(work[i].ids))  # as `output` has them

@@ -58,6 +58,12 @@ class Part(nn.Module):
         """What depends on the step alone; read in forward as `step.table(self)`."""
         return None
 
+    def mingles(self) -> str | None:
+        """Why the bits of a token's result may change with those computed beside it, in inference under
+        `torch.use_deterministic_algorithms`, with the compiled kernels and up to 32 tokens in all; None: they do not.
+        Of this part alone: linears and parts inside it answer for themselves."""
+        return "its sums are torch's, whose order may follow the number of rows"
+
     def after(self, taps: Mapping[str, Tensor]) -> None:
         """Called once after an optimiser step with this part's own taps (a selection bias, a running statistic)."""
 

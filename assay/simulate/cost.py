@@ -1,6 +1,7 @@
 """The time of one step of an engine, as a line in what the step has to do, and its fit to measured steps. No torch.
 
-t = overhead + max(weights, token * tokens) + sequence * decodes + context * stored tokens read + pair * prefill pairs
+t = overhead + max(weights, token * tokens) + sequence * decodes + context * stored tokens read + pair * prefill pairs,
+and `prompts` more where any are read.
 
 A step reads the weights once, however many tokens it brings, until arithmetic takes longer (the roofline); it reads
 what its sequences have stored (Shazeer 2019, arXiv 1911.02150, section 2.4); a prompt's tokens look at each other.
@@ -50,7 +51,8 @@ def chunk_pairs(tokens: int, past: int = 0) -> float:
 
 class StepCost(Spec):
     """Seconds: overhead, a step; weights, to read them once; token, of arithmetic; sequence, a decode's bookkeeping and
-    the state that does not grow; context, to read one stored token; pair, of prefill's attention."""
+    the state that does not grow; context, to read one stored token; pair, of prefill's attention; prompts, what a step
+    that reads some takes more than one that reads none: their rows pass through attention in calls of their own."""
 
     overhead: float = Field(default=0.0, ge=0)
     weights: float = Field(default=0.0, ge=0)
@@ -58,11 +60,12 @@ class StepCost(Spec):
     sequence: float = Field(default=0.0, ge=0)
     context: float = Field(default=0.0, ge=0)
     pair: float = Field(default=0.0, ge=0)
+    prompts: float = Field(default=0.0, ge=0)
 
     def seconds(self, work: Work) -> float:
         reading = max(self.weights, self.token * work.tokens)
         own = self.sequence * work.decodes + self.context * work.context + self.pair * work.pairs
-        return self.overhead + reading + own
+        return self.overhead + reading + own + (self.prompts if work.prefill else 0.0)
 
     def prompt(self, tokens: int) -> float:
         """A prompt alone, in one step, nothing of it stored: the least time to a first token."""
@@ -108,9 +111,10 @@ class Fit:
 
 def _fit(works: Sequence[Work], seconds: Array) -> Fit:
     """Least squares of relative errors, no coefficient below zero (Lawson and Hanson 1974, chapter 23). The knee, the
-    tokens at which arithmetic passes the reading of weights, is searched for: given it, the rest is linear."""
+    tokens at which arithmetic passes the reading of weights, is searched for: given it, the rest is linear. Where times
+    scatter such a fit lies below their mean; what queues feel is their sum, so that is made equal."""
     tokens = np.asarray([work.tokens for work in works], float)
-    others = np.asarray([(work.decodes, work.context, work.pairs) for work in works], float)
+    others = np.asarray([(work.decodes, work.context, work.pairs, work.prefill > 0) for work in works], float)
 
     def solve(knee: float) -> tuple[float, Array]:
         columns = np.column_stack([np.ones(len(works)), np.maximum(tokens, knee), others])
@@ -119,9 +123,12 @@ def _fit(works: Sequence[Work], seconds: Array) -> Fit:
         return miss, found / scale
 
     knee = _least(lambda at: solve(at)[0], [0.0, *np.unique(tokens)])
-    overhead, token, sequence, context, pair = solve(knee)[1]
-    cost = StepCost(overhead=overhead, weights=token * knee, token=token, sequence=sequence, context=context, pair=pair)
-    return Fit.of(cost, works, seconds)
+    names = ("overhead", "token", "sequence", "context", "pair", "prompts")
+    found = dict(zip(names, solve(knee)[1], strict=True))
+    found["weights"] = found["token"] * knee
+    raw = StepCost(**found)
+    whole = float(seconds.sum()) / sum(raw.seconds(work) for work in works)
+    return Fit.of(StepCost(**{name: value * whole for name, value in found.items()}), works, seconds)
 
 
 def _least(miss: Callable[[float], float], at: Sequence[float]) -> float:

@@ -16,6 +16,8 @@ from assay.engine.handoff import pack, unpack
 from assay.engine.request import Grammar, Request, SamplingParams
 from assay.engine.runner import Runner, Token
 from assay.engine.scheduler import Plan, Scheduler
+from assay.engine.storage import Storage, kv_formats
+from assay.model.lm import state_table
 from tests.engine.apart import PAGES, ROWS, TEXT, asked, lm_of
 from tests.engine.test_engine import empty, pressed
 
@@ -85,6 +87,29 @@ def test_it_goes_on_with_the_same_bits(
     assert words(said) == words(expected)
     assert all(torch.equal(a, b) for a, b in zip(alone, heard, strict=True))
     empty_rows(writes)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4", "bf16"])
+@pytest.mark.parametrize("kind", ["full-linear", "mla"])
+def test_keys_in_fewer_bits_go_on_with_the_same_bits(kind: str, bits: str, heard: list[Tensor]) -> None:
+    """Some pages are codes by then and some are not; another format does not take them."""
+    lm, request = lm_of(kind, torch.float32), asked(40, 12, logprobs=2)
+    stored = Storage(replace(kv_formats(bits, state_table(lm.spec)), residual=8))
+    stays, reads, writes = (Engine(lm, TEXT, PAGES, storage=stored) for _ in range(3))
+    _, expected = begun(stays, request)
+    expected += ends(stays)
+    alone = list(heard)
+    heard.clear()
+    number, said = begun(reads, request)
+    handed = reads.hand_over(number)
+    with pytest.raises(ValueError, match="the reply comes from a cache with layout"):
+        Engine(lm, TEXT, PAGES).adopt(handed)
+    writes.adopt(unpack(pack(handed, KEY), KEY))
+    said += ends(writes)
+    assert words(said) == words(expected)
+    assert all(torch.equal(a, b) for a, b in zip(alone, heard, strict=True))
+    for engine in (reads, writes):
+        empty_rows(engine)
 
 
 def empty_rows(engine: Engine) -> None:

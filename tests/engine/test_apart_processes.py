@@ -207,6 +207,30 @@ def test_killing_the_reader_ends_everything_by_name() -> None:
         assert gone(pids, PATIENCE_S)
 
 
+@pytest.mark.slow
+def test_of_two_readers_and_two_decoders_one_may_be_lost() -> None:
+    """A decoder that hangs is noticed, named and killed; the others go on with what they have and what comes."""
+    with cluster(route="apart", prefill=2, decode=2, silence_s=3.0, in_flight=1) as made:
+        requests = [asked(20 + i, 8, sampling=SamplingParams(seed=i)) for i in range(5)]
+        alone = [[t.id for t in run(engine(KIND), [request])[0]] for request in requests]
+        assert [[t.id for t in said] for said in run(made, requests)] == alone
+        numbers = [made.submit(LONG) for _ in range(4)]
+        said = []
+        while {owner for live in made.live.values() for owner, _ in live.owed.values()} != {2, 3}:
+            said += made.step()
+        hung = made.seats[2]
+        theirs = {number for number, live in made.live.items() if live.owed[0][0] == 2}
+        os.kill(hung.process.pid or 0, signal.SIGSTOP)
+        began = time.monotonic()
+        said += iter_all(made)
+        assert time.monotonic() - began < 10
+        assert theirs and {t.request for t in said if t.finish == "error"} == theirs
+        assert {t.request for t in said if t.finish == "length"} == set(numbers) - theirs
+        assert made.problem == f"{hung.name} has ended: not heard of for 3 s, and killed" and not made.failed
+        assert [[t.id for t in said] for said in run(made, requests)] == alone
+        assert not any(made._lent.values()) and all(load.tokens == 0 for load in made.router.loads.values())
+
+
 def broken() -> Engine:
     raise ValueError("memory: 1 bytes; accepted: more")
 
@@ -253,6 +277,8 @@ def test_the_server_over_two_processes(tmp_path: Path) -> None:
     [
         (("--apart", "--replicas", "2"), "without --replicas"),
         (("--replicas", "2", "--route", "nearest"), "accepted: least_loaded, round_robin, prefix"),
+        (("--split", "2p0d"), "--split '2p0d': accepted: how many read and how many go on, as in 1p2d"),
+        (("--split", "1p2d", "--route", "prefix"), "accepted: without --replicas and --route"),
         (("--route", "prefix"), "--route: one process has nobody to choose among; accepted: with --replicas 2 or more"),
         (
             ("--cache-bytes", "1000"),

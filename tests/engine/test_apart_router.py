@@ -78,3 +78,12 @@ def test_apart_reads_here_and_goes_on_there() -> None:
     assert (router.enter(request), router.passes(request), router.passes(request)) == (0, 1, 1)
     assert {worker: load.tokens for worker, load in router.loads.items()} == {0: 22, 1: 14}
     assert not router.lose(1)
+
+
+def test_several_read_and_several_go_on() -> None:
+    """Whoever has least before it; one of each is enough to serve."""
+    router = Router(ClusterConfig(route="apart", prefill=2, decode=3), 4)
+    assert router.config.roles == ("prefill", "prefill", "decode", "decode", "decode") and router.config.speakers == 3
+    assert [router.enter(asked(range(n), 9)) for n in (20, 5, 5, 5, 5, 5)] == [0, 1, 1, 1, 1, 0]
+    assert [router.passes(asked(range(3), n)) for n in (30, 9, 4, 2)] == [2, 3, 4, 4]
+    assert router.lose(3) and router.lose(0) and router.lose(2) and not router.lose(4)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from assay.cache import Size
 from assay.data.tokenizers import Tokenizer
-from assay.engine.engine import generate
+from assay.engine.config import EngineConfig
+from assay.engine.engine import Engine, generate
+from assay.engine.handoff import pack, unpack
 from assay.engine.request import Request, SamplingParams
 from assay.engine.runner import Runner
 from assay.engine.session import Session
@@ -137,3 +139,48 @@ def test_sources_and_encoders_belong_together() -> None:
     pooled = build(validate(ModelSpec, {**tree, "head": {"kind": "pooled"}}, "here"))
     with pytest.raises(ValueError, match="a head with logits for every token"):
         list(generate(pooled, TEXT, [Request(prompt=(1,))]))
+
+
+@given(
+    asked=st.lists(
+        st.builds(request, st.integers(1, 12), st.integers(1, 9), st.integers(0, 99)), min_size=2, max_size=5
+    ),
+    config=st.builds(
+        EngineConfig,
+        max_running=st.integers(1, 4),
+        tokens=st.just(24),
+        page=st.sampled_from([1, 3, 16]),
+        budget=st.integers(3, 12),
+        chunk=st.integers(3, 9),
+        preempt=st.sampled_from(["recompute", "swap"]),
+        memory=st.sampled_from([None, 30_000]),
+    ),
+)
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.generate))
+def test_an_engine_in_pages_says_what_each_says_alone(asked: list[Request], config: EngineConfig) -> None:
+    """In chunks, beside others, preempted with its memory and without; nothing of a memory is shared."""
+    try:
+        engine = Engine(LM_MADE, TEXT, config)
+    except ValueError as error:  # the memory does not hold one sequence of the longest in such pages
+        assert "memory: 30000" in str(error)
+        return
+    said: dict[int, list[int]] = {engine.submit(each): [] for each in asked}
+    while engine.busy:
+        for token in engine.step():
+            said[token.request].append(token.id)
+            assert token.reused == 0
+        engine.runner.cache.check_integrity()
+    assert list(said.values()) == [alone(each) for each in asked]
+    assert engine.runner.cache.used_bytes() == 0
+
+
+def test_a_reply_is_handed_over_with_what_its_encoder_read() -> None:
+    config = EngineConfig(max_running=2, tokens=24, page=4)
+    one, other, asked = Engine(LM_MADE, TEXT, config), Engine(LM_MADE, TEXT, config), request(9, 5, 3, new=6)
+    number, said = one.submit(asked), []
+    while not said:
+        said += [token.id for token in one.step()]
+    other.adopt(unpack(pack(one.hand_over(number), b"key"), b"key"))
+    while other.busy:
+        said += [token.id for token in other.step()]
+    assert said == alone(asked) and one.runner.cache.used_bytes() == other.runner.cache.used_bytes() == 0

@@ -1,7 +1,8 @@
 """The front of several engines in processes of their own, with the surface of one engine.
 
 `submit`, `cancel`, `step`, `busy`, `stats`: one thread calls them. A process that ends takes its requests with it: they
-end with "error", and `problem` names it. Where nobody is left to read or to go on, everything ends so.
+end with "error", and `problem` names it. Where nobody is left to read or to go on, everything ends so. One that hangs
+(it says nothing for `silence_s`) is killed, and has ended.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -47,6 +49,7 @@ class Seat:
     why: str = ""
     kind: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
+    heard: float = float("inf")  # when it last said something; far off until it is ready
 
     @property
     def name(self) -> str:
@@ -96,6 +99,8 @@ class Cluster:
         self._checks = Chooser(spec.vocab, tokenizer, "cpu")
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._requests = 0
+        self._lent = Counter[tuple[int, int]]()  # bytes of states under way, by (from, to)
+        self._closed = threading.Event()
         key = secrets.token_bytes(32)
         self.seats = [self._seat(i, Post(role, key, config.in_flight), make) for i, role in enumerate(config.roles)]
         try:
@@ -103,6 +108,17 @@ class Cluster:
         except BaseException:
             self.close()
             raise
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """Kill who has fallen silent: the front may wait for it to read, so another thread looks."""
+        for seat in self.seats:
+            seat.heard = time.monotonic()
+        while not self._closed.wait(min(1.0, self.settings.silence_s / 4)):
+            for seat in self.seats:
+                if time.monotonic() - seat.heard > self.settings.silence_s and seat.process.is_alive():
+                    seat.why = seat.why or f"not heard of for {self.settings.silence_s:g} s, and killed"
+                    seat.process.kill()
 
     def _seat(self, number: int, post: Post, make: Callable[[], Engine]) -> Seat:
         context = multiprocessing.get_context("spawn")
@@ -110,8 +126,9 @@ class Cluster:
         process = context.Process(target=work, args=(its, post, make), name=f"{post.role} {number}", daemon=True)
         process.start()
         its.close()  # so that the pipe ends with the process
-        threading.Thread(target=_listen, args=(number, mine, self._events), daemon=True).start()
-        return Seat(number, post.role, process, mine)
+        seat = Seat(number, post.role, process, mine)
+        threading.Thread(target=_listen, args=(seat, self._events), daemon=True).start()
+        return seat
 
     def _await_all(self) -> None:
         missing, until = {seat.number for seat in self.seats}, time.monotonic() + self.settings.start_s
@@ -176,7 +193,7 @@ class Cluster:
                 assert state is not None
                 self._pass_on(number, message, state)
             elif message["is"] == "taken":
-                self._tell(message["from"], {"do": "credit", "bytes": message["bytes"]})
+                self._credit(message["from"], number, message["bytes"])
             elif message["is"] == "broken":
                 self.seats[number].why = message["why"]
             else:
@@ -196,6 +213,7 @@ class Cluster:
 
     def close(self) -> None:
         """End all processes, within `PATIENCE_S`."""
+        self._closed.set()
         for seat in self.seats:
             self._tell(seat.number, {"do": "stop"})
         until = time.monotonic() + PATIENCE_S
@@ -256,8 +274,14 @@ class Cluster:
                 self._tell(source, {"do": "credit", "bytes": message["bytes"]})
                 return
             target = self.router.passes(live.request)
+            self._lent[source, target] += message["bytes"]
             live.owed[message["choice"]] = (target, live.request.max_new - 1)
             self._tell(target, {**message, "do": "adopt", "from": source}, state)
+
+    def _credit(self, source: int, target: int, count: int) -> None:
+        """What was lent has been taken in, or is lost."""
+        self._lent[source, target] -= count
+        self._tell(source, {"do": "credit", "bytes": count})
 
     def _lost(self, seat: Seat) -> list[Token]:
         """A process has ended, and with it what only it could go on with."""
@@ -265,6 +289,9 @@ class Cluster:
             return []
         self.problem = seat.ended()
         self.failed = not self.router.lose(seat.number)
+        for (source, target), count in list(self._lent.items()):
+            if target == seat.number and count:
+                self._credit(source, target, count)
         ends = []
         for number, live in list(self.live.items()):
             if self.failed or seat.number in {worker for worker, _ in live.owed.values()}:
@@ -275,10 +302,13 @@ class Cluster:
         return ends
 
 
-def _listen(number: int, pipe: Connection, events: SimpleQueue[Event]) -> None:
+def _listen(seat: Seat, events: SimpleQueue[Event]) -> None:
     """Takes in whatever a worker says, so that it never waits for the front."""
     try:
         while True:
-            events.put((number, *wire.get(pipe)))
+            message, state = wire.get(seat.pipe)
+            seat.heard = time.monotonic()
+            if message["is"] != "beat":
+                events.put((seat.number, message, state))
     except (EOFError, OSError, RuntimeError):  # the last: it ended between a message and its state
-        events.put((number, None, None))
+        events.put((seat.number, None, None))

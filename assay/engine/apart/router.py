@@ -20,22 +20,35 @@ KNOWN = 1 << 16  # names of pages that a router remembers of each worker
 class ClusterConfig(Spec):
     """Which processes there are, and how requests are shared among them.
 
-    route: `apart` is one process that reads prompts and one that goes on with the replies. The others are over
-    `replicas` that do everything: `round_robin`; `least_loaded`, by tokens still to be read or said; `prefix`, by those
-    less the tokens of the prompt's longest beginning that the replica has been sent before (Qin et al. 2025, arXiv
-    2407.00079, algorithm 1, in tokens where they estimate seconds). in_flight: bytes of states on their way between two
-    processes; one that is larger goes alone. start_s: seconds within which all must be ready.
+    route: `apart` is `prefill` processes that read prompts and `decode` ones that go on with the replies, each given to
+    whichever has fewest tokens before it. The others are over `replicas` that do everything: `round_robin`;
+    `least_loaded`, by tokens still to be read or said; `prefix`, by those less the tokens of the prompt's longest
+    beginning that the replica has been sent before (Qin et al. 2025, arXiv 2407.00079, algorithm 1, in tokens where
+    they estimate seconds). in_flight: bytes of states on their way between two processes; one that is larger goes
+    alone. start_s: seconds within which all must be ready. silence_s: a process that says nothing for so long hangs,
+    and is killed; one that is well speaks every second, and after every step.
     """
 
     route: Literal["apart", "round_robin", "least_loaded", "prefix"] = "least_loaded"
     replicas: int = Field(default=2, ge=1)
+    prefill: int = Field(default=1, ge=1)
+    decode: int = Field(default=1, ge=1)
     in_flight: int = Field(default=1 << 28, ge=1)
     start_s: float = Field(default=120.0, gt=0.0)
+    silence_s: float = Field(default=60.0, gt=1.0)
 
     @property
     def roles(self) -> tuple[Role, ...]:
         whole: Role = "whole"
-        return ("prefill", "decode") if self.route == "apart" else (whole,) * self.replicas
+        reads: Role = "prefill"
+        goes_on: Role = "decode"
+        apart = (reads,) * self.prefill + (goes_on,) * self.decode
+        return apart if self.route == "apart" else (whole,) * self.replicas
+
+    @property
+    def speakers(self) -> int:
+        """Processes that go on with replies."""
+        return self.decode if self.route == "apart" else self.replicas
 
 
 @dataclass

@@ -23,8 +23,10 @@ from assay.engine.engine import Engine
 from assay.engine.handoff import pack, unpack
 from assay.engine.request import Request
 from assay.engine.runner import Token
+from assay.engine.server.memory import Tidy
 
 LOOK_S = 0.05  # seconds between two reports of an engine that works
+BEAT_S = 1.0  # seconds between two signs of life of one that waits
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,25 @@ class Worker:
         self.looked = 0.0
 
     def serve(self) -> None:
+        tidy = Tidy()
         while self._obey():
             if self.works:
                 self._step()
             self._send()
+            tidy()
 
     @property
     def works(self) -> bool:
         return self.engine.busy and not self.outgoing
 
     def _obey(self) -> bool:
-        """Do what has been asked for; without work, wait for it. False: stop."""
-        while self.pipe.poll(0.0 if self.works else None):
+        """Do what has been asked for; without work, wait for it, and say that it is there. False: stop."""
+        while True:
+            if not self.pipe.poll(0.0 if self.works else BEAT_S):
+                if self.works:
+                    return True
+                wire.put(self.pipe, {"is": "beat"})
+                continue
             message, state = wire.get(self.pipe)
             match message["do"]:
                 case "submit":
@@ -82,7 +91,6 @@ class Worker:
                 case "stop":
                     return False
             self._send()
-        return True
 
     def _submit(self, number: int, request: Request) -> None:
         try:

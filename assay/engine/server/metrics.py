@@ -38,7 +38,7 @@ class Metrics:
             self.outcomes.labels(outcome)
 
     def submitted(self, requests: Sequence[Request]) -> None:
-        self.read.inc(sum(len(request.prompt) for request in requests))
+        self.read.inc(sum(len(request.source or request.prompt) for request in requests))
 
     def started(self, waited: float) -> None:
         self.queued.observe(waited)

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from assay.data.tokenizers import Tokenizer
+from assay.engine.config import source_limit
 from assay.engine.engine import Engine
 from assay.engine.request import Grammar, Request, SamplingParams, Serving
 from assay.engine.server.config import Limits, ServerConfig
@@ -28,7 +29,8 @@ class Desk:
     """What turns a body into requests: the model's name, words and sizes.
 
     context: tokens that a prompt and its reply may have together. state_bytes: what a sequence of so many tokens has
-    in the cache. page: tokens of a page, null without pages.
+    in the cache. page: tokens of a page, null without pages. source: tokens that an encoder reads at most; 0 without
+    one. With one, prompts are what it reads, and replies follow `starts`.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Desk:
     page: int | None
     template: str | None
     calls: str | None
+    source: int = 0
 
     @classmethod
     def of(cls, engine: Served, config: ServerConfig) -> Desk:
@@ -53,7 +56,14 @@ class Desk:
         sizes = (engine.tokens, engine.spec.vocab, config.limits)
         template = chat_template(engine.tokenizer)
         calls = call_form(template, engine.tokenizer) if template is not None else None
-        return cls(config.name, engine.tokenizer, *sizes, state_bytes, engine.config.page, template, calls)
+        source = source_limit(engine.spec)
+        return cls(config.name, engine.tokenizer, *sizes, state_bytes, engine.config.page, template, calls, source)
+
+    @property
+    def starts(self) -> Ids:
+        """What a decoder begins with that has an encoder: what the checkpoint names, else the first token of a text."""
+        first = self.tokenizer.bos_id
+        return self.tokenizer.starts or (() if first is None else (first,))
 
     def held(self, tokens: int) -> Json:
         """What a conversation of so many tokens has in the cache."""
@@ -94,7 +104,8 @@ class Desk:
             raise ApiError(400, "max_tokens: accepted: it or max_completion_tokens", "max_tokens")
         new = body.max_completion_tokens or body.max_tokens
         self._check_prompt(prompt, "messages")
-        return self._request(prompt, new or max(1, self.context - len(prompt)), "messages", rest)
+        known = len(self.starts) if self.source else len(prompt)
+        return self._request(prompt, new or max(1, self.context - known), "messages", rest)
 
     def conversation(self, messages: Iterable[Message], tools: list[Json] | None = None) -> Ids:
         """The ids that ask for the next reply."""
@@ -107,7 +118,8 @@ class Desk:
 
     def text(self, text: str, special: bool = True, param: str = "prompt") -> Ids:
         try:
-            made = self.tokenizer.begun(text) if special else self.tokenizer.encode(text)
+            whole = self.tokenizer.framed if self.source else self.tokenizer.begun
+            made = whole(text) if special else self.tokenizer.encode(text)
         except ValueError as error:
             raise ApiError(400, str(error), param) from None
         return tuple(made.tolist())
@@ -123,7 +135,8 @@ class Desk:
         return [ids or (() if first is None else (first,)) for ids in made]
 
     def _check_prompt(self, prompt: Ids, param: str) -> None:
-        limit = min(self.limits.prompt_tokens or self.context, self.context - 1)
+        most = self.source or self.context - 1
+        limit = min(self.limits.prompt_tokens or most, most)
         if not prompt:
             raise ApiError(400, f"{param}: empty, and this model's tokenizer names no token to begin with", param)
         if len(prompt) > limit:
@@ -133,6 +146,10 @@ class Desk:
 
     def _request(self, prompt: Ids, new: int, param: str, rest: Mapping[str, Any]) -> Request:
         self._check_prompt(prompt, param)
+        if self.source:
+            if not self.starts:
+                raise ApiError(400, "decoder_start_token_id: this checkpoint names no token that a reply begins with")
+            rest, prompt = {**rest, "source": prompt}, self.starts
         if len(prompt) + new > self.context:
             message = f"max_tokens: a prompt of {len(prompt)} tokens and {new} new ones are {len(prompt) + new}"
             raise ApiError(400, f"{message}; the context of this model is {self.context} tokens", "max_tokens", LONG)

@@ -87,7 +87,7 @@ class Service:
             stats = self.worker.stats
             return {**desk.held(tokens), **{key: stats[key] for key in PAGES if key in stats}}
 
-        usage = Usage(sum(len(request.prompt) for request in requests), more)
+        usage = Usage(sum(len(request.source or request.prompt) for request in requests), more)
         return Answer(kinds[0], kinds[1:], desk.name, writers, usage)
 
     async def _reply(self, body: Bounds, http: Http, requests: Sequence[Request], answer: Answer) -> Response:

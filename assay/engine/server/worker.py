@@ -20,6 +20,7 @@ from assay.engine.engine import Engine
 from assay.engine.request import Request
 from assay.engine.runner import Token
 from assay.engine.server.errors import ApiError
+from assay.engine.server.memory import Tidy
 
 T = TypeVar("T")
 Served = Engine | Cluster
@@ -177,12 +178,14 @@ class Worker:
             self._tell(_settle, self._ready, error)
             return
         self._tell(_settle, self._ready, None)
+        tidy = Tidy()
         try:
             while self._running:
                 self._obey(engine)
                 if engine.busy and self._running:
                     self._step(engine)
                 self._look(engine, not engine.busy)
+                tidy()
                 if isinstance(engine, Cluster) and engine.failed:
                     raise RuntimeError(engine.problem)
         except BaseException as error:  # nothing is known of the engine any more: better none than a wrong one

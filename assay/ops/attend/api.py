@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assay.ops.attend import decode, gathered, matmul, oracle, sdpa, tiled
+from assay.ops.attend import decode, gathered, invariant, matmul, oracle, sdpa, tiled
 from assay.ops.attend.call import Call
 from assay.ops.attend.plan import BACKENDS, Plan, materialised
 from assay.ops.attend.plan import gathered as in_parts
@@ -86,8 +86,11 @@ def attend(
     here: Here | None = None,
 ) -> Float[Tensor, "N H V"]:
     """softmax(scores + mask) v for every token and head. A token that sees nothing gives 0. ValueError if the plan
-    names a backend that cannot serve these scores. What it looks at is published `here`, for who asks by name."""
+    names a backend that cannot serve these scores. What it looks at is published `here`, for who asks by name. In
+    inference under `torch.use_deterministic_algorithms` a token's bits follow from its own sequence alone."""
     if here is None or not here.listen:
+        if invariant.asked():
+            return invariant.run(q, view, step, sees, scores, made)
         found = decode.run(q, view, scores, made)
         if found is not None:
             return found

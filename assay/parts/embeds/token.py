@@ -70,6 +70,9 @@ class TokenEmbedPart(Embed):
         self.rows = Whole()
         self.outer: tuple[Embed, ...] = ()  # a tuple: the model around owns the module, and torch does not register it
 
+    def mingles(self) -> str | None:
+        return None
+
     def share(self, outer: Embed) -> None:
         self.outer = (outer,)
 

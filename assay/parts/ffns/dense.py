@@ -52,6 +52,10 @@ class DenseFfn(FfnSpec):
 
 
 class DenseFfnPart(Ffn):
+    def mingles(self) -> str | None:
+        # torch's pointwise loops take 64 values at a time, and what is left in another way
+        return None if self.spec.width % 64 == 0 else super().mingles()
+
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         return self.down(activate(self.spec.act, self.up(x, step)), step)
 

@@ -56,6 +56,10 @@ class Gated(FfnSpec):
 
 
 class GatedFfn(Ffn):
+    def mingles(self) -> str | None:
+        # torch's pointwise loops take 64 values at a time, and what is left in another way
+        return None if self.spec.width % 64 == 0 and not self.spec.share else super().mingles()
+
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         y = self.down(activate(self.spec.act, self.gate(x, step)) * self.up(x, step), step)
         return y * torch.sigmoid(self.share(x, step)) if self.spec.share else y

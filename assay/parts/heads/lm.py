@@ -68,6 +68,9 @@ class LmHeadPart(Head):
         super().__init__(spec, site)
         self.rows = Whole()
 
+    def mingles(self) -> str | None:
+        return None if self.spec.softcap is None or self.site.d_out % 64 == 0 else super().mingles()
+
     def forward(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N V"]:
         return self.rows.gather(self.logits(self.rows.enter(features), step, table))
 

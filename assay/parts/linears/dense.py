@@ -45,5 +45,8 @@ class DenseLinear(Linear):
         for key, weight in spec.fan(fan, site).items():
             self.register_parameter(key, empty(weight))
 
+    def mingles(self) -> str | None:
+        return None
+
     def forward(self, x: Tensor, step: Step | None) -> Tensor:
         return linear(x, self.weight, self.bias)

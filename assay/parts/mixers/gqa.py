@@ -217,6 +217,12 @@ class Gqa(MixerSpec):
 class GqaMixer(Placed):
     """[N, D] -> [N, D]. Head counts are read from the tensors, so a shard of the heads runs the same lines."""
 
+    def mingles(self) -> str | None:
+        """None where a compiled kernel makes every sum, in its own order for each query."""
+        rule, size = self.spec.scores, self.spec.size(self.site)
+        served = size % 16 == 0 and size <= 256 and rule.blocks is None and rule.temperature is None
+        return None if served and self.spec.gate == "none" and type(self) is GqaMixer else super().mingles()
+
     def prepare_key(self) -> object:
         return ("attend", self.spec.sees, self.spec.takes, self.spec.scores.blocks)
 

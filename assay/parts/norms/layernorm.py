@@ -45,6 +45,9 @@ class LayerNorm(NormSpec):
 class LayerNormPart(Norm):
     """[..., D] -> [..., D]; statistics and scale in float32 or better, then the input's dtype."""
 
+    def mingles(self) -> str | None:
+        return None
+
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
         wide = high(x)
         w = self.weight.to(wide.dtype) if self.spec.weight else None

@@ -42,6 +42,9 @@ class RmsNorm(NormSpec):
 class RmsNormPart(Norm):
     """[..., D] -> [..., D]; statistics and scale in float32 or better, then the input's dtype."""
 
+    def mingles(self) -> str | None:
+        return None
+
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
         mode = self.spec.weight
         return rms_norm(x, None if mode == "none" else self.weight, self.spec.eps, 1.0 if mode == "plus_one" else 0.0)

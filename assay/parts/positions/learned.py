@@ -54,6 +54,9 @@ class Learned(PositionSpec):
 
 
 class LearnedPosition(Position):
+    def mingles(self) -> str | None:
+        return None
+
     def on_embed(self, x: Float[Tensor, "N D"], step: Step) -> Float[Tensor, "N D"]:
         x = x + lookup(self.weight, step.positions, step, "learned").to(x.dtype)
         return x if self.spec.norm is None else self.norm(x, step)

@@ -170,6 +170,9 @@ class RopePosition(Position):
         super().serve(heads, head_dim)
         self.sizes = tuple(sorted({*self.sizes, head_dim}))
 
+    def mingles(self) -> str | None:
+        return "it turns keys again with every step" if self.spec.reads else None
+
     def prepare_key(self) -> object | None:
         return ("rope", self.spec, self.sizes) if self.sizes else None
 

@@ -26,6 +26,9 @@ class Add(ResidualSpec):
 
 
 class AddResidual(Residual):
+    def mingles(self) -> str | None:
+        return None
+
     def wrap(self, h: Tensor, f: Callable[[Tensor], Tensor], step: Step) -> Tensor:
         return h + f(h)
 
