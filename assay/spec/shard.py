@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from assay.spec.base import PartSpec, Site, StateField, Weight
 from assay.spec.model import ModelSpec
 
-WAYS = {0: "column", 1: "row"}
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -46,25 +44,13 @@ def piece_shape(shape: tuple[int, ...], dim: int, ranks: int) -> tuple[int, ...]
 
 
 def cut_weights(part: PartSpec, site: Site, axis: str) -> dict[str, int]:
-    """Which of a part's weights are cut along an axis, and in which dimension: along `tensor` all that say `split`,
-    along `expert` those of the part itself, whose first dimension is the experts."""
+    """Which of a part's weights are cut along an axis, and in which dimension of [out, in]: along `tensor` all that say
+    `split` (0: by column, by head, or a vocabulary's rows; 1: by row), along `expert` those of the part itself, whose
+    first dimension is the experts. All others are whole on every rank."""
     if not part.pieces(site).get(axis):
         return {}
     table = part.own(site) if axis == "expert" else part.weights(site)
     return {name: w.split for name, w in table.items() if w.split is not None}
-
-
-def ways(part: PartSpec, site: Site, axis: str) -> dict[str, str]:
-    """Every weight of the part by its name -> `column`, `row`, `vocab`, `experts` or `replicated`, for one axis."""
-    special = {"embeds": "vocab", "heads": "vocab"}.get(part.slot)
-    dims = cut_weights(part, site, axis)
-
-    def way(name: str) -> str:
-        if name not in dims:
-            return "replicated"
-        return "experts" if axis == "expert" else special or WAYS[dims[name]]
-
-    return {name: way(name) for name in part.weights(site)}
 
 
 def refuse(part: PartSpec, site: Site, axis: str, ranks: int) -> None:

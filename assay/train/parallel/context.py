@@ -47,13 +47,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class Now:
-    """A step as this rank has it. layout: of all ranks' tokens, in the order they are gathered in. first, last: the
-    numbers of the sequences at the ends of this rank's rows; goes_on: which rows begin in the middle of one."""
+    """A step as this rank has it. layout: of whole rows. back: where each token of a row stands in what all ranks have,
+    one after another. first, last: the numbers of the sequences at the ends of this rank's rows; goes_on: which rows
+    begin in the middle of one."""
 
     step: Step
     targets: Tensor | None
     layout: Layout
-    back: Tensor  # the gathered place of each token of a row
+    back: Tensor
     first: Tensor
     last: Tensor
     goes_on: Tensor
@@ -65,10 +66,10 @@ def narrowed(step: Step, targets: Tensor | None, columns: Columns, rank: int, or
     stand here, and continue what is stored, as recurrences need."""
     assert step.grid is not None
     rows, length = step.grid
-    here, all_ = columns.places[rank].to(step.seq.device), columns.places.flatten().to(step.seq.device)
+    here = columns.places[rank].to(step.seq.device)
 
-    def pick(x: Tensor, places: Tensor = here) -> Tensor:
-        return x.view(rows, length)[:, places].reshape(-1)
+    def pick(x: Tensor) -> Tensor:
+        return x.view(rows, length)[:, here].reshape(-1)
 
     seq, index = pick(step.seq), pick(step.index)
     begins = torch.cat([seq[:1] == seq[:1], seq.diff() != 0]).view(rows, -1)
@@ -76,8 +77,7 @@ def narrowed(step: Step, targets: Tensor | None, columns: Columns, rank: int, or
     number = begins.flatten().cumsum(0) - 1
     edge = number.view(rows, -1)
     start = begins.flatten().nonzero()[:, 0]
-    told = seq
-    theirs = pick(step.seq, all_)
+    told, theirs = seq, step.seq
     if order:
         told = number.where(seq >= 0, -1)
         lookup = torch.full((int(step.seq.max()) + 2,), -1, dtype=told.dtype, device=told.device)
@@ -96,10 +96,11 @@ def narrowed(step: Step, targets: Tensor | None, columns: Columns, rank: int, or
         prefix=None if step.prefix is None else pick(step.prefix),
     )
     shape = (rows, length)
-    layout = Layout(*(x.view(shape) for x in (theirs, pick(step.index, all_), pick(step.positions, all_))), True)
+    layout = Layout(theirs.view(shape), step.index.view(shape), step.positions.view(shape), True)
     goes_on = (index.view(rows, -1)[:, 0] > 0) & (seq.view(rows, -1)[:, 0] >= 0) & (rank > 0)
     kept = None if targets is None else pick(targets)
-    return Now(local, kept, layout, all_.argsort(), edge[:, 0], edge[:, -1], goes_on, [])
+    back = columns.places.flatten().argsort().to(step.seq.device)
+    return Now(local, kept, layout, back, edge[:, 0], edge[:, -1], goes_on, [])
 
 
 class Received(torch.autograd.Function):
@@ -154,7 +155,7 @@ class Spread:
         rows, own = step.grid
         flat = torch.cat([x.reshape(rows * own, -1) for x in new.values()], -1)
         every = gathered(flat, self.line).view(self.line.ranks, rows, own, -1)
-        every = every.transpose(0, 1).reshape(rows, self.line.ranks * own, -1)
+        every = every.transpose(0, 1).reshape(rows, self.line.ranks * own, -1).index_select(1, self.now.back)
         cut = every.split([x[0].numel() for x in new.values()], -1)
         fields = {n: c.view(*c.shape[:2], *x.shape[1:]) for (n, x), c in zip(new.items(), cut, strict=True)}
         return View(fields, self.now.layout)
@@ -177,7 +178,7 @@ class Spread:
         self._ends |= {name: value.index_select(0, self.now.last) for name, value in rows.items()}
         if self._ends.keys() == self._kept.keys() and self.line.rank < self.line.ranks - 1:
             flat = torch.cat([self._ends[name].flatten(1).to(self._dtype) for name in self._kept], 1)
-            self.now.loose.append(Passed.apply(flat, self.line))  # type: ignore[no-untyped-call]
+            self.now.loose.append(Passed.apply(flat, self.line))
 
     @property
     def _kept(self) -> dict[str, StateField]:
@@ -197,7 +198,7 @@ class Spread:
         flat = self.like.new_zeros((rows, sum(sizes.values())), dtype=self._dtype)
         if self.line.rank > 0:
             anchor = flat.new_zeros((), requires_grad=torch.is_grad_enabled())
-            flat = Received.apply(anchor, flat, self.line)  # type: ignore[no-untyped-call]
+            flat = Received.apply(anchor, flat, self.line)
         parts = zip(self._kept.items(), flat.split(list(sizes.values()), 1), strict=True)
         return {name: part.view(rows, *field.shape) for (name, field), part in parts}
 

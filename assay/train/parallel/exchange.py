@@ -148,28 +148,28 @@ class Sent(torch.autograd.Function):
 
 
 def copied(x: Tensor, line: Line) -> Tensor:
-    return Copied.apply(x, line)  # type: ignore[no-any-return, no-untyped-call]
+    return Copied.apply(x, line)
 
 
 def summed(x: Tensor, line: Line) -> Tensor:
-    return Summed.apply(x, line)  # type: ignore[no-any-return, no-untyped-call]
+    return Summed.apply(x, line)
 
 
 def gathered(x: Tensor, line: Line) -> Tensor:
-    return Gathered.apply(x, line)  # type: ignore[no-any-return, no-untyped-call]
+    return Gathered.apply(x, line)
 
 
 def scattered(x: Tensor, line: Line) -> Tensor:
-    return Scattered.apply(x, line)  # type: ignore[no-any-return, no-untyped-call]
+    return Scattered.apply(x, line)
 
 
 def sliced(x: Tensor, line: Line) -> Tensor:
-    return Sliced.apply(x, line)  # type: ignore[no-any-return, no-untyped-call]
+    return Sliced.apply(x, line)
 
 
 def joined(x: Tensor, line: Line) -> Tensor:
-    return Joined.apply(x, line)  # type: ignore[no-any-return, no-untyped-call]
+    return Joined.apply(x, line)
 
 
 def sent(x: Tensor, line: Line, give: Sequence[int], take: Sequence[int]) -> Tensor:
-    return Sent.apply(x, line, give, take)  # type: ignore[no-any-return, no-untyped-call]
+    return Sent.apply(x, line, give, take)

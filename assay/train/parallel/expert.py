@@ -7,6 +7,8 @@ the sum of their gradients, and experts by what was sent to them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -48,6 +50,6 @@ def apply(model: LM, mesh: Mesh) -> None:
     line, found = Line.of(mesh, "expert"), {m.name: m for m in model.modules() if isinstance(m, Part)}
     for site, spec in owned(model.spec):
         if dims := cut_weights(spec, site, "expert"):
-            part = found[site.name]
+            part: Any = found[site.name]
             cut(part, dims, line.rank, line.ranks)
             part.across = Dispatch(line)

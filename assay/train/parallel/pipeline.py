@@ -53,7 +53,7 @@ class Stage:
     def enter(self, step: Step, own: Entry) -> tuple[Tensor, dict[str, object]]:
         if self.first:
             return own(step)
-        h = self._receive((step.tokens, self.d_model), self.line.rank - 1)
+        h = self._receive(self._like().new_empty(step.tokens, self.d_model), self.line.rank - 1)
         self._entered = h.requires_grad_(torch.is_grad_enabled())
         return self._entered, {}
 
@@ -88,7 +88,7 @@ class Stage:
         grads: list[Tensor | None] = [None] * len(roots)
         if held.left is not None:
             roots.append(held.left)
-            grads.append(self._receive(tuple(held.left.shape), self.line.rank + 1))
+            grads.append(self._receive(torch.empty_like(held.left), self.line.rank + 1))
         torch.autograd.backward(roots, grads)
         if held.entered is not None:
             assert held.entered.grad is not None
@@ -98,9 +98,7 @@ class Stage:
         x = x.contiguous()
         self._under_way.append((self.line.comm.send(x, to, self.line.group, wait=False), x))
 
-    def _receive(self, shape: tuple[int, ...], source: int) -> Tensor:
-        like = self._like()
-        into = torch.empty(shape, dtype=like.dtype, device=like.device)
+    def _receive(self, into: Tensor, source: int) -> Tensor:
         self.line.comm.receive(into, source, self.line.group)
         return into
 
@@ -117,15 +115,11 @@ class Stage:
                 self.line.comm.send(x, 0, self.line.group)
             return held
         for source in range(1, self.line.ranks):
-            size = self._taken(torch.zeros(1, dtype=torch.long), source)
-            header = self._taken(torch.zeros(int(size), dtype=torch.uint8), source)
+            size = self._receive(torch.zeros(1, dtype=torch.long), source)
+            header = self._receive(torch.zeros(int(size), dtype=torch.uint8), source)
             for name, dtype, shape in json.loads(bytes(header.tolist())):
-                held[name] = self._taken(torch.empty(shape, dtype=getattr(torch, dtype)), source)
+                held[name] = self._receive(torch.empty(shape, dtype=getattr(torch, dtype)), source)
         return held
-
-    def _taken(self, into: Tensor, source: int) -> Tensor:
-        self.line.comm.receive(into, source, self.line.group)
-        return into
 
     @torch.no_grad()
     def settle(self, model: LM) -> None:
@@ -136,7 +130,7 @@ class Stage:
         other = self.line.ranks - 1 if self.first else 0
         assert weight.grad is not None
         self._send(weight.grad.clone(), other)
-        weight.grad += self._receive(tuple(weight.shape), other)
+        weight.grad += self._receive(torch.empty_like(weight.grad), other)
         self.finish()
 
 

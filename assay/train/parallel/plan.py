@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from assay.spec.model import ModelSpec
 from assay.spec.shard import Cut, Deal, deal
@@ -26,19 +26,6 @@ def joined(piece: Tensor, cut: Cut | None, mesh: Mesh) -> Tensor:
         return piece
     pieces = mesh.comm.all_gather(piece.detach().contiguous(), mesh.group(cut.axis))
     return torch.cat(pieces.unbind(0), cut.dim)
-
-
-@torch.no_grad()
-def settle(model: nn.Module, found: Deal, mesh: Mesh) -> None:
-    """After the backward passes of a step: sum the gradients that each `tensor` rank has a part of, in one exchange."""
-    if not found.partial or mesh.size("tensor") == 1:
-        return
-    named = [(n, p) for n, p in model.named_parameters() if n in found.partial and p.requires_grad]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
-    flat = torch.cat([g.reshape(-1) for g in grads])
-    mesh.comm.all_reduce(flat, mesh.group("tensor"))
-    for (_, p), g, total in zip(named, grads, flat.split([g.numel() for g in grads]), strict=True):
-        p.grad = total.view_as(g)
 
 
 def refuse_dropout(spec: ModelSpec, axis: str, ranks: int) -> None:

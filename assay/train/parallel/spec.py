@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from assay.spec.base import Spec
 
@@ -37,6 +37,12 @@ class ParallelSpec(Spec):
     pipeline: int = Field(1, ge=1)
     sequence: bool = False
     timeout_s: float = Field(60.0, gt=0.0)
+
+    @model_validator(mode="after")
+    def _something_to_spread_over(self) -> Self:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence: true spreads tokens over the ranks of `tensor`, which is 1; accepted: false")
+        return self
 
     @property
     def sizes(self) -> dict[str, int]:

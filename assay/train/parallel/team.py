@@ -133,8 +133,8 @@ class Team:
         if self.mesh.size(*ROWS) > 1:
             sums = {"nats": part.index_nats, "counts": part.index_tokens, "size": (part.tokens, part.bytes)}
             found = self.total({name: torch.tensor(v, dtype=torch.float64) for name, v in sums.items()}, ROWS)
-            counts, size = (tuple(int(n) for n in found[name].tolist()) for name in ("counts", "size"))
-            part = Evaluation(*size, tuple(found["nats"].tolist()), counts)
+            counts, (tokens, size) = ([int(n) for n in found[name].tolist()] for name in ("counts", "size"))
+            part = Evaluation(tokens, size, tuple(found["nats"].tolist()), tuple(counts))
         if self.stage is not None:
             nats = self.total({"": torch.tensor(part.index_nats, dtype=torch.float64)}, ("pipeline",))[""]
             part = replace(part, index_nats=tuple(nats.tolist()))

@@ -20,6 +20,7 @@ from assay.data.loader import Batch
 from assay.model.lm import LM, build
 from assay.spec.load import validate
 from assay.spec.model import ModelSpec
+from assay.spec.shard import Deal
 from assay.train.parallel.mesh import LOOPBACK, Mesh
 from assay.train.parallel.spec import ParallelSpec
 
@@ -90,3 +91,17 @@ def _run(rank: int, work: str, processes: int, folder: str) -> None:
 
 def mesh_of(**sizes: int) -> Mesh:
     return Mesh.of(ParallelSpec(**sizes))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def settle(model: LM, found: Deal, mesh: Mesh) -> None:
+    """After the backward passes of a step: sum the gradients that each `tensor` rank has a part of, as the learner
+    does."""
+    if not found.partial or mesh.size("tensor") == 1:
+        return
+    named = [(n, p) for n, p in model.named_parameters() if n in found.partial and p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    mesh.comm.all_reduce(flat, mesh.group("tensor"))
+    for (_, p), g, total in zip(named, grads, flat.split([g.numel() for g in grads]), strict=True):
+        p.grad = total.view_as(g)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from assay.spec.model import ModelSpec
+from assay.train.loop import train
 from tests.train.parallel import traffic
 from tests.train.parallel.plans import Found, together
 from tests.train.parallel.replicas import DELTA, GATED, GQA, MLA, MOE, made, mesh_of, steps, under
-from tests.train.small import model
+from tests.train.parallel.test_torchrun import launch, same_as_alone
+from tests.train.small import MODEL, RECIPE, model, recipe
 
 BIASED: dict[str, Any] = GQA | {"bias": "all", "qk_norm": {}}
 SHARED: dict[str, Any] = MOE | {"shared": {"kind": "gated", "width": 8}}
@@ -134,3 +138,18 @@ def test_a_stream_crosses_a_border_once_each_way(two: list[Found]) -> None:
 @pytest.mark.parametrize("case", cases(PRODUCTS))
 def test_four_processes_compute_what_one_computes(four: list[Found], case: str) -> None:
     compare(four[0], case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [("tensor", "pipeline"), ("context", "pipeline")])
+def test_a_run_from_the_command_line_and_its_save(tmp_path: Path, axes: tuple[str, str]) -> None:
+    """Four processes; what they save together, one process takes up."""
+    paths = tmp_path / "model.yaml", tmp_path / "recipe.yaml"
+    for path, tree in zip(paths, (MODEL, RECIPE), strict=True):
+        path.write_text(yaml.safe_dump(tree))
+    words = ["train", str(paths[0]), "--recipe", str(paths[1]), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    changes = [f"recipe.parallel.{axis}=2" for axis in axes]
+    found = launch(["-m", "assay", *words, "recipe.batch.accumulate=2", *changes], "--nproc-per-node", "4")
+    assert found.returncode == 0, found.stderr
+    same_as_alone(tmp_path / "run")
+    assert train(model(), recipe(batch__accumulate=2), tmp_path / "run", resume=True).steps == 8

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from assay.spec.shard import deal
+from assay.train.parallel.spec import ParallelSpec
 from tests.train.parallel.plans import model
 
 GQA: dict[str, Any] = {"kind": "gqa", "heads": 4, "position": "rope"}
@@ -36,3 +37,8 @@ def test_what_cannot_be_dealt_out_is_named(
 def test_experts_that_the_ranks_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"ffn moe: expert=3 .* 4 pieces; accepted: expert in 1, 2, 4"):
         deal(model(GQA, {"kind": "moe", "experts": 4, "width": 8}), {"expert": 3})
+
+
+def test_tokens_without_ranks_to_spread_them_over() -> None:
+    with pytest.raises(ValueError, match=r"sequence: true spreads tokens over the ranks of `tensor`, which is 1"):
+        ParallelSpec(sequence=True)

@@ -12,7 +12,7 @@ from assay.spec.model import ModelSpec
 from assay.train.evaluate import step_of
 from assay.train.parallel import plan, tensor
 from assay.train.parallel.mesh import Mesh
-from tests.train.parallel.plans import Found, batch, built, mesh_of, model, together
+from tests.train.parallel.plans import Found, batch, built, mesh_of, model, settle, together
 
 STEPS = 5
 QK = {
@@ -56,7 +56,7 @@ def steps(made: LM, mesh: Mesh | None) -> tuple[Tensor, LM]:
         optimizer.zero_grad()
         total.backward()
         if mesh is not None and deal is not None:
-            plan.settle(made, deal, mesh)
+            settle(made, deal, mesh)
         optimizer.step()
         losses.append(out.loss["nll"].detach())
     return torch.stack(losses), made
