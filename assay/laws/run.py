@@ -101,10 +101,11 @@ def best_rates(ladder: Ladder, results: Iterable[Result]) -> dict[str, float]:
     """size -> recipe.optimizer.lr, to three digits: the lowest point of its sweep's parabola; what a power law of the
     other sizes says for one without a sweep. Nothing where fewer than two sizes have one."""
     curves = sweep_curves(ladder, results)
-    found = {s: best for s in ladder.sizes if s.name in curves and (best := curves[s.name].optimum) is not None}
-    law = power_or_none([{"params": s.params, "lr": rate} for s, rate in found.items()], "params", "lr")
+    found = {name: best for name, curve in curves.items() if (best := curve.optimum) is not None}
+    swept = [{"params": s.params, "lr": found[s.name]} for s in ladder.sizes if s.name in found]
+    law = power_or_none(swept, "params", "lr")
     rates = {s.name: law["scale"] * s.params ** law["exponent"] for s in ladder.sizes} if law else {}
-    return {name: float(f"{rate:.3g}") for name, rate in {**rates, **{s.name: r for s, r in found.items()}}.items()}
+    return {name: float(f"{rate:.3g}") for name, rate in (rates | found).items()}
 
 
 def rung_points(ladder: Ladder, results: Iterable[Result], rung: int | None = None) -> list[Plain]:

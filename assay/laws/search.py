@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ def open_study(search: Search, worker: int = 0) -> optuna.Study:
     from sqlalchemy.engine import make_url
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Heartbeats and samplers for parallel trials are called experimental: their interface may change, not the tables.
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     shown = hidden(search.storage)
     url = make_url(search.storage)
     if search.password is not None:
@@ -134,7 +137,7 @@ def open_study(search: Search, worker: int = 0) -> optuna.Study:
             engine_kwargs=kwargs,
             heartbeat_interval=HEARTBEAT_S,
             grace_period=GRACE_S,
-            failed_trial_callback=optuna.storages.RetryFailedTrialCallback(max_retry=RETRIES),
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
         )
     except Exception as error:
         raise ValueError(f"storage {shown}: {_why(error, url.password)}") from None
