@@ -17,13 +17,18 @@ SECONDS = 20.0
 
 
 def measure(
-    subject: Subject, *, tasks: Sequence[str] = ("mqar",), steps: int = 200, rows: int = 32
+    subject: Subject,
+    *,
+    tasks: Sequence[str] = ("mqar",),
+    steps: int = 200,
+    rows: int = 32,
+    lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Rows: task, accuracy, floor, steps.
 
     The subject's spec with the task's vocabulary and length is trained on the task's default sizes by the recipe
-    `probe`, at the subject's learning rate and seed. What diverges, or does not reach the length, gives a row without
-    an accuracy and with a `reason`.
+    `probe`, at the learning rate `lr` (null: the subject's) and the subject's seed. What diverges, or does not reach
+    the length, gives a row without an accuracy and with a `reason`.
     """
     found = []
     for kind in tasks:
@@ -32,7 +37,7 @@ def measure(
         if reason := subject.refusal(task.length):
             found.append(row | {"reason": reason})
             continue
-        own = {"optimizer.lr": subject.recipe.optimizer.lr, "seed": subject.recipe.seed, "evaluation.tokens": 0}
+        own = {"optimizer.lr": lr or subject.recipe.optimizer.lr, "seed": subject.recipe.seed, "evaluation.tokens": 0}
         recipe = on_task(load_recipe("probe", own | {"batch.rows": rows}), task, steps)
         try:
             trained = train(change(subject.spec, symbols_of(task), "diagnostic"), recipe)

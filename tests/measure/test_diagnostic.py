@@ -63,6 +63,15 @@ def test_a_diagnostic_is_a_probe_of_the_same_spec() -> None:
     assert row == {"task": "parity", "accuracy": probe(own, recipe).accuracy, "floor": 0.5, "steps": 5}
 
 
+def test_a_diagnostic_has_a_rate_of_its_own() -> None:
+    held = subject(build(load_model("probe-attention", {"model.layers": 1})))
+    own = replace(held, recipe=change_recipe(held.recipe, {"optimizer.lr": 3e-2}))
+    mine, theirs = (
+        diagnostic.measure(s, tasks=["parity"], steps=30, rows=4, lr=lr) for s, lr in ((held, 3e-2), (own, None))
+    )
+    assert mine == theirs != diagnostic.measure(held, tasks=["parity"], steps=30, rows=4)
+
+
 def test_an_unknown_task_is_named() -> None:
     with pytest.raises(ValueError, match="unknown task 'parityy'"):
         diagnostic.measure(subject(build(load_model("probe-attention"))), tasks=["parityy"])

@@ -165,8 +165,8 @@ def _mixed(stages: Stages, title: str) -> bool:
     """Hybrids: attention stands where the title says, in four layers, and everything else is recurrent."""
     found = {i for i, m in enumerate(_mixers(stages)) if m.kind == "gqa"}
     rest = {m.kind for m in _mixers(stages)} - {"gqa"}
-    if "place of attention" in title:
-        return found == {1} and {m.sees.window for m in _mixers(stages) if m.kind == "gqa"} == {32}
+    if match := re.match(r"Window of (\d+) in place of attention", title):
+        return found == {1} and {m.sees.window for m in _mixers(stages) if m.kind == "gqa"} == {int(match[1])}
     own = {"gated_deltanet"} if title.startswith("Gated DeltaNet") else {"mamba2"}
     if title.endswith(" only") and not title.startswith("Attention"):
         return not found and rest == own

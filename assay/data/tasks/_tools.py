@@ -7,10 +7,10 @@ from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
 from assay.data.packing import IGNORED
-from assay.data.tasks.base import Dice, Examples, Ids, Shortcut
+from assay.data.tasks.base import Dice, Examples, Flags, Ids, Shortcut
 
-Column = Int64[NDArray[np.int64], "R 1"]
-Some = Int64[NDArray[np.int64], "R n"]
+Column = Int64[Ids, "R 1"]
+Some = Int64[Ids, "R n"]
 
 
 def at_least(name: str, value: int, least: int, what: str) -> None:
@@ -19,7 +19,7 @@ def at_least(name: str, value: int, least: int, what: str) -> None:
         raise ValueError(f"{name}: {value}; {what} need {least} or more")
 
 
-def next_symbol(tokens: Ids, asked: Bool[NDArray[np.bool_], "R T"]) -> Examples:
+def next_symbol(tokens: Ids, asked: Bool[Flags, "R T"]) -> Examples:
     """Rows [R, T+1] to be continued: where `asked`, a token is the answer that is due before it is read."""
     return Examples(tokens[:, :-1], np.where(asked[:, 1:], tokens[:, 1:], IGNORED))
 
@@ -34,7 +34,7 @@ def laid_out(pieces: NDArray[np.int64], present: NDArray[np.bool_], length: int,
     return rows
 
 
-def earlier(inputs: Ids, symbols: int) -> Int64[NDArray[np.int64], "R T"]:
+def earlier(inputs: Ids, symbols: int) -> Int64[Ids, "R T"]:
     """The last place before each that holds the same symbol; -1 where none does."""
     rows = np.arange(len(inputs))
     seen = np.full((len(inputs), symbols), -1, np.int64)
@@ -67,7 +67,7 @@ def different(dice: Dice, name: str, n: int, high: int) -> Some:
     return drawn
 
 
-def _repeats(rows: Some) -> Bool[NDArray[np.bool_], "R n"]:
+def _repeats(rows: Some) -> Bool[Flags, "R n"]:
     """Where a number stands that stood before in its row."""
     order = np.argsort(rows, axis=1, kind="stable")
     same = np.diff(np.take_along_axis(rows, order, 1), axis=1, prepend=-1) == 0

@@ -24,7 +24,9 @@ from assay.data.packing import IGNORED
 from assay.spec.base import NestedError, Spec
 from assay.spec.registry import user_kinds, user_modules
 
-Ids = NDArray[np.int64]
+# Spelled out: numpy 2.5's NDArray is an alias that jaxtyping does not take for an array's type.
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 Solver = Callable[[Ids], Ids]
 """inputs [R, T] -> an answer at every place; only those at places that are asked count."""
 

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
-from numpy.typing import NDArray
 from pydantic import Field
 
 from assay.data.draws import permutation
@@ -43,7 +42,7 @@ class Memorisation(Task):
         return 1 / self.pairs
 
     @property
-    def values(self) -> Int64[NDArray[np.int64], "K"]:
+    def values(self) -> Int64[Ids, "K"]:
         """The value of every key."""
         return self.pairs + permutation(self.pairs, self.kind_name(), self.map_seed)
 

@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
-from numpy.typing import NDArray
 from pydantic import Field
 
 from assay.data.tasks._prefix import Prefix
@@ -38,7 +37,7 @@ def _even(permutation: tuple[int, ...]) -> bool:
 
 
 @cache
-def products(group: Group) -> Int64[NDArray[np.int64], "G G"]:
+def products(group: Group) -> Int64[Ids, "G G"]:
     """products[p, q] is the number of p q, which maps i to p[q[i]]."""
     number = {p: i for i, p in enumerate(elements(group))}
     rows = [[number[tuple(p[i] for i in q)] for q in elements(group)] for p in elements(group)]
