@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from assay.conform.cases import TOKENS, Case, close
+from assay.conform.cases import Case, Refusal, close
 from assay.ops.state import Stateless
 from assay.parts.cut import cut
 from assay.spec.shard import cut_fields, cut_weights
@@ -19,9 +19,11 @@ MOST = 4
 def law_sharding(c: Case) -> None:
     """A part that declares `pieces` for `tensor`, cut by its table: outputs, the gradient of the input and those of
     weights that are whole on every rank are the sums over ranks; those of cut weights are the ranks' side by side."""
-    count = c.spec.pieces(c.site).get("tensor", 0)
-    if c.slot not in TOKENS or c.slot == "positions" or not count:
+    if c.slot not in ("mixers", "ffns"):
         return
+    count = c.spec.pieces(c.site).get("tensor")
+    if not count:
+        raise Refusal("it is whole on every rank" if count == 0 else "it declares no pieces for `tensor`")
     dims = cut_weights(c.spec, c.site, "tensor")
     assert dims, "`pieces` names tensor, but no weight says `split`"
     x, y, grads = _run([c], c)

@@ -66,7 +66,11 @@ def everything(rank: int, processes: int) -> Found:
         mesh = mesh_of(**layout)
         for kind in kinds:
             found |= under(f"{named(layout)}/{kind}", steps(made(MODELS[kind], mesh)))
-    return found | (under("traffic", traffic.everything(processes)) if processes == 2 else {})
+    if processes == 2:
+        return found | under("traffic", traffic.everything(processes))
+    # What crosses processes inside of a block crosses again when the block is computed again.
+    again = made(MODELS["hybrid"], mesh_of(tensor=2, context=2), recompute="full")
+    return found | under("recomputed/hybrid", steps(again))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +139,7 @@ def test_a_stream_crosses_a_border_once_each_way(two: list[Found]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(PRODUCTS))
+@pytest.mark.parametrize("case", [*cases(PRODUCTS), "recomputed/hybrid"])
 def test_four_processes_compute_what_one_computes(four: list[Found], case: str) -> None:
     compare(four[0], case)
 
