@@ -46,19 +46,26 @@ def run(
         fail(f"--out {out}: is there already, and is not an empty folder")
     load_parts(part)
     began = time.perf_counter()
-    imported, words = opened(source, dtype, tokenizer)
+    imported, words, asked = opened(source, dtype, tokenizer)
     keep(out, imported, words)
-    values = {**summary(imported, words), "import_s": time.perf_counter() - began, "checkpoint": str(out)}
+    values = {
+        **summary(imported, words),
+        "generation": asked,
+        "import_s": time.perf_counter() - began,
+        "checkpoint": str(out),
+    }
     tell(values)
     if json:
         emit_json(values)
 
 
-def opened(source: str, dtype: str | None, folder: Path | None) -> tuple[Imported, Tokenizer]:
-    """The model and its tokenizer, which is read first: it is small, and what is missing is known at once."""
+def opened(source: str, dtype: str | None, folder: Path | None) -> tuple[Imported, Tokenizer, dict[str, Any]]:
+    """The model, its tokenizer, which is read first (it is small, and what is missing is known at once), and the
+    settings for replies that are not taken over."""
     import torch
 
     from assay.data.settings import Generation
+    from assay.hub.generation import unheeded
     from assay.hub.gguf import read_gguf
     from assay.hub.gguf_config import source_of
     from assay.hub.load import import_folder, load
@@ -76,10 +83,10 @@ def opened(source: str, dtype: str | None, folder: Path | None) -> tuple[Importe
             words = folder_tokenizer(folder or path)
             if folder is not None:  # what a decoder begins with is the model's, not the vocabulary's
                 words = replace(words, starts=Generation.of(path).starts)
-            return import_folder(path, dtype=kind, told=told), words
+            return import_folder(path, dtype=kind, told=told), words, unheeded(path)
         file = read_gguf(path)
         words = folder_tokenizer(folder) if folder is not None else gguf_tokenizer(file.metadata, file.where)
-        return load(source_of(file), kind, told), words
+        return load(source_of(file), kind, told), words, {}
 
 
 def keep(out: Path, imported: Imported, tokenizer: Tokenizer) -> None:
@@ -116,10 +123,14 @@ def summary(imported: Imported, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tell(values: dict[str, Any]) -> None:
+    from assay.hub.generation import told as setting
+
     for key in values["unread"]:
         print(f"configuration key that nothing reads: {key}")
     for name, reason in values["skipped"].items():
         print(f"tensor that no parameter needs: {name} ({reason})")
+    for key, value in values["generation"].items():
+        print(setting(key, value))
     template = "with a chat template" if values["chat_template"] else "no chat template"
     print(
         f"{values['family']}: {values['params']:,} parameters in {values['dtype']}, {values['vocab']:,} tokens, "

@@ -15,6 +15,8 @@ from assay.hub.config import Tree
 from assay.hub.family import families, read
 from assay.model.lm import weight_table
 from assay.parts.base import Position
+from assay.parts.mixers._delta import DeltaSpec
+from assay.parts.mixers.cross import Cross
 from assay.parts.mixers.gqa import Gqa
 from assay.parts.mixers.mla import Mla
 from assay.spec.base import MixerSpec, PositionSpec, Site
@@ -147,22 +149,38 @@ def stage_tree(spec: ModelSpec, site: Site, stage: StageSpec, named: tuple[int, 
     return found
 
 
+FILLED = {"width": "channels", "dt_rank": "rank", "heads": "count", "head_dim": "size"}
+"""Fields that may be null -> the method of their part that then says how much it is."""
+
+
 def explicit(spec: ModelSpec, part: MixerSpec, site: Site) -> Tree:
-    """The fields of a mixer that say by their absence what others decide."""
-    found: Tree = {}
-    size = None
+    """The fields of a mixer that say by their absence what others decide, and null for those that change no result."""
+    found: Tree = {field: None for field in ("chunk", "dt_range") if hasattr(part, field)}
+    for field, method in FILLED.items():
+        if hasattr(part, field) and hasattr(part, method):
+            found[field] = getattr(part, method)(site)
+    if isinstance(part, DeltaSpec):
+        found["head_dim"], found["value_dim"] = part.sizes(site)
+        found |= {"k_heads": part.key_heads} if hasattr(part, "k_heads") else {}
+    size = part.rope_dim if isinstance(part, Mla) else found.get("head_dim")
+    if isinstance(part, Gqa | Cross):
+        found["kv_heads"] = part.groups
     if isinstance(part, Gqa):
-        size = part.size(site)
         scores = settled(part.scores) | {"scale": size**-0.5 if part.scores.scale is None else part.scores.scale}
-        found = {"kv_heads": part.groups, "head_dim": size, "scores": scores}
-    elif isinstance(part, Mla):
-        size, whole = part.rope_dim, part.nope_dim + part.rope_dim
-        found = {"scale": whole**-0.5 if part.scale is None else part.scale}
+        found["scores"] = scores
+    elif isinstance(part, Mla | Cross):
+        whole = part.nope_dim + part.rope_dim if isinstance(part, Mla) else size
+        found["scale"] = whole**-0.5 if part.scale is None else part.scale
+    return found | placed(spec, part, size)
+
+
+def placed(spec: ModelSpec, part: MixerSpec, size: int | None) -> Tree:
+    """The scheme that a mixer names, in place of its name; null where it does nothing. size: of a head."""
     name = getattr(part, "position", None)
-    if name is not None:
-        acting = name in schemes(spec, "on_qk", "on_read", "bias")
-        found["position"] = scheme(spec.positions[name], spec.root(f"positions.{name}"), size) if acting else None
-    return found
+    if name is None:
+        return {}
+    acting = name in schemes(spec, "on_qk", "on_read", "bias")
+    return {"position": scheme(spec.positions[name], spec.root(f"positions.{name}"), size) if acting else None}
 
 
 def scheme(position: PositionSpec, site: Site, size: int | None = None) -> Tree:

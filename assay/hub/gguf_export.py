@@ -5,6 +5,7 @@ Only architectures whose computation in llama.cpp is known for certain are writt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -26,13 +27,17 @@ from assay.hub.express import Expressed, agree, as_family
 from assay.hub.family import families
 from assay.hub.gguf import Entry, Gguf
 from assay.hub.gguf_config import source_of
-from assay.hub.gguf_names import ARCHITECTURES, LAYER, OUTER, USUAL, Architecture
+from assay.hub.gguf_names import ARCHITECTURES, EXPERT_LLAMA, LAYER, OUTER, USUAL, Architecture
 from assay.hub.gguf_vocab import vocabulary
 from assay.model.lm import LM
 from assay.parts.positions._scaling import inverse
 from assay.spec.model import ModelSpec
 
-CERTAIN = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+CERTAIN = (
+    ("llama", ARCHITECTURES["llama"]),
+    ("llama", EXPERT_LLAMA),
+    *((name, ARCHITECTURES[name]) for name in ("qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "granite", "olmo2")),
+)
 KINDS = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
@@ -52,9 +57,9 @@ def export_gguf(
     """
     origin, spec = origin or Origin(out.name), model.spec
     wanted = dtype or ("bf16" if next(model.parameters()).dtype == torch.bfloat16 else "f32")
-    name, found, values, why = architecture(spec)
+    name, known, found, values, why = architecture(spec)
     words = vocabulary(tokenizer, spec.vocab)
-    tensors = converted(theirs(model, found), name, found.config)
+    tensors = converted(theirs(model, found), known, found.config)
     values = {"general.name": origin.name, "general.file_type": int(KINDS[wanted][1]), **values, **words}
     values |= {"general.quantization_version": 2} if wanted.startswith("q") else {}
     with new_folder(out) as folder:
@@ -64,27 +69,28 @@ def export_gguf(
     return Exported(name, why, sizes(out))
 
 
-def architecture(spec: ModelSpec) -> tuple[str, Expressed, Tree, dict[str, str]]:
-    """llama.cpp's name for a model, the family behind it, the file's values, and why others are not it."""
+def architecture(spec: ModelSpec) -> tuple[str, Architecture, Expressed, Tree, dict[str, str]]:
+    """llama.cpp's name for a model, how it is read, the family behind it, the file's values, and why others are not
+    it."""
     why: dict[str, str] = {}
-    for name in CERTAIN:
+    for name, known in CERTAIN:
         try:
-            found = as_family(spec, families()[ARCHITECTURES[name].model_type])
-            values = described(spec, found.config, name)
-            agree(spec, source_of(header(spec, found, name, values)).spec)
-            return name, found, values, why
+            found = as_family(spec, families()[known.model_type])
+            values = described(spec, found.config, name, known)
+            agree(spec, source_of(header(spec, found, known, values)).spec)
+            return name, known, found, values, why
         except ValueError as error:
-            why[name] = str(error)
+            why[known.model_type] = str(error)
     told = "; ".join(f"{name}: {reason}" for name, reason in why.items())
     raise ValueError(f"--format gguf: no architecture of llama.cpp is this model ({told})")
 
 
-def described(spec: ModelSpec, config: Tree, name: str) -> Tree:
+def described(spec: ModelSpec, config: Tree, name: str, known: Architecture) -> Tree:
     """The file's values about the model."""
     head_dim, rules = config["head_dim"], config["rope_parameters"]
     rules = rules.get("full_attention", rules)  # Gemma 3 has one for each kind of layer
     flat = {**config, "rope_theta": rules["rope_theta"]}
-    keys = {**USUAL, **ARCHITECTURES[name].keys}
+    keys = {**USUAL, **known.keys}
     found = {ours: flat[hf] for ours, hf in keys.items() if flat.get(hf) is not None}
     found |= dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head_dim)
     found["vocab_size"] = spec.vocab
@@ -92,23 +98,20 @@ def described(spec: ModelSpec, config: Tree, name: str) -> Tree:
         found |= {"rope.scaling.type": rules["rope_type"], "rope.scaling.factor": rules["factor"]}
     if rules["rope_type"] == "yarn":
         found["rope.scaling.original_context_length"] = rules["original_max_position_embeddings"]
-    return {f"{name}.{key}": value for key, value in found.items()}
+    return {"general.architecture": name, **{f"{name}.{key}": value for key, value in found.items()}}
 
 
-def header(spec: ModelSpec, found: Expressed, name: str, values: Mapping[str, Any]) -> Gguf:
+def header(spec: ModelSpec, found: Expressed, known: Architecture, values: Mapping[str, Any]) -> Gguf:
     """The file as its reader will see it, with nothing in its tensors but what a configuration is read from."""
     with torch.device("meta"):
-        shapes = {key: tuple(t.shape) for key, t in theirs(LM(spec), found).items()}
-    entries = {}
-    for key, shape in shapes.items():
-        stem = renamed(key, ARCHITECTURES[name])
-        entries[stem] = Entry(stem, shape, GGMLQuantizationType.F32, 0, 4 * shape[-1])
+        shapes = {key: tuple(t.shape) for key, t in together(theirs(LM(spec), found), known).items()}
+    entries = {key: Entry(key, shape, GGMLQuantizationType.F32, 0, 4 * shape[-1]) for key, shape in shapes.items()}
     data = np.zeros(0, np.uint8)
     for key, array in factors(spec).items():
         entries[key] = Entry(key, array.shape, GGMLQuantizationType.F32, 0, array.nbytes)
         data = array.view(np.uint8)
     told = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in values.items()}
-    return Gguf("--format gguf", {"general.architecture": name, **told}, entries, data)
+    return Gguf("--format gguf", told, entries, data)
 
 
 def factors(spec: ModelSpec) -> dict[str, NDArray[np.float32]]:
@@ -124,6 +127,14 @@ def factors(spec: ModelSpec) -> dict[str, NDArray[np.float32]]:
     return {"rope_freqs.weight": (plain / scaled).float().numpy()}
 
 
+def together(tensors: Mapping[str, Tensor], known: Architecture) -> dict[str, Tensor]:
+    """Tensors under the file's names; those of single experts one above the other, in the order that they have."""
+    found: dict[str, list[Tensor]] = {}
+    for key, tensor in tensors.items():
+        found.setdefault(renamed(key, known), []).append(tensor.detach())
+    return {new: torch.stack(parts) if "_exps." in new else parts[0] for new, parts in found.items()}
+
+
 def renamed(name: str, known: Architecture) -> str:
     """A tensor's name in the file."""
     stem, _, leaf = name.rpartition(".")
@@ -132,17 +143,16 @@ def renamed(name: str, known: Architecture) -> str:
         return f"{outer[stem]}.{leaf}"
     layer, rest = stem.removeprefix("model.layers.").split(".", 1)
     inner = {theirs: ours for ours, theirs in {**LAYER, **known.names}.items()}
-    return f"blk.{layer}.{inner[rest]}.{leaf}"
+    return f"blk.{layer}.{inner[re.sub(r'[.][0-9]+[.]', '.#.', rest)]}.{leaf}"
 
 
-def converted(tensors: Mapping[str, Tensor], name: str, config: Tree) -> dict[str, NDArray[np.float32]]:
+def converted(tensors: Mapping[str, Tensor], known: Architecture, config: Tree) -> dict[str, NDArray[np.float32]]:
     """Tensors in float32 under the file's names: queries and keys in neighbouring pairs, norms complete, as the
     architecture has them."""
-    known, found = ARCHITECTURES[name], {}
+    found = {}
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    for key, tensor in tensors.items():
-        new = renamed(key, known)
-        value, stem = tensor.detach().float(), new.split(".")[-2]
+    for new, tensor in together(tensors, known).items():
+        value, stem = tensor.float(), new.split(".")[-2]
         if known.turned and stem in heads:
             value = value.unflatten(0, (heads[stem], 2, -1)).transpose(1, 2).flatten(0, 2)
         if stem.endswith("norm"):
@@ -152,10 +162,10 @@ def converted(tensors: Mapping[str, Tensor], name: str, config: Tree) -> dict[st
 
 
 def kind_of(name: str, shape: tuple[int, ...], wanted: str) -> GGMLQuantizationType:
-    """Vectors in float32; with q4_0 the embedding and the head in q8_0, as llama.cpp spares them; rows that are no
-    whole blocks in float16."""
+    """Vectors and routers in float32; with q4_0 the embedding and the head in q8_0, as llama.cpp spares them; rows that
+    are no whole blocks in float16."""
     kind = KINDS[wanted][0]
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return GGMLQuantizationType.F32
     if wanted == "q4_0" and name in ("token_embd.weight", "output.weight"):
         kind = GGMLQuantizationType.Q8_0
@@ -166,7 +176,8 @@ def write(path: Path, name: str, values: Tree, tensors: Mapping[str, NDArray[np.
     """The file, one tensor quantised at a time."""
     writer = GGUFWriter(path, name)
     for key, value in values.items():
-        put(writer, key, value)
+        if key != "general.architecture":  # which the writer has put there itself
+            put(writer, key, value)
     kinds = {key: kind_of(key, array.shape, wanted) for key, array in tensors.items()}
     for key, array in tensors.items():
         shape = quant_shape_to_byte_shape(array.shape, kinds[key])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +53,24 @@ def open_checkpoint(folder: Path, config: Path | None = None) -> Iterator[Source
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     values = read_object(path)
+    refuse_quantised(values, str(path))
     with open_folder(folder) as tensors:
         found = read(values, str(path), tensors.names)
         yield Source(found.spec, found.family, found.unread, tensors)
+
+
+def refuse_quantised(values: Mapping[str, Any], where: str) -> None:
+    """ValueError for weights that are stored in fewer bits: FP8 with scales, NVFP4, MXFP4, GPTQ, AWQ, bitsandbytes,
+    compressed-tensors."""
+    inner = values.get("text_config")
+    for key in ("quantization_config", "compression_config", "quantization"):
+        said = values.get(key) or (inner.get(key) if isinstance(inner, dict) else None)
+        if said:
+            how = said.get("quant_method") or said.get("quant_algo") or key if isinstance(said, dict) else said
+            raise ValueError(
+                f"{where}: {key}: {how!r:.60}: quantised weights are not read from safetensors; accepted: a folder "
+                "with float weights (F32, BF16, F16), or a GGUF file"
+            )
 
 
 def import_folder(

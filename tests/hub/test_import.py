@@ -125,3 +125,50 @@ def test_what_cannot_be_imported_leaves_nothing_behind(
     status, _, error = run(capsys, "import", sources / "model", "--out", full)
     assert status == 2 and "is not an empty folder" in error and (full / "kept").is_dir()
     assert run(capsys, "import", small, "--tokenizer", sources / "model", "--out", tmp_path / "out", "--json")[0] == 0
+
+
+def copied(sources: Path, out: Path, **changes: object) -> Path:
+    """The folder with other values in its config.json."""
+    shutil.copytree(sources / "model", out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **changes}))
+    return out
+
+
+def test_settings_for_replies_that_nobody_obeys_are_told(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Older files have them in config.json; how to draw counts where transformers draws, and has a flag here."""
+    folder = copied(sources, tmp_path / "in", num_beams=4, min_length=3, no_repeat_ngram_size=0)
+    given = {"forced_eos_token_id": 2, "min_length": 5, "early_stopping": True, "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    obeyed = {"num_beams": 4, "forced_eos_token_id": 2, "min_length": 5, "early_stopping": True}
+    status, told, _ = run(capsys, "import", folder, "--out", tmp_path / "a", "--json")
+    assert status == 0 and told["generation"] == obeyed
+    (folder / "generation_config.json").write_text(json.dumps({**given, "do_sample": True}))
+    assert main(["import", str(folder), "--out", str(tmp_path / "b")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith("generation setting that is not taken over: ")]
+    assert len(said) == 6 and any("top_p: 0.9 (give --top-p)" in line for line in said)
+    status, told, _ = run(capsys, "import", sources / "model", "--out", tmp_path / "c", "--json")
+    assert status == 0 and told["generation"] == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "said", "name"),
+    [
+        ("quantization_config", {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "compressed"),
+        ("quantization_config", {"quant_algo": "NVFP4", "producer": {"name": "modelopt"}}, "NVFP4"),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ("quantization", {"bits": 4, "group_size": 64}, "quantization"),
+        ("text_config", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    ],
+)
+def test_quantised_folders_are_refused_by_name(
+    key: str, said: object, name: str, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(sources, tmp_path / "in", **{key: said})
+    status, _, error = run(capsys, "import", folder, "--out", tmp_path / "out")
+    assert status == 2 and name in error and "accepted: a folder with float weights" in error.replace("\n", " ")
+    assert main(["parity", str(folder)]) == 2
+    assert main(["bill", str(folder)]) == 0  # what it costs does not hang on how it was stored

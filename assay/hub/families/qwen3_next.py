@@ -140,14 +140,16 @@ def hugging_face(spec: ModelSpec) -> Tree:
 
 def mixture_outward(spec: ModelSpec) -> Tree:
     """The keys of `mixture`, and of the layers without experts."""
-    moe, plain = outward.part(spec, "ffn", "moe"), outward.kinds_at(spec, "ffn", "gated")
+    plain = outward.kinds_at(spec, "ffn", "gated")
+    net = outward.part(spec, "ffn", "gated" if plain else "moe")
+    found = {"hidden_act": outward.activation(net), "mlp_only_layers": plain, "decoder_sparse_step": 1}
+    found |= {"intermediate_size": net.width} if plain else {}
+    if len(plain) == spec.layers:
+        return found
+    moe = outward.part(spec, "ffn", "moe")
     router = outward.of_kind(moe.router, "ffn.router", "topk")
-    dense = {"intermediate_size": outward.part(spec, "ffn", "gated").width} if plain else {}
     return {
-        **dense,
-        "hidden_act": outward.activation(moe),
-        "mlp_only_layers": plain,
-        "decoder_sparse_step": 1,
+        **found,
         "num_experts": moe.experts,
         "num_experts_per_tok": router.k,
         "norm_topk_prob": router.renormalise,
