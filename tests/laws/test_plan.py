@@ -126,4 +126,4 @@ def test_the_verbs_answer_in_json_and_name_mistakes(tmp_path: Path, capsys: pyte
     assert (
         main(["laws", "run", "isoflop", "--out", str(tmp_path / "o"), "--budget", "smoke", "--dry-run", "--json"]) == 0
     )
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["left"] == 11
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["left"] == 12

@@ -35,10 +35,12 @@ def test_jobs_give_the_results_of_the_pool(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_error_is_named_and_a_killed_job_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    failed = {f.trial.uses[0].arm: f.why for f in ran(tmp_path, _plan(("rope", "alibi")), HERE, "crashing")}
-    assert set(failed) == {"rope", "alibi"}
-    assert "ValueError: rope is broken" in failed["rope"]
-    assert "lost 4 times" in failed["alibi"]
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    plan = _plan(("rope", "alibi"))
+    failed = {f.trial.uses[0].arm: f.why for f in ran(tmp_path / "slurm", plan, HERE, "killed_once")}
+    assert set(failed) == {"rope"} and "ValueError: rope is broken" in failed["rope"]
+    assert (tmp_path / "killed").read_text() == "alibi"
+    assert [line["arm"] for line in lines(tmp_path / "slurm")] == ["alibi"]
 
 
 def test_without_slurm_the_message_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,3 +90,15 @@ def slow(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
     """Long enough that several run at once."""
     time.sleep(1.0)
     return run_trial(job, progress)
+
+
+def killed_once(job: Tree, progress: Callable[[Tree], None]) -> list[Tree]:
+    """One arm kills its process the first time; another raises."""
+    mark = os.path.join(os.environ["TMPDIR"], "killed")
+    if job["arm"] == "alibi" and not os.path.exists(mark):
+        with open(mark, "w") as file:
+            file.write("alibi")
+        os.kill(os.getpid(), 9)
+    if job["arm"] == "rope":
+        raise ValueError("rope is broken")
+    return run_trial(job, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from assay.study.runners.remote import RETRIES, Lost, run_on, work
 from assay.study.trials import Trial
 
 POLL_S = 0.5
+REACH_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,18 @@ class OnRay:
         own: dict[str, Any] = {"include_dashboard": False, "num_cpus": pool.size, "_node_ip_address": "127.0.0.1"}
         given = own if self.address is None else {"address": self.address}
         try:
+            _reach(self.address)
             ray.init(namespace="assay", log_to_driver=False, configure_logging=False, **given)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"--address {self.address}: no Ray cluster answers there: {said}") from None
+
+
+def _reach(address: str | None) -> None:
+    """OSError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), REACH_S).close()
 
 
 @dataclass

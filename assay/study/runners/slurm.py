@@ -81,7 +81,8 @@ class _Queue:
             try:
                 found = made.result()
             except submitit.core.utils.FailedJobError as error:
-                ended.append((key, lambda why=_raised(str(error)): _lose(why)))
+                own = _raised(str(error))
+                ended.append((key, lambda why=own: _lose(why)))
             except submitit.core.utils.UncompletedJobError:
                 if tries < RETRIES:
                     self.submit(job, function, tries + 1, key)
