@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
-from assay.cli.common import Device, Part, fail, load_parts, pick_device
+from assay.cli.common import Device, Part, fail, in_dtype, load_parts, pick_device
 
 if TYPE_CHECKING:
     from assay.data.tokenizers import Tokenizer
     from assay.engine.request import SamplingParams
     from assay.model.lm import LM
 
-DTYPES = ("f32", "bf16")
+DTYPES = ("f32", "bf16", "int8", "int4")
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint folder.")]
 MaxNew = Annotated[
@@ -33,7 +33,9 @@ Repetition = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="The same seed draws the same tokens.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the reply before this text. May be repeated.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="f32 or bf16. [default: as the checkpoint was saved]")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="f32, bf16, int8 or int4. [default: as the checkpoint was saved]")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +100,10 @@ def load(path: str, device: str, dtype: str | None) -> tuple[LM, Tokenizer]:
     """The model of a checkpoint on its device, in its dtype, and its tokenizer."""
     if dtype is not None and dtype not in DTYPES:
         fail(f"--dtype {dtype!r}: accepted: {', '.join(DTYPES)}")
-    import torch
-
     from assay.train.checkpoint import load_checkpoint
 
     model, tokenizer, _ = load_checkpoint(path, pick_device(device))
-    if dtype is not None:
-        model = model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    return model, tokenizer
+    return (model if dtype is None else in_dtype(model, dtype)), tokenizer
 
 
 def room(prompt: int, wanted: int | None, limit: int | None) -> int:

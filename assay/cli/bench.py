@@ -20,6 +20,7 @@ from assay.cli.common import (
     Part,
     emit_json,
     fail,
+    in_dtype,
     load_parts,
     parse_overrides,
     pick_device,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from assay.train.recipe import Precision
 
 DTYPES: Mapping[str, Literal["float32", "bfloat16"]] = {"f32": "float32", "bf16": "bfloat16"}
-LATER = ("int8", "int4")
+PACKED = ("int8", "int4")
+"""For serving alone."""
 
 
 def run(
@@ -48,18 +50,24 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="--train: steps by the clock.")] = 10,
     seconds: Annotated[float, typer.Option(min=0.1, help="Serving: how long to measure.")] = 5.0,
     dtype: Annotated[
-        str | None, typer.Option(help="f32 or bf16. [default: bf16 where this machine multiplies it natively]")
+        str | None,
+        typer.Option(help="f32, bf16, int8 or int4. [default: bf16 where this machine multiplies it natively]"),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: as torch finds them]")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="--train: through torch.compile.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Serving on a CPU: which kernel each millisecond went to.")
+    ] = False,
     device: Device = "auto",
     part: Part = None,
     json: Json = False,
 ) -> None:
-    if dtype in LATER:
-        fail(f"--dtype {dtype}: weights of this kind are not supported yet; accepted: {', '.join(DTYPES)}")
-    if dtype is not None and dtype not in DTYPES:
-        fail(f"--dtype {dtype!r}: accepted: {', '.join(DTYPES)}")
+    if profile and train:
+        fail("--profile is of serving; accepted: without --train")
+    if train and dtype in PACKED:
+        fail(f"--dtype {dtype}: weights of this kind have no gradient; accepted with --train: {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in (*DTYPES, *PACKED):
+        fail(f"--dtype {dtype!r}: accepted: {', '.join((*DTYPES, *PACKED))}")
     load_parts(part)
     found = parse_overrides(changes)
     if any(path.startswith("recipe.") for path in found):
@@ -70,15 +78,17 @@ def run(
 
     from assay.train.precision import native_bfloat16
 
+    if profile and place.type != "cpu":
+        fail(f"--profile is of kernels on a CPU; accepted: --device cpu, not {place.type}")
     if threads is not None:
         torch.set_num_threads(threads)
     native = "bf16" if native_bfloat16(place.type) else "f32"
-    name = DTYPES[dtype or native]
-    about = {"model": model, "dtype": dtype or native, "device": place.type, "threads": torch.get_num_threads()}
+    name = dtype or native
+    about = {"model": model, "dtype": name, "device": place.type, "threads": torch.get_num_threads()}
     if train:
-        values = about | training(model, found, (batch or 16, seq, steps, name, compiled), place)
+        values = about | training(model, found, (batch or 16, seq, steps, DTYPES[name], compiled), place)
     else:
-        values = about | serving(model, found, (batch or 1, prompt_len, new_tokens, seconds, name), place)
+        values = about | serving(model, found, (batch or 1, prompt_len, new_tokens, seconds, name), place, profile)
     (tell_training if train else tell_serving)(values)
     if json:
         emit_json(values)
@@ -117,20 +127,25 @@ def opened(source: str, changes: dict[str, Any], place: torch.device) -> tuple[L
 
 
 def serving(
-    source: str, changes: dict[str, Any], how: tuple[int, int, int, float, str], place: torch.device
+    source: str,
+    changes: dict[str, Any],
+    how: tuple[int, int, int, float, str],
+    place: torch.device,
+    profile: bool = False,
 ) -> dict[str, Any]:
-    import torch
-
     from assay.engine.runner import check_context
     from assay.measure.memory import measured, predicted
+    from assay.measure.profile import profiled
     from assay.measure.serving import Load, Serving, roofline
+    from assay.ops.packed import held_bytes
 
     batch, prompt, new, budget_s, name = how
     model, spec = opened(source, changes, place)
     check_context(spec, prompt, new)
-    model = model.to(getattr(torch, name))
+    model = in_dtype(model, name)
     load = Load(batch, prompt + new, new, read=prompt)
-    times = Serving(model, load).measure(budget_s)
+    measured_load = Serving(model, load)
+    times = measured_load.measure(budget_s)
     roof = roofline(model, load)
     tok_s, read_s = batch / times.gap, batch * prompt / times.prefill
     limit = {"decode_tok_s": batch / roof.decode_s, "prefill_tok_s": batch * prompt / roof.prefill_s}
@@ -144,10 +159,11 @@ def serving(
         "ttft_s": times.first,
         "itl_ms_p50": 1e3 * times.gap,
         "itl_ms_p99": 1e3 * times.late(0.99),
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weight_bytes": sum(held_bytes(p) for p in model.parameters()),
         "state_bytes_predicted": predicted(model, batch, prompt + new),
         "state_bytes_measured": measured(model, batch, prompt + new),
         "roofline": {**limit, **shares, **roof.as_json()},
+        **({"profile": profiled(measured_load)} if profile else {}),
     }
 
 
@@ -175,3 +191,7 @@ def tell_serving(values: dict[str, Any]) -> None:
         f"weights {values['weight_bytes']:,} bytes, state {values['state_bytes_measured']:,} bytes "
         f"(predicted {values['state_bytes_predicted']:,}), memory {roof['memory_gb_s']:.1f} GB/s"
     )
+    if "profile" in values:
+        from assay.measure.profile import table
+
+        print("\n".join(table(values["profile"])))

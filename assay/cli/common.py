@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from assay.model.lm import LM
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 Device = Annotated[str, typer.Option("--device", help=f"Where to run: {', '.join(DEVICES)}.")]
@@ -152,6 +154,19 @@ def pick_device(name: str) -> torch.device:
     if name != "auto" and name not in usable:
         fail(f"--device {name}: not available here (torch {torch.__version__}); available: {', '.join(usable)}")
     return torch.device(usable[0] if name == "auto" else name)
+
+
+def in_dtype(model: LM, dtype: str) -> LM:
+    """The model with weights in f32, bf16, int8 or int4. The last two are for inference; what they leave float is
+    bfloat16 where its device multiplies that natively, else float32."""
+    import torch
+
+    from assay.passes.quantise import DTYPES, quantise
+    from assay.train.precision import native_bfloat16
+
+    low = native_bfloat16(next(model.parameters()).device.type) if dtype in DTYPES else dtype == "bf16"
+    model = model.to(torch.bfloat16 if low else torch.float32)
+    return quantise(model, dtype) if dtype in DTYPES else model
 
 
 def load_parts(files: Iterable[Path] | None) -> None:

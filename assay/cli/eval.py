@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from assay.cli.common import Device, Json, Part, console, emit_json, fail, load_parts, pick_device, progress
+from assay.cli.common import Device, Json, Part, console, emit_json, fail, in_dtype, load_parts, pick_device, progress
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from assay.data.tokenizers import Tokenizer
     from assay.model.lm import LM
 
-PRECISIONS = {"f32": "float32", "bf16": "bfloat16"}
+PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 AT_ONCE = 16
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a Hugging Face folder.")]
@@ -60,7 +60,7 @@ def run(
     limit: Limit = None,
     num_fewshot: Fewshot = None,
     trust_task_code: Trust = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="f32 or bf16.")] = "f32",
+    dtype: Annotated[str, typer.Option("--dtype", help="f32, bf16, int8 or int4.")] = "f32",
     device: Device = "auto",
     part: Part = None,
     json: Json = False,
@@ -78,7 +78,7 @@ def run(
     if dtype not in PRECISIONS:
         fail(f"--dtype {dtype!r}: accepted: {', '.join(PRECISIONS)}")
     load_parts(part)
-    where = (PRECISIONS[dtype], pick_device(device))
+    where = (dtype, pick_device(device))
     if data is not None:
         how = {"field": field or "text", "length": length, "rows": rows or AT_ONCE}
         values = losses(checkpoint, data, how, where)
@@ -119,15 +119,17 @@ def losses(checkpoint: Path, data: Path, how: Mapping[str, Any], where: tuple[st
     from assay.data.shards import encode_documents
     from assay.train.evaluate import evaluate
 
-    precision, device = where
+    dtype, device = where
     model, tokenizer = opened(checkpoint, device)
     length = context(how["length"], model)
+    low = dtype == "bf16"  # float32 weights, cast for each product
+    model = in_dtype(model, "f32" if low else dtype)
     lines = data.suffix == ".jsonl"
     kind: dict[str, Any] = {"kind": "jsonl", "field": how["field"]} if lines else {"kind": "text"}
     corpus = open_corpus(CorpusSpec(**kind, path=str(data), valid_one_in=0))
     with tempfile.TemporaryDirectory() as folder:
         shard = encode_documents(corpus.train, tokenizer, Path(folder))
-        found = evaluate(model, cover(shard, length, how["rows"]), precision)
+        found = evaluate(model, cover(shard, length, how["rows"]), "bfloat16" if low else "float32")
         del shard  # mapped from the folder
     told = f"{found.loss_nats:.4f} nats/token, {found.bits_per_byte:.4f} bits/byte"
     print(f"{told} over {found.tokens} tokens")
@@ -138,19 +140,18 @@ def losses(checkpoint: Path, data: Path, how: Mapping[str, Any], where: tuple[st
         "bytes": found.bytes,
         "in_context_nats": found.in_context_nats,
         "length": length,
-        "precision": precision,
+        "precision": PRECISIONS[dtype],
     }
 
 
 def scores(checkpoint: Path, tasks: str, how: Mapping[str, Any], where: tuple[str, torch.device]) -> dict[str, Any]:
     """The tasks are loaded before the model: what is wrong with them is then told at once."""
-    import torch
     from lm_eval.utils import make_table
 
     from assay.measure.harness import Harness, evaluate
     from assay.measure.taskfiles import load_tasks
 
-    precision, device = where
+    dtype, device = where
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         fail(f"--tasks {tasks!r}: names no task")
@@ -160,7 +161,7 @@ def scores(checkpoint: Path, tasks: str, how: Mapping[str, Any], where: tuple[st
         bar.add_task("loading tasks", total=None)
         loaded = load_tasks(names, how["trust"])
     model, tokenizer = opened(checkpoint, device)
-    model = model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    model = in_dtype(model, dtype)
     with contextlib.redirect_stdout(sys.stderr), progress() as bar:
         running = bar.add_task("building requests", total=None)
         told = lambda what, done, total: bar.update(running, description=what, completed=done, total=total)  # noqa: E731
@@ -171,7 +172,12 @@ def scores(checkpoint: Path, tasks: str, how: Mapping[str, Any], where: tuple[st
         print(make_table(found, "groups"))
     if lm.cut:
         console().print(f"{lm.cut} requests were longer than {lm.max_length} tokens and lost their beginning")
-    return {**summary(found), "length": lm.max_length, "cut": lm.cut, "precision": precision}
+    return {
+        **summary(found),
+        "length": lm.max_length,
+        "cut": lm.cut,
+        "precision": PRECISIONS[dtype],
+    }
 
 
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def run(
     engine = EngineConfig(max_running=max_running, page=page, memory=memory)
     cluster = processes(replicas, split or ("1p1d" if apart else None), route)
     limit = bounded(cache_dir, cache_bytes)
-    stored = partial(storage, Path(ckpt), kv_dtype, cache_dir, limit)
+    stored = partial(storage, Path(ckpt), (dtype, kv_dtype), cache_dir, limit)
     build = partial(built, partial(options.load, ckpt, device, dtype), engine, stored, threads, deterministic)
     with ExitStack() as open_:
 
@@ -165,12 +165,14 @@ def processes(replicas: int, split: str | None, route: str | None) -> ClusterCon
     return ClusterConfig.model_validate({"route": route or ROUTES[0], "replicas": replicas})
 
 
-def storage(ckpt: Path, kv_dtype: str | None, folder: Path | None, limit: int, model: LM) -> Storage:
+def storage(ckpt: Path, dtypes: tuple[str | None, str | None], folder: Path | None, limit: int, model: LM) -> Storage:
+    """dtypes: of the weights, and of keys and values."""
     from assay.engine.storage import Storage, kv_formats, on_disk
     from assay.model.lm import state_table
 
+    dtype, kv_dtype = dtypes
     formats = None if kv_dtype is None else kv_formats(kv_dtype, state_table(model.spec, model.prefix))
-    return Storage(formats, None if folder is None else on_disk(ckpt, folder, limit))
+    return Storage(formats, None if folder is None else on_disk(ckpt, folder, limit, dtype))
 
 
 def built(

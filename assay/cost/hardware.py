@@ -110,14 +110,15 @@ def longest(sheet: Sheet, ask: Question, room: float) -> int | None:
     return low
 
 
-def weights_read(spec: ModelSpec, batch: int) -> int:
-    """Parameters that a step of the decoder over `batch` tokens must read: of an expert at most `batch` times a token's
-    share; of a lookup table only rows, unless a tied head multiplies with it."""
+def weights_read(spec: ModelSpec, batch: int, sizes: Mapping[str, int] | None = None) -> int:
+    """Parameters that a step of the decoder over `batch` tokens must read, or their bytes where their sizes are given:
+    of an expert at most `batch` times a token's share; of a lookup table only rows, unless a tied head multiplies with
+    it."""
     table = weight_table(spec)
     tied = not any(w.role == "head" for w in table.values())
     total = 0.0
     for name, weight in table.items():
         read = weight.role != "embed" or (name == "embed.weight" and tied)
         if read and not name.startswith("encoder."):
-            total += weight.numel * min(1.0, batch * weight.active)
+            total += (weight.numel if sizes is None else sizes[name]) * min(1.0, batch * weight.active)
     return round(total)

@@ -52,6 +52,8 @@ def weights_digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def on_disk(checkpoint: Path, folder: Path, limit: int) -> Backing:
-    """Pages of this checkpoint's model in a folder of at most `limit` bytes, which processes may share."""
-    return Backing(Tiers([DiskTier(folder, limit)]), weights_digest(checkpoint))
+def on_disk(checkpoint: Path, folder: Path, limit: int, dtype: str | None = None) -> Backing:
+    """Pages of this checkpoint's model in a folder of at most `limit` bytes, which processes may share. dtype: of the
+    weights, where they are not as the checkpoint has them: rounded ones make other keys and values."""
+    told = weights_digest(checkpoint)
+    return Backing(Tiers([DiskTier(folder, limit)]), told if dtype is None else f"{told}/{dtype}")

@@ -21,6 +21,7 @@ from assay.engine.runner import CHUNK, Runner
 from assay.engine.sampler import Settings, sample
 from assay.measure.machine import matmul_flop_s, memory_byte_s, seconds, wait
 from assay.model.lm import LM, state_table
+from assay.ops.packed import held_bytes
 from assay.ops.step import rows_step
 
 LEAST, BURST = 3, 4
@@ -224,7 +225,7 @@ def roofline(model: LM, load: Load) -> Roofline:
     of the whole context."""
     weight = next(model.parameters())
     name = str(weight.dtype).removeprefix("torch.")
-    read = weights_read(model.spec, load.batch) * weight.element_size()
+    read = weights_read(model.spec, load.batch, {name: held_bytes(p) for name, p in model.named_parameters()})
     kept = predict(state_table(model.spec), Size(load.batch, load.context), name).stored if load.cache else 0
     rate, flop_s = memory_byte_s(read + kept, weight.device), matmul_flop_s(weight.dtype, weight.device)
     whole = bill(model.spec, Question(load.context, load.batch)).flops

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from assay.model.lm import LM, Output
+from assay.ops.precision import multiplies_bfloat16
 from assay.ops.step import Step
 from assay.parts.heads.lm import LossOptions
 from assay.train.recipe import Recipe
@@ -19,11 +20,7 @@ def native_bfloat16(kind: str) -> bool:
     """Whether a device of this kind (cpu, cuda, mps) multiplies bfloat16 faster than float32."""
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != "cpu":
-        return False
-    # oneDNN says yes to every CPU with AVX-512 and emulates the product where these are missing.
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return kind == "cpu" and multiplies_bfloat16()
 
 
 def resolve(recipe: Recipe, device: torch.device | str) -> Recipe:

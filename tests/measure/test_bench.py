@@ -50,7 +50,8 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--dtype", "int8"], "not supported yet; accepted: f32, bf16"),
+        (["--dtype", "int8", "--train"], "no gradient; accepted with --train: f32, bf16"),
+        (["--dtype", "int2"], "accepted: f32, bf16, int8, int4"),
         (["--dtype", "f8"], "--dtype 'f8': accepted: f32, bf16"),
         (["--prompt-len", "300"], "reach 256 tokens"),
         (["recipe.tokens=3"], "overrides here begin with model."),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from assay.ops.native.build import Unbuildable, library
 from assay.ops.native.kernels import Kernels
+from assay.ops.tape import recorder
 from assay.spec.environment import ENVIRONMENT
 
 
@@ -25,14 +26,21 @@ def kernels() -> Kernels | None:
         return None
 
 
+def unwatched(x: Tensor) -> bool:
+    """A plain tensor on a CPU, and nobody looking on: who traces, compiles or counts operations (a dispatch mode) sees
+    torch's own. A tape's recorder writes kernels down."""
+    plain = type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+    return plain and (not torch._C._len_torch_dispatch_stack() or recorder() is not None)
+
+
+def rounding(x: Tensor) -> Kernels | None:
+    """The kernels, for products that have no gradient: unwatched."""
+    return kernels() if unwatched(x) else None
+
+
 def serving(x: Tensor) -> Kernels | None:
-    """The kernels, where they may stand in for torch: inference mode, a plain tensor on a CPU, nobody looking on.
-
-    Who traces, compiles or counts operations (a dispatch mode) sees torch's own.
-    """
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or type(x) is not Tensor:
-        return None
-    return kernels() if x.is_cpu and not torch._C._len_torch_dispatch_stack() else None
+    """The kernels, where they may stand in for torch: unwatched in inference mode."""
+    return kernels() if torch.is_inference_mode_enabled() and unwatched(x) else None
 
 
-__all__ = ["Kernels", "Unbuildable", "kernels", "library", "serving"]
+__all__ = ["Kernels", "Unbuildable", "kernels", "library", "rounding", "serving"]

@@ -6,7 +6,9 @@
 
 #include "attend.h"
 #include "linear.h"
+#include "packed.h"
 #include "pointwise.h"
+#include "tape.h"
 
 extern "C" {
 
@@ -15,6 +17,24 @@ void assay_linear(int half, const void* x, long xs, int m, long k, const void* w
   const Map map{w, b, y, out, out};
   if (half) fan<uint16_t>(&map, 1, static_cast<const uint16_t*>(x), xs, m, k);
   else fan<float>(&map, 1, static_cast<const float*>(x), xs, m, k);
+}
+
+// The same x with several weights; maps: of each w, b, y, out and bits, which are 0 here.
+void assay_linears(int half, const void* x, long xs, long m, long k, const long* maps, int count) {
+  std::vector<Map> several;
+  for (const long* n = maps; n < maps + 5 * count; n += 5)
+    several.push_back({(const void*)n[0], (const void*)n[1], (void*)n[2], n[3], n[3]});
+  if (half) fan(several.data(), count, (const uint16_t*)x, xs, m, k);
+  else fan(several.data(), count, (const float*)x, xs, m, k);
+}
+
+// The same with weights of 8 or 4 bits; half: of x, b and y.
+void assay_packed(int half, const void* x, long xs, long m, long k, const long* maps, int count) {
+  std::vector<PackedMap> fan;
+  for (const long* n = maps; n < maps + 5 * count; n += 5)
+    fan.push_back({(const uint8_t*)n[0], (const void*)n[1], (void*)n[2], n[3], n[4]});
+  if (half) packed_fan(fan.data(), count, (const uint16_t*)x, xs, m, k);
+  else packed_fan(fan.data(), count, (const float*)x, xs, m, k);
 }
 
 // y = x / sqrt(mean(x^2) + eps) * (w + shift); w null: without it. y is dense.
@@ -37,5 +57,34 @@ void assay_attend(int half, const void* q, const void* k, const void* v, const i
   if (half) attend<uint16_t>(a);
   else attend<float>(a);
 }
+
+void assay_add(int half, const void* x, const void* y, void* z, long count) {
+  const auto sum = [](Vec a, Vec b) { return a + b; };
+  if (half) each((const uint16_t*)x, (const uint16_t*)y, (uint16_t*)z, count, sum);
+  else each((const float*)x, (const float*)y, (float*)z, count, sum);
+}
+
+void assay_mul(int half, const void* x, const void* y, void* z, long count) {
+  const auto product = [](Vec a, Vec b) { return a * b; };
+  if (half) each((const uint16_t*)x, (const uint16_t*)y, (uint16_t*)z, count, product);
+  else each((const float*)x, (const float*)y, (float*)z, count, product);
+}
+
+// Row i of `from`, `size` bytes, becomes row index[i] of `into`.
+void assay_put(void* into, const int64_t* index, long count, const void* from, long size) {
+  for (long i = 0; i < count; i++) std::memcpy((char*)into + index[i] * size, (const char*)from + i * size, size);
+}
+
+void assay_run(const void* entries, long count, double* took) { run((const Entry*)entries, count, took); }
+
+AGAIN(linear)
+AGAIN(linears)
+AGAIN(packed)
+AGAIN(rms_norm)
+AGAIN(turn)
+AGAIN(attend)
+AGAIN(add)
+AGAIN(mul)
+AGAIN(put)
 
 }  // extern "C"

@@ -6,12 +6,17 @@ Legend: N rows of float32 or bfloat16, H query heads, G key heads, S entries of 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from assay.ops.tape import Kernel
+
+if TYPE_CHECKING:
+    from assay.ops.packed import Packed
 
 ROWS = 32  # beyond this many, torch's blocked products are as fast
 LANES, WIDEST = 16, 256  # heads are whole lanes wide, and so many at most
@@ -20,23 +25,38 @@ POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes
 Numbers = LONG * 17
 
 
+def _numbers(maps: Iterable[tuple[Tensor, Tensor | None, Tensor, int, int]]) -> ctypes.Array[ctypes.c_long]:
+    """Weight, bias, result, outputs and bits of each map, as the kernels read them."""
+    told = [
+        n for w, b, y, *sizes in maps for n in (w.data_ptr(), 0 if b is None else b.data_ptr(), y.data_ptr(), *sizes)
+    ]
+    return (LONG * len(told))(*told)
+
+
 class Kernels:
     """A loaded library. A row's result has the same bits whatever rows are beside it, with any number of threads."""
 
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
 
-        def function(name: str, *types: type) -> Callable[..., None]:
-            found = getattr(loaded, f"assay_{name}")
-            found.argtypes, found.restype = types, None
-            return found
+        self.library, self.table = loaded, dict[str, Kernel]()
+
+        def function(name: str, *types: type) -> Kernel:
+            made = self.table[name] = Kernel(loaded, name, types)
+            return made
 
         self._linear = function("linear", INT, POINTER, LONG, INT, LONG, POINTER, POINTER, POINTER, LONG)
+        self._linears = function("linears", INT, POINTER, LONG, LONG, LONG, POINTER, INT)
+        self._packed = function("packed", INT, POINTER, LONG, LONG, LONG, POINTER, INT)
         self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
         self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
         self._attend = function(
             "attend", INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT
         )
+        # What a tape makes of torch's own operations.
+        for name in ("add", "mul"):
+            function(name, INT, POINTER, POINTER, POINTER, LONG)
+        function("put", POINTER, POINTER, LONG, POINTER, LONG)
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         """x [..., K] of up to 32 rows with w [N, K], all float32 or all bfloat16, summed in float32."""
@@ -54,6 +74,31 @@ class Kernels:
         bias = None if b is None else b.data_ptr()
         self._linear(half, x.data_ptr(), x.stride(0), rows, size, w.data_ptr(), bias, y.data_ptr(), out)
         return y
+
+    def linears(self, x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor] | None:
+        """As `linear`, the same x with each of these weights and biases, in one call."""
+        (rows, size), dtype = x.shape if x.dim() == 2 else (0, 0), x.dtype
+        if not 0 < rows <= ROWS or not size or dtype not in TYPES or (size != 1 and x.stride(1) != 1):
+            return None
+        if any(t is not None and (t.dtype is not dtype or not t.is_contiguous()) for one in maps for t in one):
+            return None
+        found = [x.new_empty(rows, w.shape[0]) for w, _ in maps]
+        numbers = _numbers((w, b, y, y.shape[1], 0) for (w, b), y in zip(maps, found, strict=True))
+        self._linears(dtype is torch.bfloat16, x.data_ptr(), x.stride(0), rows, size, numbers, len(maps))
+        return found
+
+    def packed(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor] | None:
+        """x [..., K] of any number of rows with each of these weights and biases; x is rounded once for all."""
+        rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
+        dtype, (count, size) = x.dtype, rows.shape
+        if dtype not in TYPES or not count or not size:
+            return None
+        if any(b is not None and (b.dtype is not dtype or not b.is_contiguous()) for _, b in maps):
+            return None
+        found = [x.new_empty(count, w.out) for w, _ in maps]
+        numbers = _numbers((w.codes, b, y, w.out, w.bits) for (w, b), y in zip(maps, found, strict=True))
+        self._packed(dtype is torch.bfloat16, rows.data_ptr(), rows.stride(0), count, size, numbers, len(maps))
+        return found if x.dim() == 2 else [y.view(*x.shape[:-1], -1) for y in found]
 
     def rms_norm(self, x: Tensor, w: Tensor | None, eps: float, shift: float) -> Tensor | None:
         """x / sqrt(mean(x^2) + eps) * (w + shift) over the last axis, computed in float32, for up to 32 tokens."""
@@ -92,6 +137,7 @@ class Kernels:
         scale: float,
         softcap: float | None = None,
         sink: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> Tensor | None:
         """softmax(scores) v for q [N, H, K], one query a sequence, over `stored` k [N, S, G, K] and v [N, S, G, V];
         seen [N, S] says which entries count. A row that sees nothing gives 0. With a table [N, P] of int64 the keys and
@@ -104,6 +150,9 @@ class Kernels:
             return None
         if not q.stride(2) == k.stride(3) == v.stride(3) == seen.stride(1) == 1:
             return None
+        if table is not None and (table.dtype != torch.int64 or table.stride(1) != 1):
+            return None
+        assert entries == page * (1 if table is None else table.shape[1])
         y = q.new_empty(rows, heads, width)
         sizes = (seen.stride(0), rows, heads, groups, entries, size, width, page)
         apart = 0 if table is None else table.stride(0)
@@ -111,8 +160,4 @@ class Kernels:
         sinks = None if sink is None else sink.float().contiguous()
         pointers = (None if t is None else t.data_ptr() for t in (q, k, v, table, seen, y, sinks))
         self._attend(dtype is torch.bfloat16, *pointers, numbers, scale, softcap or 0.0)
-        table: Tensor | None = None,
         return y
-        if table is not None and (table.dtype != torch.int64 or table.stride(1) != 1):
-            return None
-        assert entries == page * (1 if table is None else table.shape[1])

@@ -40,4 +40,11 @@ void turn(const T* x, long xs, long xh, long m, long heads, long d, long half, c
     }
 }
 
+// z[i] = op(x[i], y[i]) in float32, of `count` numbers.
+template <class T, class Op> void each(const T* x, const T* y, T* z, long count, Op op) {
+#pragma omp parallel for if (count > ALONE)
+  for (long i = 0; i < count; i += LANES)
+    store(z + i, op(some(x + i, count - i), some(y + i, count - i)), count - i);
+}
+
 }  // namespace

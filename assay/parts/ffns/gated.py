@@ -16,6 +16,7 @@ from assay.ops.here import Here
 from assay.ops.step import Step
 from assay.parts._checks import halved
 from assay.parts.base import Ffn
+from assay.parts.linears.dense import together
 from assay.spec.base import Fan, FfnSpec, Site
 
 
@@ -61,7 +62,8 @@ class GatedFfn(Ffn):
         return None if self.spec.width % 64 == 0 and not self.spec.share else super().mingles()
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        y = self.down(activate(self.spec.act, self.gate(x, step)) * self.up(x, step), step)
+        gate, up = together(x, step, self.gate, self.up)
+        y = self.down(activate(self.spec.act, gate) * up, step)
         return y * torch.sigmoid(self.share(x, step)) if self.spec.share else y
 
 

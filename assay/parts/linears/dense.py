@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, Self
 
+import torch
 from torch import Tensor, nn
 
-from assay.ops.linear import linear
+from assay.ops.linear import linear, linears
 from assay.ops.step import Step
 from assay.parts.base import Linear, empty
 from assay.spec.base import Fan, Init, LinearSpec, Site, Weight
@@ -50,3 +51,13 @@ class DenseLinear(Linear):
 
     def forward(self, x: Tensor, step: Step | None) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def together(x: Tensor, step: Step | None, *maps: Linear) -> list[Tensor]:
+    """What each of these maps makes of x. In inference plain ones are one call: x is read (in 8 or 4 bits: rounded)
+    once, and what they own stays apart. The values are those of each map by itself, to the bit where a compiled kernel
+    makes them."""
+    plain = all(type(m) is DenseLinear and not m._forward_hooks and not m._forward_pre_hooks for m in maps)
+    if not plain or not torch.is_inference_mode_enabled():
+        return [m(x, step) for m in maps]
+    return linears(x, [(m.weight, m.bias) for m in maps])

@@ -18,6 +18,7 @@ from assay.ops.state import State
 from assay.ops.step import Step, View
 from assay.parts._checks import token_by_token, whole_heads
 from assay.parts.base import Placed
+from assay.parts.linears.dense import together
 from assay.parts.norms.rmsnorm import RmsNorm
 from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, PositionSpec, Site, Spec, StateField, Weight
 
@@ -265,13 +266,14 @@ class GqaMixer(Placed):
     def read(self, x: Tensor, step: Step, here: Here) -> tuple[Tensor, View]:
         """Queries [N, H, K], and the keys and values that are visible."""
         size = self.spec.size(self.site)
-        q = self.q(x, step).unflatten(-1, (-1, size))
+        names = "q" if self.spec.takes is not None else "qk" if self.spec.values.tied else "qkv"
+        made = together(x, step, *(getattr(self, name) for name in names))
+        q, *others = (y.unflatten(-1, (-1, size)) for y in made)
         if self.spec.takes is not None:
             q = self.placed(q, q[:, :0], step)[0]
             view = here.take(self.spec.takes)
         else:
-            k = self.k(x, step).unflatten(-1, (-1, size))
-            v = k if self.spec.values.tied else self.v(x, step).unflatten(-1, (-1, size))
+            k, v = others[0], others[-1]
             v = v if self.spec.values.norm is None else self.v_norm(v)
             q, k = self.placed(q, k, step)
             view = here.state.append(step, k=here.tap("k", k), v=v)
