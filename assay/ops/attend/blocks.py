@@ -176,7 +176,8 @@ def choices(
 def gathers(rule: Blocks, step: Step, layout: Layout) -> bool:
     """Whether chosen blocks are multiplied alone, and the square is not made."""
     rows = layout.seq.shape[0] if layout.aligned else 1
-    return rule.gathers(step.tokens // rows, layout.seq.numel() // rows) and may_gather(step.seq)
+    large = step.longest != 1 and rule.gathers(step.tokens // rows, layout.seq.numel() // rows)
+    return large and may_gather(step.seq)
 
 
 @torch.no_grad()

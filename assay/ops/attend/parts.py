@@ -23,10 +23,10 @@ FAR = np.iinfo(np.int64).max
 GROUP = 128
 # A part holds about this many pairs a row and head, so that its logits stay in cache, and is at most this much padding.
 PAIRS, PADDED = 1 << 17, 1.25
-# What is worth gathering: squares of at least so many pairs (or views of so many keys, for few queries) of which at
-# most one in `SHARE` is multiplied. A span without holes is cut out of the square by `matmul` as well, whose mask
-# begins to cost more than its products at `SPAN`.
-SMALLEST, LONGEST, SHARE, SPAN = 1 << 20, 1 << 12, 6, 1 << 24
+# What is worth gathering: squares of at least so many pairs, of which at most one in `SHARE` is multiplied. A span
+# without holes is cut out of the square by `matmul` as well, whose mask costs more than its products from `SPAN` on.
+# One query alone is left to the kernel that decodes: it reads all keys in less time than it takes to find some.
+SMALLEST, SHARE, SPAN = 1 << 20, 6, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def worth(sees: Sees, where: Where) -> list[Group] | None:
     """The groups of a rule that leaves enough out of a large enough square; None where the square is cheaper."""
     tokens, entries = where.q_index.shape[1], where.k_index.shape[1]
     pairs, holes = tokens * entries, sees.scattered or sees.first > 0
-    if sees.everything or (pairs < SMALLEST and entries < LONGEST) or (not holes and pairs < SPAN):
+    if sees.everything or tokens == 1 or pairs < (SMALLEST if holes else max(SMALLEST, SPAN)):
         return None
     found = groups(sees, where)
     return found if found is not None and multiplied(found, len(where.q_seq)) * SHARE <= pairs else None

@@ -139,7 +139,7 @@ def gathered(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan | Non
     asked = backend == "gathered"
     if asked and sees.prefix:
         raise ValueError("attention backend 'gathered' has no parts for a rule with a `prefix`")
-    if not asked and (sees.everything or not may_gather(step.seq)):
+    if not asked and (sees.everything or step.longest == 1 or not may_gather(step.seq)):
         return None
     q_seq, q_index, _, k_seq, k_index, _ = (t.numpy() for t in aligned(step, layout))
     where = Where(q_seq, q_index, k_seq, k_index).once()
