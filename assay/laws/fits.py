@@ -136,7 +136,11 @@ def analyse(rows: Rows, options: Options | None = None, where: str = "points") -
         out["held_out"] = summary(held_out(points, options)[1])
     except ValueError as error:
         out["held_out"], out["left_out"]["held_out"] = None, str(error)
-    out["exponents"] = {count: exponents(rows, count, options) for count in counts_of(rows)}
+    own = {name: out[name]["exponent"]["value"] if out[name] else None for name in APPROACHES}
+    out["exponents"] = {
+        count: {**own, "approach3": whole.law.exponent} if count == options.count else exponents(rows, count, options)
+        for count in counts_of(rows)
+    }
     return out
 
 

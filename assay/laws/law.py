@@ -14,8 +14,9 @@ PER_TOKEN = 6.0
 """FLOPs of training for each parameter and token (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
 LEAST = 5
 """Runs that five constants need."""
-STEPS = 300
-"""Of one descent: one that needs more runs along a valley towards constants without end."""
+FIRST, KEPT, STEPS = 40, 3, 300
+"""Every start takes so many steps, the best of them go on to the end. A descent that needs more than STEPS runs along a
+valley towards constants without end."""
 GRID = (np.arange(0.1, 1.3, 0.2), np.arange(0.05, 1.0, 0.15))
 """Starts: exponents, and shares of the smallest loss that no model or data removes."""
 
@@ -110,10 +111,9 @@ class _Problem:
             ]
         return sorted(grid, key=lambda theta: self.value(theta)[0])[: self.objective.starts]
 
-    def descend(self, theta: Array) -> tuple[float, Array]:
-        found = minimize(
-            self.value, theta, jac=True, method="BFGS", options={"gtol": self.objective.gtol, "maxiter": STEPS}
-        )
+    def descend(self, theta: Array, steps: int = STEPS) -> tuple[float, Array]:
+        options = {"gtol": self.objective.gtol, "maxiter": steps}
+        found = minimize(self.value, theta, jac=True, method="BFGS", options=options)
         return float(found.fun), np.asarray(found.x)
 
     def law(self, theta: Array) -> Law:
@@ -137,13 +137,18 @@ def fit(points: Points, objective: Objective | None = None, start: Law | None = 
         if len(np.unique(getattr(points, name))) < 2:
             raise ValueError(f"{name}: the same in all runs, so nothing is known of how they matter")
     problem = _Problem(points, objective or Objective())
-    begun = [problem.theta(start)] if start is not None else problem.starts()
     with np.errstate(all="ignore"):
+        begun = [problem.theta(start)] if start is not None else _best(problem)
         ends = [problem.descend(theta) for theta in begun]
     laws = [(value, problem.law(theta)) for value, theta in ends if _is_law(theta)]
     if not laws:
         raise ValueError("no law was found: loss does not fall with size and with tokens in these runs")
     return min(laws, key=lambda one: one[0])[1]
+
+
+def _best(problem: _Problem) -> list[Array]:
+    first = [problem.descend(theta, FIRST) for theta in problem.starts()]
+    return [theta for _, theta in sorted(first, key=lambda one: one[0]) if np.all(np.isfinite(theta))][:KEPT]
 
 
 def _is_law(theta: Array) -> bool:
