@@ -45,9 +45,9 @@ def widened(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 def linears(x: Float[Tensor, "*n K"], maps: Sequence[Map]) -> list[Tensor]:
     """The same x with several weights and biases. A few rows in inference on a CPU take one call of a compiled kernel
     for all of them, with the bits that each would have by itself."""
-    kinds = {type(w) is Packed for w, _ in maps}
-    if kinds == {True}:
-        return packed.linears(x, maps)
-    native = serving(x) if kinds == {False} else None
+    low = [(w, b) for w, b in maps if type(w) is Packed]
+    if len(low) == len(maps):
+        return packed.linears(x, low)
+    native = None if low else serving(x)
     found = None if native is None else native.linears(x, maps)
     return [linear(x, w, b) for w, b in maps] if found is None else found
