@@ -8,6 +8,7 @@ Optuna's own, so `optuna-dashboard sqlite:///DIR/search.db` shows them while it 
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -41,6 +42,7 @@ def run(
     for option, value in (("--trials", trials), ("--workers", workers), ("--points", points)):
         if value < 1:
             fail(f"{option} {value}; accepted: 1 or more")
+    import_module("optuna")  # or it is named, with what installs it
     from assay.laws.search import PRUNERS, Pruner, Search, best, hidden, parse_axis, search_on, write_best
     from assay.spec.load import load_model
     from assay.train.precision import resolve

@@ -7,6 +7,7 @@ first part of a longer run and a decay of its own, and a ladder costs each size 
 from __future__ import annotations
 
 import fcntl
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from assay.cost.bill import Question, bill
 from assay.laws.noise import noise_scale
+from assay.spec import registry
 from assay.spec.load import digest, validate
 from assay.spec.model import ModelSpec
 from assay.study.trial import TRAINING_SHARE, line, sizes, values
@@ -30,6 +32,9 @@ Progress = Callable[[dict[str, Any]], None]
 def run_trial(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
     """A `trial` line, as `assay.study.trial.run_trial` gives it, with `train_flops` exact for visible pairs and
     `noise_scale_tokens`. job["recipe"] has a wsd schedule in whole steps; trunks are kept in job["room"]/trunks."""
+    for path in job.get("parts", ()):
+        if f"{registry.USER}{Path(path).stem}" not in sys.modules:
+            registry.load_file(path)
     spec = validate(ModelSpec, job["spec"], "spec")
     recipe = validate(Recipe, {**job["recipe"], "seed": job["seed"]}, "recipe")
 

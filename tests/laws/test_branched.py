@@ -1,5 +1,6 @@
 """Runs that share a trunk are the runs they stand for; the noise scale is what it was made to be."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def test_a_run_from_a_shared_trunk_is_the_run_without_one(tmp_path: Path) -> Non
     assert again["loss_nats"] == short["loss_nats"] and (only / "6" / "model.safetensors").read_bytes() == before
     run_trial(job(tmp_path, 9, decay=1), lambda event: None)
     assert len(list((tmp_path / TRUNKS).iterdir())) == 1
+
+
+def test_a_users_part_is_loaded_where_the_run_is(tmp_path: Path) -> None:
+    file = tmp_path / "mine_for_a_ladder.py"
+    file.write_text("LOADED = True\n")
+    asked = job(tmp_path, 5) | {"parts": [str(file)]}
+    run_trial(asked, lambda event: None)
+    run_trial(asked, lambda event: None)
+    assert sys.modules["assay_user_mine_for_a_ladder"].LOADED is True
 
 
 def test_other_rates_and_seeds_have_other_trunks(tmp_path: Path) -> None:
