@@ -84,7 +84,7 @@ def run(
     part: Part = None,
     json: Json = False,
 ) -> None:
-    from assay.cli._bill import crossovers, draw, show
+    from assay.cli._bill import draw, show
     from assay.cli.common import parse_overrides
     from assay.cost.bill import Question
     from assay.hub.specs import spec_of
@@ -104,11 +104,17 @@ def run(
     if plot is not None:
         draw({name: a.sheet for name, a in accounts.items()}, plot, ask, machines)
     if json:
-        records = {name: a.as_json() for name, a in accounts.items()}
-        both = {"configs": records, "crossovers": crossovers(accounts)}
-        emit_json(next(iter(records.values())) if len(records) == 1 else both)
+        emit_json(records(accounts))
         return
     show(accounts)
+
+
+def records(accounts: dict[str, Account]) -> dict[str, Any]:
+    """Of one config its own, of several all of them and where they cross."""
+    from assay.cli._bill import crossovers
+
+    found = {name: a.as_json() for name, a in accounts.items()}
+    return next(iter(found.values())) if len(found) == 1 else {"configs": found, "crossovers": crossovers(accounts)}
 
 
 def spread(text: str, pieces: int) -> Spread:

@@ -78,11 +78,16 @@ def run(
             result = train(spec, how, out, start or resume, place, watch, options)
         except KeyboardInterrupt:
             how_to = "the same command with --resume" if start is None else f"--recipe {out} --resume, without --from,"
-            console().print(f"stopped; {how_to} goes on from {out}", soft_wrap=True)
+            if first:
+                console().print(f"stopped; {how_to} goes on from {out}", soft_wrap=True)
             raise
     if not first:
         return
-    values = summary(result, options.flop_s)
+    report(result, options.flop_s, out, json)
+
+
+def report(result: TrainResult, flop_s: float | None, out: Path, json: bool) -> None:
+    values = summary(result, flop_s)
     tell(values, out)
     if json:
         emit_json({**values, "checkpoint": str(out)})

@@ -63,20 +63,27 @@ def share(sheet: Sheet, ask: Question, how: Spread) -> Share:
     found = deal(sheet.spec, how.sizes)
     table = {name: found.local(name, w, how.sizes) for name, w in sheet.weights().items()}
     units = list(gathered_units(sheet, table))
-    held = sum(rows_of(w, how.size("shard")) for w in table.values()) * FLOAT
+    own = sum(w.numel for w in held(sheet.weights(), found, how).values()) * FLOAT
     # Pieces before the last are added up where they are made: whole.
     whole = how.pieces > 1 and how.size("shard") > 1
-    gradients = sum(w.numel for w in table.values()) * FLOAT if whole else held
+    gradients = sum(w.numel for w in table.values()) * FLOAT if whole else own
     copies = DTYPE_BYTES[DTYPES[ask.dtype]] * sum(w.numel for w in table.values())
     copies = 0 if ask.dtype == "f32" or how.size("shard") > 1 else copies
     return Share(
-        held + copies,
+        own + copies,
         gradients + copies,
-        2 * held,
+        2 * own,
         peak(units, how, DTYPE_BYTES[DTYPES[ask.dtype]]),
         kept(sheet, ask, how).need.activations // how.size("context"),
         sent(sheet, ask, how, found, table),
     )
+
+
+def held(table: Mapping[str, Weight], found: Deal, how: Spread) -> dict[str, Weight]:
+    """What the process that has most holds of each weight. Stages of a pipeline are not told apart: all is one's."""
+    local = {name: found.local(name, w, how.sizes) for name, w in table.items()}
+    shards = how.size("shard")
+    return {name: replace(w, shape=(-(-w.shape[0] // shards), *w.shape[1:])) for name, w in local.items()}
 
 
 def kept(sheet: Sheet, ask: Question, how: Spread) -> Training:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from assay.cost.memory import Need, need_of
+from assay.cost.parallel import Spread, held
 from assay.data.dataset import Data
 from assay.data.loader import Batch
 from assay.model.lm import LM, build, weight_table
 from assay.parts.base import Part
 from assay.parts.heads.lm import LossOptions
 from assay.spec.model import ModelSpec
+from assay.spec.shard import deal
 from assay.train.evaluate import step_of
 from assay.train.memory import SavedForBackward, available_bytes, loss_piece
 from assay.train.objective import posed
@@ -23,7 +25,7 @@ from assay.train.optim.adamw import adamw, load_state, set_rate, state_tensors
 from assay.train.optim.groups import groups
 from assay.train.parallel.mesh import Mesh
 from assay.train.parallel.replicas import local
-from assay.train.parallel.spec import ParallelSpec
+from assay.train.parallel.spec import ROWS
 from assay.train.parallel.team import Team
 from assay.train.precision import Runner
 from assay.train.recipe import Recipe
@@ -57,17 +59,20 @@ class Learner:
         compiled: bool = False,
         mesh: Mesh | None = None,
     ) -> None:
-        mesh = mesh or Mesh(ParallelSpec())
+        mesh = mesh or Mesh.of(recipe.parallel, device.type)
         table = weight_table(spec)
-        need = need_of(table, recipe.precision)
-        need.check(available_bytes(device), "a narrower or shallower model needs less")
+        how = Spread(mesh.spec.sizes, recipe.batch.accumulate)
+        self.mesh, self._held = mesh, held(table, deal(spec, how.sizes), how)
+        self.spec, self.recipe, self.device = spec, recipe, device
+        need_of(self._held, recipe.precision).check(self.available, "a narrower or shallower model needs less")
         if compiled and mesh.processes > 1:
             raise ValueError(f"--compile: compiled steps are for one process; recipe.parallel makes {mesh.processes}")
-        self.spec, self.recipe, self.device = spec, recipe, device
         self.parameters = sum(w.numel for w in table.values())
-        self.model = build(spec, recipe.seed, device).train()
+        # What is cut is cut on the host: a device need not have room for the whole.
+        self.model = build(spec, recipe.seed, "cpu" if mesh.size("shard") > 1 else device).train()
         recompute(self.model, recipe.recompute)
         self.team = Team(self.model, mesh, recipe.precision)
+        self.model.to(device)
         # What `shard` gathers is in the precision of the products already.
         self.precision = "float32" if self.team.casts else recipe.precision
         self.optimizer = adamw(recipe.optimizer, groups(self.model, table))
@@ -142,12 +147,16 @@ class Learner:
     def need(self) -> Need:
         """What a step needs. A second row is run beside a first one to see what it adds to what is saved for backward:
         the copies of the weights, which a first one saves too, count once and stand in `need_of`."""
-        rows = self.recipe.batch.rows // self.recipe.batch.accumulate
+        rows = -(-self.recipe.batch.rows // self.recipe.batch.accumulate // self.mesh.size(*ROWS))
         one, two = (self._saves(count, rows) for count in (1, 2))
         logits = min(self.options.piece, rows * self.recipe.batch.length * self.spec.vocab)
-        return need_of(weight_table(self.spec), self.recipe.precision).with_activations(
-            rows * (two - one) + LOGIT_BYTES * logits
-        )
+        need = need_of(self._held, self.recipe.precision)
+        return need.with_activations(rows * (two - one) + LOGIT_BYTES * logits)
+
+    @property
+    def available(self) -> int:
+        """Memory that this process can still have, where those beside it on the machine take as much."""
+        return available_bytes(self.device) // self.mesh.neighbours
 
     def _saves(self, count: int, rows: int) -> int:
         """Bytes saved for backward by `count` of a batch's rows, with their share of the logits held at once."""
@@ -165,14 +174,13 @@ class Learner:
     def check_memory(self) -> None:
         """ValueError with the numbers when a step would not fit."""
         need = self.need()
-        held = need.weights
-        need.check(available_bytes(self.device) + held, "more pieces (recipe.batch.accumulate) save less at once")
+        need.check(self.available + need.weights, "more pieces (recipe.batch.accumulate) save less at once")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All but the weights: named tensors, whole and on the first process alone, and values for JSON. All processes
         have to ask."""
-        held = state_tensors(self.optimizer, self.model)
-        found = self.team.kept({k: (k.rpartition("/")[0], v) for k, v in held.items()})
+        state = state_tensors(self.optimizer, self.model)
+        found = self.team.kept({k: (k.rpartition("/")[0], v) for k, v in state.items()})
         tensors = {f"optimizer/{k}": v for k, v in found.items()}
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -188,9 +196,9 @@ class Learner:
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. ValueError for a state of another model or other data."""
         prefix = "optimizer/"
-        held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        held = {k: v for k, v in held.items() if self.team.keeps(k.rpartition("/")[0])}
-        load_state(self.optimizer, self.model, {k: self.team.own_moment(k, v) for k, v in held.items()})
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        state = {k: v for k, v in state.items() if self.team.keeps(k.rpartition("/")[0])}
+        load_state(self.optimizer, self.model, {k: self.team.own_moment(k, v) for k, v in state.items()})
         self.loader.restore(values["loader"])
         torch.set_rng_state(tensors["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in tensors:

@@ -66,6 +66,8 @@ def train(
     another run begins a new one at its last save: same model and data, another schedule or number of tokens (the decay
     of a warmup-stable-decay run); that of a checkpoint that holds no run (an imported one) begins one with its weights
     and a new optimiser, on a recipe that has its tokenizer (`folder.own_words`).
+    Under torchrun every process calls this, on a recipe whose `parallel` makes as many; the first of them writes, and
+    has the whole model in its result where processes hold parts of it. Raises parallel.roll.Lost where one is gone.
     Raises Diverged at the first loss that is not finite, KeyboardInterrupt after saving on Ctrl-C, and ValueError for
     a run that cannot be: the model and recipe do not fit each other, the memory, or what `out` holds.
     """

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from assay.model.lm import LM
 from assay.parts.heads.lm import LossOptions
+from assay.train.parallel.replicas import local
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -17,7 +18,7 @@ class SavedForBackward:
     """Counts what autograd saves for backward inside `with`: each storage once, parameters not."""
 
     def __init__(self, model: LM) -> None:
-        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
         self._found: dict[int, int] = {}
         self._alive: list[Tensor] = []  # an address says which storage only while the storage lives
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)

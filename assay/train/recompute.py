@@ -24,7 +24,8 @@ PRODUCTS = frozenset(
 
 def apply(model: LM, how: Recompute) -> None:
     """Every block keeps its input, and with `selective` the results of its products. Chen et al. 2016, arXiv
-    1604.06174; Korthikanti et al. 2022, arXiv 2205.05198, section 5."""
+    1604.06174; Korthikanti et al. 2022, arXiv 2205.05198, section 5. What `selective` keeps stands beside autograd's
+    own, where `memory.SavedForBackward` does not see it."""
     if how != "none":
         for block in dict.fromkeys(model.blocks):
             block.forward = partial(again, Shell(block.forward, block), how)

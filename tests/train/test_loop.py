@@ -291,4 +291,4 @@ def test_who_looks_at_the_model_after_a_validation_changes_nothing() -> None:
     assert watched.losses == alone.losses and watched.valid_losses == alone.valid_losses
     assert all(map(torch.equal, watched.model.parameters(), alone.model.parameters()))
     assert [(step * 64, loss) for step, loss, _ in seen] == list(alone.valid_losses) and len(seen) == 4
-    assert len({loss for _, _, loss in seen}) == 4 and watched.train_s < 0.5
+    assert len({loss for _, _, loss in seen}) == 4 and watched.train_s < 2.0

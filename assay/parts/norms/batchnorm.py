@@ -59,9 +59,10 @@ class BatchNormPart(Norm):
     def statistics(self, x: Tensor, step: Step | None) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of each feature over the real tokens; the running ones move towards them."""
         real = torch.ones_like(x[:, :1]) if step is None else (step.seq >= 0).to(x.dtype)[:, None]
-        count = real.sum().clamp(min=1.0)
-        mean = (x * real).sum(0) / count
-        var = ((x - mean).square() * real).sum(0) / count
+        total = (lambda t: t) if step is None else step.total
+        count = total(real.sum()).clamp(min=1.0)
+        mean = total((x * real).sum(0)) / count
+        var = total(((x - mean).square() * real).sum(0)) / count
         with torch.no_grad():
             unbiased = var * count / (count - 1).clamp(min=1.0)
             self.mean.lerp_(mean.to(self.mean.dtype), self.spec.momentum)

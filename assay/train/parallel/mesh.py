@@ -78,6 +78,11 @@ class Mesh:
         return DeviceMesh.from_group(group, self.kind, mesh_dim_names=(axis,))
 
     @property
+    def neighbours(self) -> int:
+        """How many processes share this one's memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 and self.kind == "cpu" else 1
+
+    @property
     def everyone(self) -> dist.ProcessGroup | None:
         return self.group(*AXES)
 
@@ -108,6 +113,8 @@ def opened(spec: ParallelSpec, device: torch.device) -> Iterator[Mesh]:
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     wait = timedelta(seconds=spec.timeout_s)
     store, rank, _ = next(rendezvous("env://", timeout=wait))
     # One store may serve all restarts: what the processes before this one wrote is not read.

@@ -43,6 +43,7 @@ MODELS: dict[str, ModelSpec] = {
     "dense": model(blocks={"b": DROPPED}, embed={"kind": "token", "dropout": 0.1}),
     "mla": model(blocks={"b": {"mixer": MLA, "ffn": GATED}}, head={"kind": "lm"}),
     "moe": model(blocks={"b": {"mixer": GQA, "ffn": MOE}}),
+    "batchnorm": model(final_norm={"kind": "batchnorm"}),
     "hybrid": model(
         layers=3,
         pattern=["d", "d", "a"],
@@ -114,7 +115,7 @@ def dealt(processes: int) -> Found:
     batch = next(one.loader)
     found = {f"{n}/{even}": one.team.part(batch.part(0, n), even)[0] for n in (5, 1) for even in (0, 1)}
     pairs = {"inputs": "inputs", "targets": "targets", "real": "seq"}
-    return {f"{case}/{name}": getattr(own, key) for case, own in found.items() for name, key in pairs.items()}
+    return {f"{case}/{name}": getattr(own, key).clone() for case, own in found.items() for name, key in pairs.items()}
 
 
 def sizes(rank: int, processes: int) -> Found:
