@@ -53,7 +53,8 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 def test_it_is_the_oracle_forward_and_backward(sees: Sees, place: dict[str, Any]) -> None:
     if "past" in place and not sees.causal:
         return
-    p = problem(**({"tokens": 13, "sees": sees} | place))
+    fields: dict[str, Any] = {"tokens": 13, "sees": sees} | place
+    p = problem(**fields)
     upstream = torch.randn(p.q.shape[0], p.q.shape[1], p.v.shape[-1], dtype=torch.float64)
     close(p.run("gathered"), p.run("oracle"))
     for a, b in zip(p.gradients("gathered", upstream), p.gradients("oracle", upstream), strict=True):
@@ -177,8 +178,9 @@ def test_chosen_blocks_alone_are_the_square_with_a_mask(
 ) -> None:
     monkeypatch.setattr(blocks, "SMALLEST", 1)
     rule = Blocks.model_validate({"by": by, "size": size, "keep": keep})
-    for fields in (*PLACES.values(), {"heads": 2, "groups": 2}):
-        p = problem(**({"tokens": 17} | fields))
+    for place in (*PLACES.values(), {"heads": 2, "groups": 2}):
+        fields: dict[str, Any] = {"tokens": 17} | place
+        p = problem(**fields)
         leaves = p.leaves()
         outs = []
         for made in (None, plan(p.step, p.layout, p.sees, "matmul")):

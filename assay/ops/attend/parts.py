@@ -209,6 +209,7 @@ def _part(sees: Sees, where: Where, batch: Sequence[Group]) -> Part:
     if sees.stride is None:
         mask &= sees.visible(q_index, k_index)
     elif batch[0].far:
+        assert sees.window is not None
         mask &= (k_index <= q_index - sees.window) & ((q_index - k_index) % sees.stride == 0)
     else:
         mask &= Sees(window=sees.window).visible(q_index, k_index)
