@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,7 @@ from assay.cache.quantised import Packed, dequantise
 from assay.cache.states import Stored
 from assay.cache.tables import Writing
 from assay.ops.step import Step, View
+from assay.ops.tape import LIVE
 
 PARTS = ("codes", "scale", "zero")
 
@@ -83,7 +84,7 @@ class CodedWriting(Writing):
 class CodedState(Stored):
     """The state of a part some of whose fields have a format; those that are `rounded` are read in `dtype`."""
 
-    packed: Mapping[str, Packed]
+    packed: Mapping[str, Packed] = field(metadata=LIVE)
     forms: Mapping[str, Format]
     rounded: frozenset[str]
     dtype: torch.dtype

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from assay.cache.tables import Reads, Saving, Writing
 from assay.ops.state import Rows
 from assay.ops.step import Layout, Step, View
+from assay.ops.tape import LIVE
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Stored:
     """The `State` of a part with stored fields. Parts with equal `layout_key` see equal layouts in a step."""
 
     name: str
-    pools: Mapping[str, Tensor]
+    pools: Mapping[str, Tensor] = field(metadata=LIVE)
     layout_key: tuple[str, int] | None
     seen: tuple[Reads, Layout] | None
     writing: Writing | None

@@ -6,7 +6,7 @@ Legend: n tokens that are stored, R rows of the cache, C entries of a row, B seq
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from assay.ops.step import InPages, Layout, Step
+from assay.ops.tape import HOST
 
 ROUND = 64  # views grow in steps of so many entries, so that shapes change seldom
 
@@ -22,7 +23,7 @@ ROUND = 64  # views grow in steps of so many entries, so that shapes change seld
 class Arrival:
     """The tokens of one step and the rows they go to. `real`: which of the tokens are not padding (None: all)."""
 
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] = field(metadata=HOST)
     real: Int[Tensor, "n"] | None
     seq: Int[Tensor, "n"]
     row: Int[Tensor, "n"]
@@ -75,7 +76,9 @@ class Cut:
     @classmethod
     def of_rows(cls, rows: Sequence[int], entries: int, device: torch.device) -> Cut:
         run = (rows[0], rows[0] + len(rows))
-        return cls(entries, run if tuple(rows) == tuple(range(*run)) else None, torch.tensor(rows, device=device)[:, None])
+        return cls(
+            entries, run if tuple(rows) == tuple(range(*run)) else None, torch.tensor(rows, device=device)[:, None]
+        )
 
     def of(self, pool: Tensor) -> Tensor:
         """[R, C, ...] to [B, S, ...]."""

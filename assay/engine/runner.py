@@ -16,6 +16,7 @@ from assay.cache.size import Fields
 from assay.engine import steady
 from assay.engine.config import position_limit
 from assay.engine.storage import Storage
+from assay.engine.tapes import Tapes
 from assay.model.lm import LM, Output, state_table
 from assay.ops.native import kernels
 from assay.ops.step import Piece, Step, joined
@@ -145,6 +146,7 @@ class Runner:
             kernels()  # compiled now, where there are none yet, and not in the first request
         self.width = steady.width(model)
         self.cache = made(state_table(model.spec, model.prefix), size, weight, storage or Storage())
+        self.tapes = Tapes(self.model)
         if self.width is not None and isinstance(self.cache, Quantised) and self.cache.forms:
             raise ValueError(
                 "kv dtype: what is read of keys and values in fewer bits depends on how tokens were cut into steps; "
@@ -228,7 +230,7 @@ class Runner:
             pieces.append(Piece(first, step, self.cache.begin([w.slot for w in groups[length]], step)))
             first += step.tokens
         if len(pieces) == 1:
-            out = self.model(pieces[0].step, pieces[0].states)
+            out = self.tapes.run(pieces[0].step, pieces[0].states)
         else:
             out = self.model(joined(pieces).with_(listen=listen))
         for one in work:

@@ -62,12 +62,12 @@ def where(name: str, dtype: torch.dtype) -> str:
 def profiled(serving: Serving, steps: int = 16) -> list[dict[str, Any]]:
     """Rows of reading the prompt and then of decoding, as `Spent.rows` has them. For a load with a cache, on a CPU."""
     dtype = next(p.dtype for p in serving.model.parameters() if p.is_floating_point())
-    serving.prefill()
-    rows = by_torch(serving.prefill, READ).rows("prefill", dtype)
-    tokens = serving.tokens
+    if serving.opened is None:
+        serving.prefill()
     for _ in range(WARM):
-        next(tokens)()
-    return rows + decoding(serving, steps).rows("decode", dtype)
+        next(serving.tokens)()
+    decoded = decoding(serving, steps)  # before other prefills: they make the cache anew
+    return by_torch(serving.prefill, READ).rows("prefill", dtype) + decoded.rows("decode", dtype)
 
 
 def decoding(serving: Serving, steps: int) -> Spent:
