@@ -140,4 +140,4 @@ def test_what_is_done_beside_the_tape_does_not_grow_with_the_layers() -> None:
             runner.feed(slots, [[4]] * 3)
         events = {e.key: e.count for e in found.key_averages() if e.key.startswith("aten::")}
         told.append((sum(events.values()) - events["aten::silu"], events.get("aten::empty", 0)))
-    assert told[0] == told[1] and told[0][0] < 120, told
+    assert told[0] == told[1] and told[0][0] < 320, told

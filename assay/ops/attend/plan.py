@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from assay.ops.attend.parts import Part, Where, gathered_pairs, groups, multiplied, parts, worth
+from assay.ops.native import serving
 from assay.ops.sees import Sees
 from assay.ops.step import Layout, Step
 
@@ -116,6 +117,8 @@ def materialised(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan:
     mask = visible(step, layout, sees)
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return Plan(backend, mask, q_pos, k_pos, dead=~mask.any(-1))
+    if q_pos.shape[1] == 1 and backend == "auto" and serving(mask) is not None:
+        return Plan(backend, mask, q_pos, k_pos)  # decoding has a kernel, and one query a row no structure
     some, every = mask.any(0), mask.all(0)
     one = mask[:1] if torch.equal(some, every) else mask
     added = torch.zeros(one.shape).masked_fill_(~one, float("-inf"))
