@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from assay.spec.load import change, digest, dump, parse_yaml, to_yaml
 from assay.spec.model import ModelSpec
@@ -145,9 +149,12 @@ def open_study(search: Search, worker: int = 0) -> optuna.Study:
         storage=storage,
         study_name=search.name,
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=search.seed + worker, multivariate=True, constant_liar=True),
         pruner=_pruner(search),
     )
+    # Taken up again, or by another process or machine, it must not suggest what was suggested before.
+    place = [search.seed, worker, len(found.get_trials(deepcopy=False)), zlib.crc32(platform.node().encode())]
+    seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+    found.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
     held = found.user_attrs.get("assay")
     if held is None:
         found.set_user_attr("assay", search.about)

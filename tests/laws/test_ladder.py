@@ -107,6 +107,7 @@ def _plans(out: Path, findings: dict[str, Any]) -> None:
     assert settings(made, None) is None
 
 
+@pytest.mark.slow
 def test_runs_that_fail_are_named_and_made_up_for(tmp_path: Path, session: Session, monkeypatch: Any) -> None:
     made, out = ladder(tmp_path), tmp_path / "out"
     monkeypatch.setattr("assay.laws.run.RUN_TRIAL", "tests.laws.toy:failing")
