@@ -1,7 +1,7 @@
 """Serve a checkpoint over HTTP, as OpenAI's clients speak it, with a chat page at /.
 
 One line on stdout says the address once requests can be answered; the log goes to stderr, a JSON object a line. SIGTERM
-and Ctrl-C let running replies finish for 10 seconds. Any address but this machine's own needs --api-key-file.
+and Ctrl-C let running replies finish for 8 seconds. Any address but this machine's own needs --api-key-file.
 --replicas N serves from N processes with an engine each; --apart from two, one that reads prompts and one that goes on
 with the replies; --split 2p3d from two that read and three that go on. --threads, --max-running and --memory are then
 of each process.

@@ -30,7 +30,7 @@ class Limits(Spec):
     prompts: int = Field(default=64, ge=1)
     schema_bytes: int = Field(default=64 << 10, ge=1)
     waiting: int = Field(default=256, ge=0)
-    drain_s: float = Field(default=10.0, ge=0.0)
+    drain_s: float = Field(default=8.0, ge=0.0)
 
 
 class ServerConfig(Spec):
