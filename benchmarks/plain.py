@@ -1,0 +1,88 @@
+"""A GPT as one writes it in PyTorch, trained beside assay's in turns. Used by benchmarks/performance.py."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.measure.machine import SIZE, matmul_seconds, seconds
+from assay.measure.training import bench_recipe
+from assay.spec.load import load_model
+from assay.spec.model import ModelSpec
+from assay.train.learner import Learner
+from assay.train.loop import check, dataset
+from assay.train.utilisation import train_flops_per_token
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.between = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        parts = self.qkv(self.before(x)).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(rows, length, width))
+        return x + self.down(F.gelu(self.up(self.between(x))))
+
+
+class Plain(nn.Module):
+    """Learned positions, LayerNorm before, GELU, a tied head, no biases: shelf model gpt-11m."""
+
+    def __init__(self, spec: ModelSpec, heads: int, context: int) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(spec.vocab, spec.d_model), nn.Embedding(context, spec.d_model)
+        self.blocks = nn.ModuleList(Block(spec.d_model, heads) for _ in range(spec.layers))
+        self.norm = nn.LayerNorm(spec.d_model, bias=False)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        x = self.embed(ids) + self.place(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.embed.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def beside(name: str, changes: dict[str, Any], batch: int, length: int, rounds: int) -> dict[str, Any]:
+    """Steps of both in turns, and the product of 2048 between them. MFU: of the fastest product, median steps."""
+    spec, recipe = load_model(name, changes), bench_recipe(batch, length, "float32")
+    plain = Plain(spec, spec.d_model // 64, length)
+    optimiser = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(spec.vocab, (batch, length + 1))
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        plain(ids[:, :-1], ids[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimiser.step()
+
+    device, took, products = torch.device("cpu"), dict[str, list[float]](assay=[], plain=[]), list[float]()
+    with tempfile.TemporaryDirectory() as cache:
+        data = dataset(recipe, Path(cache))
+        check(spec, recipe, data)
+        learner = Learner(spec, recipe, data, device)
+        for number in range(2 + 2 * rounds):
+            took["assay"].append(seconds(lambda number=number: learner.step(number, 100), device))
+            took["plain"].append(seconds(step, device))
+            products.append(matmul_seconds(torch.float32, device, 0.0))
+    steps = {who: median(found[2:]) for who, found in took.items()}
+    flops, rate = train_flops_per_token(spec, length) * batch * length, 2 * SIZE**3 / min(products)
+    spread = max((max(found[2:]) - min(found[2:])) / median(found[2:]) for found in took.values())
+    return {
+        "model": f"{name}, {spec.layers} x {spec.d_model} x {length}",
+        **{f"{who}_tok_s": batch * length / one for who, one in steps.items()},
+        **{f"{who}_mfu": flops / one / rate for who, one in steps.items()},
+        "ratio": steps["plain"] / steps["assay"],
+        "spread": spread,
+        "matmul_gflop_s": rate / 1e9,
+    }
