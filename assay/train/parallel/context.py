@@ -174,11 +174,15 @@ class Spread:
         return Rows(pool, torch.arange(step.past.shape[0], device=pool.device))
 
     def store(self, step: Step, **rows: Tensor) -> None:
-        """The last one sends all fields."""
+        """The last one sends all fields. After it the state is as new: a block that is computed again for the backward
+        pass receives and sends again, as its neighbours do."""
         self._ends |= {name: value.index_select(0, self.now.last) for name, value in rows.items()}
-        if self._ends.keys() == self._kept.keys() and self.line.rank < self.line.ranks - 1:
+        if self._ends.keys() != self._kept.keys():
+            return
+        if self.line.rank < self.line.ranks - 1:
             flat = torch.cat([self._ends[name].flatten(1).to(self._dtype) for name in self._kept], 1)
             self.now.loose.append(Passed.apply(flat, self.line))
+        self._begun, self._ends = None, {}
 
     @property
     def _kept(self) -> dict[str, StateField]:
