@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -43,7 +43,7 @@ def run(
         if value < 1:
             fail(f"{option} {value}; accepted: 1 or more")
     import_module("optuna")  # or it is named, with what installs it
-    from assay.laws.search import PRUNERS, Pruner, Search, best, hidden, parse_axis, search_on, write_best
+    from assay.laws.search import PRUNERS, Search, best, hidden, parse_axis, search_on, write_best
     from assay.spec.load import load_model
     from assay.train.precision import resolve
     from assay.train.recipe import load_recipe
@@ -63,7 +63,7 @@ def run(
         axes,
         storage or f"sqlite:///{(out / 'search.db').resolve()}",
         trials,
-        cast("Pruner", pruner),
+        pruner,
         points,
         seed,
         password_file.read_text("utf-8").strip() if password_file else None,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,8 @@ class Fitted:
 
     def constants(self) -> dict[str, Any]:
         """Each constant and the exponent of the best size, with its interval."""
-        named = {**self.law.as_json(), "exponent": self.law.exponent}
-        return {
-            name: {"value": v, "interval": self.interval(lambda x, n=name: getattr(x, n))} for name, v in named.items()
-        }  # type: ignore[misc]
+        ways = {name: attrgetter(name) for name in (*self.law.as_json(), "exponent")}
+        return {name: {"value": way(self.law), "interval": self.interval(way)} for name, way in ways.items()}
 
 
 def fitted(points: Points, options: Options) -> Fitted:

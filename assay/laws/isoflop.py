@@ -111,7 +111,8 @@ def _lines(points: Points) -> list[tuple[float, Array, Array, Array]]:
         own = points.take(points.params == size)
         order = np.argsort(own.flops)
         if len(own) > 1:
-            lines.append((float(size), *(np.log(v[order]) for v in (own.flops, own.loss, own.tokens))))
+            flops, loss, tokens = (np.log(values[order]) for values in (own.flops, own.loss, own.tokens))
+            lines.append((float(size), flops, loss, tokens))
     return lines
 
 
