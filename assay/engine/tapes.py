@@ -139,7 +139,7 @@ class Tapes:
 
 
 @cache
-def parts(kind: type) -> tuple[tuple[str, str | None], ...]:
+def parts(kind: Any) -> tuple[tuple[str, str | None], ...]:
     """The fields of a dataclass, and what a tape is told of each: `host` is not read by layers, `live` is written by
     them where it stands, None is told."""
     return tuple((f.name, f.metadata.get("tape")) for f in fields(kind))
@@ -159,7 +159,7 @@ class Told:
         return tuple(self._parts)
 
     def _tell(self, value: Any) -> None:
-        kind = type(value)
+        kind: Any = type(value)
         if kind in PLAIN:
             self._parts.append(value)
             return
@@ -206,7 +206,7 @@ class Copies:
         return self._made[id(value)]
 
     def _copy(self, value: Any) -> Any:
-        kind = type(value)
+        kind: Any = type(value)
         if isinstance(value, Tensor):
             return value.clone()
         if is_dataclass(value):
@@ -221,5 +221,5 @@ class Copies:
 def _live(value: Mapping[str, Any]) -> list[Tensor]:
     found = []
     for one in value.values():
-        found += [one] if isinstance(one, Tensor) else [getattr(one, name) for name, _ in parts(type(one))]
+        found += [one] if isinstance(one, Tensor) else [getattr(one, name) for name, _ in parts(one.__class__)]
     return found

@@ -95,7 +95,7 @@ def by_torch(call: Callable[[], object], rounds: int) -> Spent:
     seconds, calls = Counter[str](), Counter[str]()
     for event in profile.key_averages():
         if event.key.startswith(("aten::", "mkldnn", OWN)):
-            seconds[event.key] += event.self_cpu_time_total / 1e6  # type: ignore[assignment]
+            seconds[event.key] += event.self_cpu_time_total / 1e6
             calls[event.key] += event.count
     return Spent(seconds, calls, wall, rounds)
 

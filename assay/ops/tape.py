@@ -56,7 +56,7 @@ class Kernel:
         self.again = ctypes.cast(getattr(library, f"assay_again_{name}"), ctypes.c_void_p).value
 
     def __call__(self, *args: Any) -> None:
-        if torch.autograd._profiler_enabled():
+        if torch._C._autograd._profiler_enabled():
             with torch.profiler.record_function(OWN + self.name):
                 self.call(*args)
         else:
