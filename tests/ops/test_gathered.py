@@ -61,6 +61,16 @@ def test_it_is_the_oracle_forward_and_backward(sees: Sees, place: dict[str, Any]
         close(a, b)
 
 
+@pytest.mark.parametrize("sees", PATTERNS, ids=str)
+def test_many_groups_in_packed_rows(sees: Sees, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of two, so that what a query sees far from it is in no span of its group."""
+    monkeypatch.setattr(parts, "GROUP", 2)
+    for place in ({"packed": True}, {"flat": True}, {"blank": 2}, {"rows": 1, "packed": True}):
+        fields: dict[str, Any] = {"tokens": 21, "sees": sees} | place
+        p = problem(**fields)
+        close(p.run("gathered"), p.run("oracle"))
+
+
 @pytest.mark.parametrize("bias", [Slopes, Line])
 def test_a_bias_in_inference_and_the_log_sum_exp(bias: type[Slopes]) -> None:
     p = problem(tokens=13, sees=Sees(window=3, stride=4), with_bias=bias, with_sink=True)
