@@ -92,6 +92,11 @@ def mesh_of(**sizes: int) -> Mesh:
     return Mesh.of(ParallelSpec(**sizes))  # type: ignore[arg-type]
 
 
+def kinds(layout: str) -> list[str]:
+    """The models of a layout: of shards on two processes, which run every day, those that replicas do not stand for."""
+    return ["dense", "moe", "tied"] if layout == "shard2" else [*MODELS, "float32"]
+
+
 def everything(rank: int, processes: int) -> Found:
     """All cases in one group of processes: each layout with each model."""
     found: Found = {}
@@ -99,9 +104,9 @@ def everything(rank: int, processes: int) -> Found:
         if math.prod(axes.values()) != processes:
             continue
         mesh = mesh_of(**axes)
-        for kind, spec in MODELS.items():
-            found |= under(f"{name}/{kind}", steps(made(spec, mesh)))
-        found |= under(f"{name}/float32", steps(made(MODELS["moe"], mesh, torch.float32)))
+        for kind in kinds(name):
+            dtype = torch.float32 if kind == "float32" else torch.float64
+            found |= under(f"{name}/{kind}", steps(made(MODELS.get(kind, MODELS["moe"]), mesh, dtype)))
     found |= sizes(rank, processes) | under("dealt", dealt(processes))
     one = made(HYBRID, split(processes), torch.float32)
     found |= under("saved", steps(one, 3))
