@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from assay.cli.common import Json, Overrides, console, emit_json, fail, parse_overrides
+
+if TYPE_CHECKING:
+    from assay.laws.search import Search
 
 
 def run(
@@ -43,7 +46,7 @@ def run(
         if value < 1:
             fail(f"{option} {value}; accepted: 1 or more")
     import_module("optuna")  # or it is named, with what installs it
-    from assay.laws.search import PRUNERS, Search, best, hidden, parse_axis, search_on, write_best
+    from assay.laws.search import PRUNERS, Search, parse_axis
     from assay.spec.load import load_model
     from assay.train.precision import resolve
     from assay.train.recipe import load_recipe
@@ -51,8 +54,6 @@ def run(
     if pruner not in PRUNERS:
         fail(f"--pruner {pruner!r}; accepted: {', '.join(PRUNERS)}")
     axes = tuple(parse_axis(text) for text in over)
-    if len({axis.path for axis in axes}) < len(axes):
-        fail("--over: a path is given twice")
     own = parse_overrides(changes)
     roots = {root: {p: v for p, v in own.items() if p.startswith(root)} for root in ("model.", "recipe.")}
     out.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,12 @@ def run(
         seed,
         password_file.read_text("utf-8").strip() if password_file else None,
     )
+    search_and_tell(search, out, workers, json)
+
+
+def search_and_tell(search: Search, out: Path, workers: int, json: bool) -> None:
+    from assay.laws.search import best, hidden, search_on, write_best
+
     about = console()
     about.print(f"search {search.name!r} in {hidden(search.storage)}", markup=False, soft_wrap=True)
     study = search_on(search, workers, lambda text: about.print(text, markup=False, soft_wrap=True))

@@ -54,7 +54,6 @@ def run(
     from assay.study.spec import load_study
     from assay.study.tables import Live, plan_table
 
-    runner = runner_of(engine, address, gpus)
     name, spec = load_study(study)
     request = Request(name, spec, budget, parse_overrides(changes))
     about = console()
@@ -66,7 +65,7 @@ def run(
         watch=Live,
         note=lambda text: about.print(text, soft_wrap=True),
         environment=measured_machine,
-        runner=runner,
+        runner=runner_of(engine, address, gpus),
     )
     if dry_run:
         plan, left = foreseen(request, out, session)

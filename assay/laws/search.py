@@ -91,6 +91,11 @@ class Search:
     seed: int = 0
     password: str | None = None
 
+    def __post_init__(self) -> None:
+        paths = [axis.path for axis in self.axes]
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise ValueError(f"{twice[0]}: searched twice; accepted: a path once")
+
     def __repr__(self) -> str:
         """Without the password."""
         return f"Search({self.name!r}, {hidden(self.storage)!r}, {self.trials} trials)"

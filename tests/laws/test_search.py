@@ -89,6 +89,8 @@ def test_another_search_by_this_name_is_refused(tmp_path: Path) -> None:
     open_study(search(tmp_path, trials=99))
     with pytest.raises(ValueError, match=r"holds another search 's' \(axes differ\)"):
         open_study(search(tmp_path, axes=AXES[:1]))
+    with pytest.raises(ValueError, match="kv_heads: searched twice"):
+        search(tmp_path, axes=(*AXES, AXES[1]))
     with pytest.raises(ValueError, match=r"\(recipe differ\)"):
         open_study(search(tmp_path, recipe=recipe(tokens=1024)))
 
