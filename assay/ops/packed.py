@@ -49,16 +49,16 @@ class Packed(Tensor):
     codes: Tensor
     bits: int
     out: int
-    inner: int
+    width: int
 
     @staticmethod
     def __new__(cls, codes: Tensor, bits: int, shape: tuple[int, int], dtype: torch.dtype) -> Packed:
         made: Packed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
-        made.codes, made.bits, (made.out, made.inner) = codes, bits, shape
+        made.codes, made.bits, (made.out, made.width) = codes, bits, shape
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Packed({self.out} x {self.inner}, {self.bits} bits)"
+        return f"Packed({self.out} x {self.width}, {self.bits} bits)"
 
     @classmethod
     def __torch_function__(
@@ -74,7 +74,7 @@ class Packed(Tensor):
             return func(*args, **kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -90,11 +90,11 @@ class Packed(Tensor):
         return func(*dense, **{k: a.values_() if isinstance(a, Packed) else a for k, a in kwargs.items()})
 
     def like(self, codes: Tensor, dtype: torch.dtype) -> Packed:
-        return Packed(codes, self.bits, (self.out, self.inner), dtype)
+        return Packed(codes, self.bits, (self.out, self.width), dtype)
 
     def parts(self, tiles: slice = slice(None)) -> tuple[Int[Tensor, "T 16 K"], Float[Tensor, "T 16 G"]]:
         """Codes less that of zero, in int8 and padded to whole groups, and scales in float32."""
-        held, groups = self.codes[tiles], -(-self.inner // GROUP)
+        held, groups = self.codes[tiles], -(-self.width // GROUP)
         scales = held[:, : groups * TILE * 2].contiguous().view(torch.bfloat16)
         found = held[:, _scales(groups) :].unflatten(1, (groups, self.bits, TILE, 4))
         if self.bits == 4:
@@ -108,11 +108,11 @@ class Packed(Tensor):
         found = codes.unflatten(2, (-1, GROUP)) * scales[..., None]
         count = len(range(*tiles.indices(self.codes.shape[0]))) * TILE
         first = tiles.indices(self.codes.shape[0])[0] * TILE
-        return found.reshape(count, -1)[: self.out - first, : self.inner].to(self.dtype)
+        return found.reshape(count, -1)[: self.out - first, : self.width].to(self.dtype)
 
     def pieces(self) -> list[slice]:
         """Tiles that are worked on together."""
-        step = max(1, AT_ONCE // (TILE * max(1, self.inner)))
+        step = max(1, AT_ONCE // (TILE * max(1, self.width)))
         return [slice(i, min(i + step, self.codes.shape[0])) for i in range(0, self.codes.shape[0], step)]
 
 
@@ -196,7 +196,7 @@ def linears(x: Float[Tensor, "*n K"], maps: Sequence[tuple[Packed, Tensor | None
 
 
 def _linear(x: Tensor, w: Packed, b: Tensor | None) -> Tensor:
-    y = product(x.reshape(-1, w.inner), w)
+    y = product(x.reshape(-1, w.width), w)
     return (y if b is None else y + b.float()).to(x.dtype).view(*x.shape[:-1], w.out)
 
 
@@ -224,4 +224,4 @@ def looked_up(ids: Int[Tensor, "*n"], w: Packed) -> Float[Tensor, "*n K"]:
     found = (
         codes.take_along_dim(lane, 1)[:, 0].unflatten(1, (-1, GROUP)) * scales.take_along_dim(lane, 1)[:, 0, :, None]
     )
-    return found.flatten(1)[:, : w.inner].to(w.dtype).view(*ids.shape, w.inner)
+    return found.flatten(1)[:, : w.width].to(w.dtype).view(*ids.shape, w.width)

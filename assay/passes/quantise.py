@@ -49,6 +49,7 @@ def quantise(model: LM, dtype: str) -> LM:
     for module, bits in found:
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        if type(weight) is not Packed:
-            module.weight = nn.Parameter(pack(weight, bits), requires_grad=False)
+        if type(weight) is Packed:
+            raise ValueError(f"dtype: {dtype!r}: these weights are packed already; accepted: float ones")
+        module.weight = nn.Parameter(pack(weight, bits), requires_grad=False)
     return model.requires_grad_(False).eval()

@@ -24,15 +24,15 @@ bits = st.sampled_from(BITS)
 
 def laid_out(w: Packed) -> tuple[Tensor, Tensor]:
     """Codes [N, K] and scales [N, G], read byte by byte from the description of the layout."""
-    groups, held = -(-w.inner // 32), w.codes
-    codes, scales = torch.zeros(w.out, w.inner), torch.zeros(w.out, groups)
+    groups, held = -(-w.width // 32), w.codes
+    codes, scales = torch.zeros(w.out, w.width), torch.zeros(w.out, groups)
     begin = -(-groups * 32 // 64) * 64
     for n in range(w.out):
         tile, lane = held[n // 16], n % 16
         for g in range(groups):
             at = (g * 16 + lane) * 2
             scales[n, g] = tile[at : at + 2].clone().view(torch.bfloat16)[0]
-        for k in range(w.inner):
+        for k in range(w.width):
             g, i = divmod(k, 32)
             first = begin + g * 64 * w.bits + lane * 4 + i % 4
             if w.bits == 8:
@@ -140,13 +140,13 @@ def test_several_maps_are_each_as_if_alone(used: list[str], bits: int) -> None:
 def test_it_is_a_parameter_that_is_looked_up_in_and_whose_values_others_see(bits: int) -> None:
     w = pack(drawn(0, torch.float32, 21, 40), bits)
     kept = nn.Parameter(w, requires_grad=False)
-    assert type(kept) is Packed and isinstance(kept, nn.Parameter) and kept.shape == (21, 40)
+    assert isinstance(kept, Packed) and isinstance(kept, nn.Parameter) and kept.shape == (21, 40)
     ids = torch.tensor([[20, 0], [16, 15]])
     assert torch.equal(F.embedding(ids, kept), w.values_()[ids])
     assert torch.equal(kept.T @ torch.eye(21), w.values_().T) and torch.equal(kept[3:5], w.values_()[3:5])
     assert torch.equal(F.linear(torch.ones(3, 40), kept), linear(torch.ones(3, 40), w))
     low = kept.to(torch.bfloat16)
-    assert type(low) is Packed and low.dtype == torch.bfloat16 and torch.equal(low.codes, w.codes)
+    assert isinstance(low, Packed) and low.dtype == torch.bfloat16 and torch.equal(low.codes, w.codes)
     assert torch.equal(F.embedding(ids, low), w.values_()[ids].bfloat16())
 
 

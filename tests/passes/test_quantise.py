@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from assay.cli.common import in_dtype
 from assay.cli.main import main
 from assay.engine.engine import generate
 from assay.engine.request import Request, SamplingParams
@@ -20,6 +19,7 @@ from assay.ops.step import rows_step
 from assay.passes.quantise import quantise
 from assay.spec.load import load_model
 from assay.train.checkpoint import save_checkpoint
+from assay.train.precision import native_bfloat16
 from tests.measure.subjects import subject
 from tests.model.small import made
 
@@ -27,7 +27,7 @@ MODELS = ("lab-64", "lab-64-kimi-linear", "lab-64-jamba", "lab-64-qwen3-next")
 
 
 def packed(model: LM) -> dict[str, Packed]:
-    return {name: p for name, p in model.named_parameters() if type(p) is Packed}
+    return {name: p for name, p in model.named_parameters() if isinstance(p, Packed)}
 
 
 def unpacked(model: LM) -> LM:
@@ -100,6 +100,8 @@ def test_training_is_refused_and_so_is_another_dtype() -> None:
     with pytest.raises(ValueError, match="'int2'; accepted: int8, int4"):
         quantise(made().float(), "int2")
     model = quantise(made().float(), "int8")
+    with pytest.raises(ValueError, match="'int4': these weights are packed already"):
+        quantise(model, "int4")
     model.blocks[0].mixer_norm.weight.requires_grad_()
     with pytest.raises(ValueError, match="for inference; train with float weights"):
         model(rows_step(drawn(1, 4, 17)))
@@ -112,7 +114,7 @@ def test_verbs_take_it(dtype: str, bits: int, tmp_path: Path, capsys: pytest.Cap
     how = ["--prompt-len", "8", "--new-tokens", "4", "--seconds", "0.1", "--dtype", dtype, "--json"]
     assert main(["bench", str(tmp_path), *how]) == 0
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
-    width = 2 if next(in_dtype(data.model, "int8").parameters()).dtype == torch.bfloat16 else 4
+    width = 2 if native_bfloat16("cpu") else 4
     layer = 4 * packed_bytes(16, 16, bits) + 2 * packed_bytes(24, 16, bits) + packed_bytes(16, 24, bits)
     assert values["weight_bytes"] == 2 * layer + packed_bytes(256, 16, 8) + width * 5 * 16
     assert values["dtype"] == dtype and values["roofline"]["weight_bytes_read"] == values["weight_bytes"]
