@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -154,7 +155,16 @@ def alone(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    path.write_text(json.dumps(spelled(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def spelled(value: Any) -> Any:
+    """Infinity as transformers writes it, for which JSON has no number."""
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, Mapping):
+        return {key: spelled(inner) for key, inner in value.items()}
+    return [spelled(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def sizes(folder: Path) -> dict[str, int]:

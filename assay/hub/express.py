@@ -89,6 +89,9 @@ def parameters(spec: ModelSpec, other: ModelSpec) -> dict[str, str]:
     for name in weight_table(spec):
         old = next((prefix for prefix in names if name.startswith(prefix)), "")
         table[name] = names.get(old, "") + name.removeprefix(old)
+    if len(set(table.values())) < len(table):
+        two = next(name for name, other in table.items() if list(table.values()).count(other) > 1)
+        raise ValueError(f"{two}: a table of its own; one for all layers is expected")
     given = {table[n]: w.shape for n, w in weight_table(spec).items()}
     wanted = {n: w.shape for n, w in weight_table(other).items()}
     if odd := sorted(given.items() ^ wanted.items()):

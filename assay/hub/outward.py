@@ -103,6 +103,13 @@ def basics(spec: ModelSpec, model_type: str, architecture: str) -> Tree:
     }
 
 
+def untied(spec: ModelSpec) -> None:
+    """ValueError for a head that reads the embedding's table, where transformers' model has its own, whatever is
+    said."""
+    if of_kind(spec.head, "head", "lm").tie:
+        raise ValueError("head.tie: True; False is expected: transformers ties no head of this family")
+
+
 def sizes(spec: ModelSpec, model_type: str, architecture: str) -> Tree:
     """That of a decoder with attention."""
     return basics(spec, model_type, architecture) | {"num_attention_heads": part(spec, "mixer", "gqa").heads}

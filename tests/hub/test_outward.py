@@ -3,6 +3,7 @@ was written and computes the same."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,19 @@ import pytest
 import torch
 import transformers as hf
 
+import assay
 from assay.data.tokenizers import Tokenizer, _bytes
 from assay.hub import live
+from assay.hub.config import Config
 from assay.hub.export import export_hf
+from assay.hub.express import as_family
+from assay.hub.families import t5
 from assay.hub.load import Imported, import_folder, matches
-from assay.spec.load import digest
-from tests.hub import encoders, test_recurrent_elementwise
+from assay.model.lm import build
+from assay.ops.step import rows_step
+from assay.spec.load import digest, validate
+from assay.spec.model import ModelSpec
+from tests.hub import encoders, test_recurrent_decayed, test_recurrent_elementwise
 from tests.hub.test_hybrids import jamba, lfm2, nemotron_h, nemotron_h_biased
 from tests.hub.test_latent import v3, v3_plain, v32
 from tests.hub.test_mixtures import gemma4, gemma4_mixture, glm4_moe, gpt_oss, llama4
@@ -51,10 +59,16 @@ def relu(folder: Path) -> None:
     drawn(lambda: (hf.RobertaForMaskedLM(hf.RobertaConfig(**encoders.ROBERTA | {"hidden_act": "relu"})), None), folder)
 
 
+def endless(folder: Path) -> None:
+    """A Mamba-2 whose time steps nothing bounds, for which JSON has no number."""
+    config = hf.Mamba2Config(**test_recurrent_decayed.SIZES, **test_recurrent_decayed.STATES, pad_token_id=0)
+    drawn(lambda: (hf.Mamba2ForCausalLM(config), None), folder)
+
+
 SAVE: dict[str, Callable[[Path], Any]] = {make.__name__: partial(drawn, make) for make in MAKERS}
 SAVE |= {name: partial(by_name, name) for name in test_recurrent_elementwise.MADE}
 SAVE |= {name: partial(encoders.save, name) for name in encoders.MADE}
-SAVE["roberta"] = relu
+SAVE |= {"roberta": relu, "mamba2-endless": endless}
 
 
 def said(model: Any, form: str) -> torch.Tensor:
@@ -90,3 +104,30 @@ def follows(key: str, got: Imported) -> bool:
     """Whether a tensor that is missing follows from the configuration, or nothing here reads it."""
     skip = got.family.skip(got.spec) if hasattr(got.family, "skip") else got.family.SKIP
     return any(matches(pattern, key) for pattern in skip)
+
+
+def test_two_tables_do_not_become_one() -> None:
+    """Layers that read different tables of relative positions, alike but for their numbers, are no T5's."""
+    tree = t5.spec(Config(hf.T5Config(**encoders.T5).to_dict()))
+    assert as_family(validate(ModelSpec, tree, "here"), "t5").name == "t5"
+    block = tree["blocks"]["block"]
+    own = json.loads(json.dumps(block).replace('"main"', '"other"'))
+    tables = {**tree["positions"], "other": tree["positions"]["main"]}
+    changed = {**tree, "positions": tables, "blocks": {"a": block, "b": own}, "pattern": ("a", "b")}
+    with pytest.raises(ValueError, match=r"positions\.main\.weight: a table of its own; one for all layers"):
+        as_family(validate(ModelSpec, changed, "here"), "t5")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["jamba", "qwen3_next", "kimi_linear"])
+def test_a_shipped_hybrid_is_its_namesake(family: str, tmp_path: Path) -> None:
+    """The lab's own spelling leaves sizes to the parts; transformers computes the same as the model."""
+    own = {"model.head.tie": False} if family == "kimi_linear" else {}  # transformers does not tie this one
+    model = build(assay.spec(f"lab-64-{family.replace('_', '-')}", **own))
+    randomised(model, 3)
+    assert export_hf(model, Tokenizer(_bytes()), tmp_path / "out").family == family
+    theirs, report = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["unexpected_keys"] and not report["missing_keys"]
+    x = ids(2, 14)
+    mine = model(rows_step(x)).logits.unflatten(0, (2, 14))
+    assert float((mine - theirs.eval()(x, use_cache=False).logits).abs().max()) <= 1e-5 * float(mine.abs().max())

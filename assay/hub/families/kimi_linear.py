@@ -126,11 +126,12 @@ def mixture(c: Config) -> Tree:
 
 def hugging_face(spec: ModelSpec) -> Tree:
     mixer = outward.part(spec, "mixer", "kda")
+    outward.untied(spec)
     linear, sparse = outward.kinds_at(spec, "mixer", "kda"), outward.kinds_at(spec, "ffn", "moe")
     found = {
         **outward.basics(spec, "kimi_linear", "KimiLinearForCausalLM"),
         **deepseek_v3.latent_outward(spec),
-        **glm4_moe.mixture_outward(spec),
+        **(glm4_moe.mixture_outward(spec) if sparse else dense_outward(spec)),
         "rms_norm_eps": outward.epsilon(spec),
         "model_max_length": spec.context,
         "layer_types": [LINEAR if i in linear else shared.FULL for i in range(spec.layers)],
@@ -140,3 +141,8 @@ def hugging_face(spec: ModelSpec) -> Tree:
         "linear_conv_kernel_dim": mixer.conv or 4,
     }
     return {RENAMED.get(key, key): value for key, value in found.items()}
+
+
+def dense_outward(spec: ModelSpec) -> Tree:
+    net = outward.part(spec, "ffn", "gated")
+    return {"intermediate_size": net.width, "hidden_act": outward.activation(net)}

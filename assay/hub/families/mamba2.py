@@ -88,6 +88,6 @@ def hugging_face(spec: ModelSpec) -> Tree:
         "use_bias": mixer.bias,
         "time_step_min": dt.low,
         "time_step_max": dt.high,
-        "time_step_limit": [dt.at_least, {"__float__": "Infinity"} if dt.at_most is None else dt.at_most],
+        "time_step_limit": [dt.at_least, math.inf if dt.at_most is None else dt.at_most],
         "layer_norm_epsilon": outward.epsilon(spec),
     }

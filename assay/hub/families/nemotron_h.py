@@ -140,6 +140,7 @@ def mixture(c: Config) -> Tree:
 
 
 def hugging_face(spec: ModelSpec) -> Tree:
+    outward.untied(spec)
     kinds = [letter(spec, i) for i in range(spec.layers)]
     mixer: Any = outward.part(spec, "mixer", "mamba2")
     found = {
