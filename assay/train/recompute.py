@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from assay.model.lm import LM
 from assay.train.parallel.spec import Recompute
@@ -28,7 +33,7 @@ def apply(model: LM, how: Recompute) -> None:
     own, where `memory.SavedForBackward` does not see it."""
     if how != "none":
         for block in dict.fromkeys(model.blocks):
-            block.forward = partial(again, Shell(block.forward, block), how)
+            setattr(block, "forward", partial(again, Shell(block.forward, block), how))  # noqa: B010
 
 
 class Shell(nn.Module):
@@ -47,9 +52,13 @@ def again(shell: Shell, how: Recompute, *args: Any) -> Any:
     precision, which are there for one forward pass."""
     if not torch.is_grad_enabled():
         return shell(*args)
-    held: Mapping[str, Tensor] = {f"block.{name}": p for name, p in shell.block.named_parameters()}
-    chosen = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if how == "selective" else {}
-    return checkpoint(lambda *a: functional_call(shell, held, a), *args, use_reentrant=False, **chosen)
+    held: dict[str, Tensor] = {f"block.{name}": p for name, p in shell.block.named_parameters()}
+    keeping = partial(create_selective_checkpoint_contexts, kept) if how == "selective" else noop_context_fn
+
+    def run(*given: Any) -> Any:
+        return functional_call(shell, held, given)
+
+    return checkpoint(run, *args, use_reentrant=False, context_fn=keeping)
 
 
 def kept(context: Any, op: Any, *args: Any, **given: Any) -> CheckpointPolicy:

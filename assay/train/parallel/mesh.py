@@ -10,7 +10,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
@@ -140,6 +140,6 @@ def backend_for(device: torch.device) -> str:
 def own_device(device: torch.device | str) -> torch.device:
     """The device of this process: under torchrun, each process of a machine takes a GPU of its own."""
     place = torch.device(device)
-    if place.type == "cuda" and place.index is None and "LOCAL_RANK" in os.environ:
+    if str(place) == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return place

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 CALL_S = 5.0
 """How long a process has to answer when the others ask who is there."""
@@ -29,7 +30,7 @@ class Roll:
     one that is busy with something else does, and says how many exchanges it has made (`progress`).
     """
 
-    def __init__(self, store: dist.Store, number: int, processes: int) -> None:
+    def __init__(self, store: Store, number: int, processes: int) -> None:
         self.store, self.number, self.processes = store, number, processes
         self.progress: Callable[[], int] = int
         self._done = threading.Event()
