@@ -57,7 +57,7 @@ def test_full_multiplies_again_and_selective_does_not() -> None:
             gradients(one)
         flops[how] = counter.get_total_flops()
     again = {how: count - flops["none"] for how, count in flops.items()}
-    assert 0.2 * flops["none"] < again["full"] < 0.5 * flops["none"]
+    assert 0.1 * flops["none"] < again["full"] < 0.5 * flops["none"]
     assert again["selective"] < 0.1 * again["full"]  # what a scan's own operator multiplies is not seen inside it
 
 
