@@ -62,12 +62,7 @@ def run(
     part: Part = None,
     json: Json = False,
 ) -> None:
-    if profile and train:
-        fail("--profile is of serving; accepted: without --train")
-    if train and dtype in PACKED:
-        fail(f"--dtype {dtype}: weights of this kind have no gradient; accepted with --train: {', '.join(DTYPES)}")
-    if dtype is not None and dtype not in (*DTYPES, *PACKED):
-        fail(f"--dtype {dtype!r}: accepted: {', '.join((*DTYPES, *PACKED))}")
+    check(dtype, train, profile)
     load_parts(part)
     found = parse_overrides(changes)
     if any(path.startswith("recipe.") for path in found):
@@ -92,6 +87,16 @@ def run(
     (tell_training if train else tell_serving)(values)
     if json:
         emit_json(values)
+
+
+def check(dtype: str | None, train: bool, profile: bool) -> None:
+    """Options that cannot be honoured together, by name."""
+    if profile and train:
+        fail("--profile is of serving; accepted: without --train")
+    if train and dtype in PACKED:
+        fail(f"--dtype {dtype}: weights of this kind have no gradient; accepted with --train: {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in (*DTYPES, *PACKED):
+        fail(f"--dtype {dtype!r}: accepted: {', '.join((*DTYPES, *PACKED))}")
 
 
 def training(
