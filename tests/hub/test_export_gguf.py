@@ -20,6 +20,7 @@ from tokenizers import Regex, pre_tokenizers
 from assay.cli.main import main
 from assay.data.tokenizers import Tokenizer, _bpe
 from assay.hub.export import export_hf
+from assay.hub.express import agree
 from assay.hub.gguf_config import open_gguf
 from assay.hub.gguf_export import export_gguf
 from assay.hub.gguf_vocab import WORDS, vocabulary
@@ -94,7 +95,8 @@ def test_the_same_model_is_read_back(name: str, words: Tokenizer, tmp_path: Path
     assert export_gguf(got.model, words, tmp_path / "out").family == known
     with open_gguf(tmp_path / "out" / "model.gguf") as source:
         back = load(source)
-    assert (back.spec, back.unread) == (got.spec, ())
+    agree(back.spec, got.spec)  # a file does not say how experts are balanced in training
+    assert back.unread == ()
     wanted = theirs(x).logits.flatten(0, 1)
     torch.testing.assert_close(
         back.model(rows_step(x)).logits, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())
