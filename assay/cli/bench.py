@@ -91,11 +91,6 @@ def run(
 
 def check(dtype: str | None, train: bool, profile: bool) -> None:
     """Options that cannot be honoured together, by name."""
-    refuse(train, profile, dtype)
-
-
-def refuse(train: bool, profile: bool, dtype: str | None) -> None:
-    """What is not combined, and what there is not."""
     if profile and train:
         fail("--profile is of serving; accepted: without --train")
     if train and dtype in PACKED:
