@@ -40,7 +40,8 @@ def rounding(x: Tensor) -> Kernels | None:
 
 def serving(x: Tensor) -> Kernels | None:
     """The kernels, where they may stand in for torch: unwatched in inference mode."""
-    return kernels() if torch.is_inference_mode_enabled() and unwatched(x) else None
+    # In this order: what is being compiled may not be asked about inference mode.
+    return kernels() if unwatched(x) and torch.is_inference_mode_enabled() else None
 
 
-__all__ = ["Kernels", "Unbuildable", "kernels", "library", "rounding", "serving"]
+__all__ = ["Kernels", "Unbuildable", "kernels", "library", "rounding", "serving", "unwatched"]

@@ -58,6 +58,6 @@ def together(x: Tensor, step: Step | None, *maps: Linear) -> list[Tensor]:
     once, and what they own stays apart. The values are those of each map by itself, to the bit where a compiled kernel
     makes them."""
     plain = all(type(m) is DenseLinear and not m._forward_hooks and not m._forward_pre_hooks for m in maps)
-    if not plain or not torch.is_inference_mode_enabled():
+    if not plain or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return [m(x, step) for m in maps]
     return linears(x, [(m.weight, m.bias) for m in maps])
