@@ -165,7 +165,7 @@ def explicit(spec: ModelSpec, part: MixerSpec, site: Site) -> Tree:
     if isinstance(part, DeltaSpec):
         found["head_dim"], found["value_dim"] = part.sizes(site)
         found |= {"k_heads": part.key_heads} if hasattr(part, "k_heads") else {}
-    size = part.rope_dim if isinstance(part, Mla) else found.get("head_dim")
+    size: Any = part.rope_dim if isinstance(part, Mla) else found.get("head_dim")
     if isinstance(part, Gqa | Cross):
         found["kv_heads"] = part.groups
     if isinstance(part, Gqa):

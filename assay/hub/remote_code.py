@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from assay.cache import Cache, Size
 from assay.model.lm import LM, initialise_all, state_table
-from assay.ops.here import State
+from assay.ops.state import State
 from assay.ops.step import Step
 from assay.spec.load import validate
 from assay.spec.model import ModelSpec

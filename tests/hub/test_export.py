@@ -16,8 +16,7 @@ import yaml
 from assay.cli.main import main
 from assay.data.tokenizers import Tokenizer, _bytes
 from assay.engine.engine import generate
-from assay.engine.request import Request
-from assay.engine.sampler import SamplingParams
+from assay.engine.request import Request, SamplingParams
 from assay.hub.export import export_hf
 from assay.hub.express import as_family, express
 from assay.hub.load import import_folder

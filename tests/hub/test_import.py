@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -30,7 +31,7 @@ SIZES = {**tiny.USUAL, "vocab_size": 604, "tie_word_embeddings": True, "rope_par
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model as a folder (`model`) and as a file (`model.gguf`), with its tokenizer."""
     home = tmp_path_factory.mktemp("sources")
-    made = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)))
+    made: Any = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)))
     made.save_pretrained(home / "model")
     words = trained("smollm")
     Tokenizer(words, {"eos_token": "<|im_end|>", "chat_template": TEMPLATE}).save(home / "model")

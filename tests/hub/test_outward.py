@@ -123,11 +123,12 @@ def test_two_tables_do_not_become_one() -> None:
 def test_a_shipped_hybrid_is_its_namesake(family: str, tmp_path: Path) -> None:
     """The lab's own spelling leaves sizes to the parts; transformers computes the same as the model."""
     own = {"model.head.tie": False} if family == "kimi_linear" else {}  # transformers does not tie this one
-    model = build(assay.spec(f"lab-64-{family.replace('_', '-')}", **own))
+    model: Any = build(assay.spec(f"lab-64-{family.replace('_', '-')}", **own))
     randomised(model, 3)
     assert export_hf(model, Tokenizer(_bytes()), tmp_path / "out").family == family
-    theirs, report = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loader: Any = hf.AutoModelForCausalLM
+    theirs, report = loader.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["unexpected_keys"] and not report["missing_keys"]
     x = ids(2, 14)
-    mine = model(rows_step(x)).logits.unflatten(0, (2, 14))
-    assert float((mine - theirs.eval()(x, use_cache=False).logits).abs().max()) <= 1e-5 * float(mine.abs().max())
+    mine, their = model(rows_step(x)).logits.unflatten(0, (2, 14)), theirs.eval()(x, use_cache=False).logits
+    assert float((mine - their).abs().max()) <= 1e-5 * float(mine.abs().max())
