@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers as hf
 
-import assay
 from assay.data.tokenizers import Tokenizer, _bytes
 from assay.hub import live
 from assay.hub.config import Config
@@ -23,7 +22,7 @@ from assay.hub.families import t5
 from assay.hub.load import Imported, import_folder, matches
 from assay.model.lm import build
 from assay.ops.step import rows_step
-from assay.spec.load import digest, validate
+from assay.spec.load import digest, load_model, validate
 from assay.spec.model import ModelSpec
 from tests.hub import encoders, test_recurrent_decayed, test_recurrent_elementwise
 from tests.hub.test_hybrids import jamba, lfm2, nemotron_h, nemotron_h_biased
@@ -122,8 +121,8 @@ def test_two_tables_do_not_become_one() -> None:
 @pytest.mark.parametrize("family", ["jamba", "qwen3_next", "kimi_linear"])
 def test_a_shipped_hybrid_is_its_namesake(family: str, tmp_path: Path) -> None:
     """The lab's own spelling leaves sizes to the parts; transformers computes the same as the model."""
-    own = {"model.head.tie": False} if family == "kimi_linear" else {}  # transformers does not tie this one
-    model: Any = build(assay.spec(f"lab-64-{family.replace('_', '-')}", **own))
+    own = {"head.tie": False} if family == "kimi_linear" else {}  # transformers does not tie this one
+    model: Any = build(load_model(f"lab-64-{family.replace('_', '-')}", own))
     randomised(model, 3)
     assert export_hf(model, Tokenizer(_bytes()), tmp_path / "out").family == family
     loader: Any = hf.AutoModelForCausalLM
