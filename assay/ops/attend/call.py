@@ -14,6 +14,7 @@ from torch import Tensor
 
 from assay.ops.attend.plan import Plan, aligned, materialised, narrowed, prefixes, seen
 from assay.ops.attend.rule import Scores
+from assay.ops.dropout import keeps
 from assay.ops.sees import Sees
 from assay.ops.step import Step, View
 
@@ -58,7 +59,7 @@ class Call:
         if self.scores.dropout == 0.0:
             return None
         rows, tokens, heads, _ = self.q.shape
-        return torch.rand(rows, heads, tokens, self.k.shape[1], device=self.q.device) >= self.scores.dropout
+        return keeps((rows, heads, tokens, self.k.shape[1]), self.scores.dropout, self.q.device, self.step)
 
     def trains(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v))
