@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from gguf import TokenType
 
 from assay.data.tokenizers import Tokenizer
+from assay.hub.tokenizer import SPLITS, WHOLE_FIRST
 
 Values = dict[str, Any]
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
-"""How text is split before merging -> llama.cpp's name of the rule."""
+RULES: Mapping[tuple[str, ...], str] = MappingProxyType({cuts: name for name, cuts in reversed(SPLITS.items())})
+"""How text is cut before merging -> llama.cpp's name of the rule, the first of several."""
 
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> Values:
@@ -50,7 +52,7 @@ def splitter(tokenizer: Tokenizer, tree: Values) -> str:
         raise ValueError(refusal(f"the pre-tokenizer {json.dumps(pre):.200}"))
     if normalizer is not None and (normalizer, rule) != ("NFC", "qwen2"):
         raise ValueError(refusal(f"the normalizer {normalizer}"))
-    if bool(model.get("ignore_merges")) != (rule == "llama-bpe"):
+    if bool(model.get("ignore_merges")) != (rule in WHOLE_FIRST):
         raise ValueError(refusal(f"ignore_merges {model.get('ignore_merges')} with the rule {rule}"))
     return rule
 
@@ -66,13 +68,13 @@ def by_steps(steps: list[Values]) -> str | None:
     first = before[0]
     if len(before) == 1 and first["type"] == "Digits" and first.get("individual_digits") and regex:
         return "smollm"
-    if len(before) == 1 and first["type"] == "Split" and first["behavior"] == "Isolated" and not regex:
-        return None if first.get("invert") else PATTERNS.get(first["pattern"].get("Regex", ""))
-    return None
+    if regex or any(s["type"] != "Split" or s["behavior"] != "Isolated" or s.get("invert") for s in before):
+        return None
+    return RULES.get(tuple(s["pattern"].get("Regex", "") for s in before))
 
 
 def refusal(what: str) -> str:
-    known = ", ".join(("gpt-2", "smollm", *PATTERNS.values()))
+    known = ", ".join(dict.fromkeys(RULES[cuts] for cuts in SPLITS.values()))
     return f"tokenizer: {what}; llama.cpp takes byte-level BPE with merges, split as by {known}"
 
 

@@ -23,8 +23,9 @@ from assay.hub.export import export_hf
 from assay.hub.express import agree
 from assay.hub.gguf_config import open_gguf
 from assay.hub.gguf_export import export_gguf
-from assay.hub.gguf_vocab import WORDS, vocabulary
+from assay.hub.gguf_vocab import vocabulary
 from assay.hub.load import import_folder, load
+from assay.hub.tokenizer import LLAMA3, QWEN2, SPLITS, WHOLE_FIRST
 from assay.model.lm import LM, build
 from assay.ops.step import rows_step
 from assay.spec.load import change, validate
@@ -202,19 +203,27 @@ def levelled(pattern: str) -> Any:
     ("tokenizer", "rule"),
     [
         (split_by(pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])), "smollm"),
-        (split_by(levelled(WORDS % r"\p{N}{1,3}"), ignore_merges=True), "llama-bpe"),
-        (split_by(levelled(WORDS % r"\p{N}")), "qwen2"),
+        (split_by(levelled(LLAMA3), ignore_merges=True), "llama-bpe"),
+        (split_by(levelled(QWEN2)), "qwen2"),
     ],
 )
 def test_rules_of_splitting_are_known_by_name(tokenizer: Tokenizer, rule: str) -> None:
     assert vocabulary(tokenizer, VOCAB)["tokenizer.ggml.pre"] == rule
 
 
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe", "tekken"])
+def test_a_rule_that_was_imported_goes_out_under_its_name(name: str) -> None:
+    steps = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in SPLITS[name]]
+    read = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    found = vocabulary(split_by(read, ignore_merges=name in WHOLE_FIRST), VOCAB)
+    assert found["tokenizer.ggml.pre"] == name
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
         (split_by(pre_tokenizers.ByteLevel(True)), "the pre-tokenizer .*add_prefix_space"),
-        (split_by(levelled(WORDS % r"\p{N}{1,3}")), "ignore_merges False with the rule llama-bpe"),
+        (split_by(levelled(LLAMA3)), "ignore_merges False with the rule llama-bpe"),
         (split_by(levelled(r"\w+")), "the pre-tokenizer .*; llama.cpp takes byte-level BPE with merges"),
         (split_by(pre_tokenizers.Whitespace()), "BPE with the pre-tokenizer Whitespace"),
     ],
