@@ -80,7 +80,10 @@ def test_pages_in_any_order_have_the_bits_of_rows(
 ) -> None:
     """A page may stand in several rows, and pages that nobody has are not read."""
     rows, groups = sizes["rows"], sizes["groups"]
-    q, seen = drawn(2, dtype, rows, groups * sizes["shared"], sizes["size"]), drawn(3, torch.float32, rows, page * count)
+    q, seen = (
+        drawn(2, dtype, rows, groups * sizes["shared"], sizes["size"]),
+        drawn(3, torch.float32, rows, page * count),
+    )
     seen = torch.where(torch.arange(rows)[:, None] % 3 == 1, -1.0, seen) > -2 + 2 * sizes["density"]
     k, v = (drawn(i, dtype, 3 * count + 1, page, groups, sizes[n]) for i, n in enumerate(("size", "width")))
     table = torch.randint(3 * count, (rows, count), generator=torch.Generator().manual_seed(4))
