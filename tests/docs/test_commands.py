@@ -55,6 +55,8 @@ def check(line: str) -> None:
     while "=" in words[0] and not words[0].startswith("="):  # OMP_NUM_THREADS=1 assay ...
         words = words[1:]
     program, rest = Path(words[0]).name, words[1:]
+    if program == "torchrun" and rest[rest.index("-m") :][:2] == ["-m", "assay"]:
+        program, rest = "assay", rest[rest.index("-m") + 2 :]
     rest = rest[: rest.index("|")] if "|" in rest else rest
     if program == "assay":
         if rest[0] in CHEAP and not {"check", "--matrix"} & set(rest):

@@ -44,11 +44,12 @@ def test_a_run_from_a_shared_trunk_is_the_run_without_one(tmp_path: Path) -> Non
 
 def test_a_users_part_is_loaded_where_the_run_is(tmp_path: Path) -> None:
     file = tmp_path / "mine_for_a_ladder.py"
-    file.write_text("LOADED = True\n")
+    example = Path(__file__).parents[2] / "docs/examples/causal_mean.py"
+    file.write_text(example.read_text().replace("causal_mean", "mean_for_a_ladder"))
     asked = job(tmp_path, 5) | {"parts": [str(file)]}
     run_trial(asked, lambda event: None)
     run_trial(asked, lambda event: None)
-    assert sys.modules["assay_user_mine_for_a_ladder"].LOADED is True
+    assert sys.modules["assay_user_mine_for_a_ladder"].__file__ == str(file)
 
 
 def test_other_rates_and_seeds_have_other_trunks(tmp_path: Path) -> None:

@@ -39,9 +39,9 @@ def test_the_peak_sees_what_was_held() -> None:
     if not machine.CPUINFO.is_file() or not memory.start_peak():
         pytest.skip("this system does not let a process start its peak afresh")
     before = memory.peak_bytes()
-    block = torch.ones(64 << 18)
+    block = torch.ones(256 << 18)  # more than what other tests left may be given back meanwhile
     del block
-    assert memory.peak_bytes() - before > 48 << 20
+    assert memory.peak_bytes() - before > 96 << 20
 
 
 def test_latency_rows() -> None:

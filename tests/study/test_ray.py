@@ -9,39 +9,20 @@ from typing import Any
 
 import pytest
 
-from assay.spec.result import Result, read_results
+from assay.spec.result import read_results
 from assay.study.plan import Plan, Request, make_plan
-from assay.study.runners.folder import Folder
-from assay.study.runners.local import Failed, Pool, run_trials
+from assay.study.runners.local import run_trials
 from assay.study.runners.ray import OnRay
-from assay.study.runners.remote import Runner
+from tests.study.remote import lines, ran
 from tests.study.test_plan import POSITIONS, _study
 from tests.study.toy import MATERIALS
 
 pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray", reason="needs the extra `cluster`")
-TOY = "tests.study.toy_trials:"
 
 
 def _plan() -> Plan:
     return make_plan(Request("s", _study(POSITIONS), "smoke"), MATERIALS)
-
-
-def ran(path: Path, plan: Plan, runner: Runner, function: str = "run_trial") -> list[Failed]:
-    with Folder(path) as folder:
-        folder.bind(plan.digest, {"study": plan.name, "budget": plan.budget})
-        return runner(plan.trials, folder, Pool(2, TOY + function))
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Without what differs between two runs: the process and where its parts lie."""
-    found = [r for r in read_results(path / "results.jsonl") if r.kind in ("trial", "measure")]
-    return sorted((_plain(r) for r in found), key=str)
-
-
-def _plain(r: Result) -> dict[str, Any]:
-    kept = {k: v for k, v in r.values.items() if k not in ("pid", "parts", "threads")}
-    return {**r.model_dump(), "values": kept}
 
 
 @pytest.fixture

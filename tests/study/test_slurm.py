@@ -9,8 +9,8 @@ from assay.study.plan import Plan, Request, make_plan
 from assay.study.runners.local import run_trials
 from assay.study.runners.slurm import OnSlurm
 from assay.study.trials import Trial
+from tests.study.remote import lines, ran
 from tests.study.test_plan import POSITIONS, _study
-from tests.study.test_ray import lines, ran
 from tests.study.toy import MATERIALS
 
 pytest.importorskip("submitit", reason="needs the extra `cluster`")
