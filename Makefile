@@ -49,9 +49,9 @@ format: setup
 types: setup
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/assay bench gpt-11m --train --batch 16 --seq 256 --dtype bf16
-	$(BIN)/assay bench gpt-11m --train --batch 16 --seq 256 --dtype f32
+# docs/PERFORMANCE.md: floors, one sequence, the server's load, other families, training, each beside its peers.
+bench: bench-serve
+	$(BIN)/python benchmarks/performance.py --serve runs/bench-serve/serve.json
 
 # Sixteen requests at once to a real model: assay in process and over HTTP beside transformers and llama.cpp.
 bench-serve: setup
