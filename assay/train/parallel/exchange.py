@@ -8,7 +8,7 @@ et al. 2022, arXiv 2205.05198, section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,82 +55,28 @@ class Line:
         """This process's part, along the first dimension, of the sum of all processes' x; without a gradient."""
         return self.comm.reduce_scatter(x.detach().contiguous().unflatten(0, (self.ranks, -1)), self.group)
 
-
-class Copied(torch.autograd.Function):
-    """y = x; dx = sum of all dy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
-        ctx.line = line
+    def kept(self, x: Tensor) -> Tensor:
         return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.line.summed_up(grads[0]), None
+    def own(self, x: Tensor) -> Tensor:
+        """This process's part, along the first dimension, of x, which all have."""
+        return x.chunk(self.ranks)[self.rank].contiguous()
 
 
-class Summed(torch.autograd.Function):
-    """y = sum of all x; dx = dy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
-        return line.summed_up(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+Way = Callable[[Line, Tensor], Tensor]
 
 
-class Gathered(torch.autograd.Function):
-    """y = all x one after another; dx = this process's part of the sum of all dy."""
+class Crossed(torch.autograd.Function):
+    """y = there(line, x); dx = back(line, dy)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
-        ctx.line = line
-        return line.gathered_up(x)
+    def forward(ctx: Any, x: Tensor, line: Line, there: Way, back: Way) -> Tensor:
+        ctx.line, ctx.back = line, back
+        return there(line, x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.line.scattered_sum(grads[0]), None
-
-
-class Scattered(torch.autograd.Function):
-    """y = this process's part of the sum of all x; dx = all dy one after another."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
-        ctx.line = line
-        return line.scattered_sum(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.line.gathered_up(grads[0]), None
-
-
-class Sliced(torch.autograd.Function):
-    """y = this process's part of x, which all have; dx = all dy one after another."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
-        ctx.line = line
-        return x.chunk(line.ranks)[line.rank].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.line.gathered_up(grads[0]), None
-
-
-class Joined(torch.autograd.Function):
-    """y = all x one after another; dx = this process's part of dy, which all have."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
-        ctx.line = line
-        return line.gathered_up(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].chunk(ctx.line.ranks)[ctx.line.rank].contiguous(), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(ctx.line, grads[0]), None, None, None
 
 
 class Sent(torch.autograd.Function):
@@ -148,27 +94,33 @@ class Sent(torch.autograd.Function):
 
 
 def copied(x: Tensor, line: Line) -> Tensor:
-    return Copied.apply(x, line)
+    """y = x; dx = sum of all dy."""
+    return Crossed.apply(x, line, Line.kept, Line.summed_up)
 
 
 def summed(x: Tensor, line: Line) -> Tensor:
-    return Summed.apply(x, line)
+    """y = sum of all x; dx = dy."""
+    return Crossed.apply(x, line, Line.summed_up, Line.kept)
 
 
 def gathered(x: Tensor, line: Line) -> Tensor:
-    return Gathered.apply(x, line)
+    """y = all x one after another; dx = this process's part of the sum of all dy."""
+    return Crossed.apply(x, line, Line.gathered_up, Line.scattered_sum)
 
 
 def scattered(x: Tensor, line: Line) -> Tensor:
-    return Scattered.apply(x, line)
+    """y = this process's part of the sum of all x; dx = all dy one after another."""
+    return Crossed.apply(x, line, Line.scattered_sum, Line.gathered_up)
 
 
 def sliced(x: Tensor, line: Line) -> Tensor:
-    return Sliced.apply(x, line)
+    """y = this process's part of x, which all have; dx = all dy one after another."""
+    return Crossed.apply(x, line, Line.own, Line.gathered_up)
 
 
 def joined(x: Tensor, line: Line) -> Tensor:
-    return Joined.apply(x, line)
+    """y = all x one after another; dx = this process's part of dy, which all have."""
+    return Crossed.apply(x, line, Line.gathered_up, Line.own)
 
 
 def sent(x: Tensor, line: Line, give: Sequence[int], take: Sequence[int]) -> Tensor:

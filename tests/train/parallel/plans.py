@@ -57,6 +57,16 @@ def built(spec: ModelSpec) -> LM:
     return made
 
 
+def alike(found: list[Found], place: str, losses: Tensor, made: LM, close: float = 1e-10) -> None:
+    """Every rank's losses and joined weights under `place` are these, to 1e-10 and `close`."""
+    for rank in found:
+        torch.testing.assert_close(rank[f"{place}/losses"], losses, rtol=1e-10, atol=1e-10)
+        for key, p in made.named_parameters():
+            torch.testing.assert_close(
+                rank[f"{place}/w/{key}"], p.detach(), rtol=close, atol=close, msg=f"{place} {key}"
+            )
+
+
 def together(work: str, processes: int, limit_s: float = 120.0) -> list[Found]:
     """Run `module:function(rank, processes) -> tensors` in as many processes, which meet in a file of theirs."""
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from assay.train.evaluate import step_of
 from assay.train.parallel import context
 from assay.train.parallel.context import Columns
 from assay.train.parallel.mesh import Mesh
-from tests.train.parallel.plans import Found, batch, built, mesh_of, model, together
+from tests.train.parallel.plans import Found, alike, batch, built, mesh_of, model, together
 
 STEPS = 3
 GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2, "position": "rope", "scores": {"softcap": 2.0, "sink": True}}
@@ -93,9 +93,7 @@ def test_two_ranks_learn_what_one_process_learns(found: list[Found], name: str) 
     # A recurrence's state is declared in float32, and begins so on one process, from zero.
     for rank in found:
         torch.testing.assert_close(rank[f"{name}/logits"], logits, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(rank[f"{name}/losses"], losses, rtol=1e-10, atol=1e-10)
-        for key, p in made.named_parameters():
-            torch.testing.assert_close(rank[f"{name}/w/{key}"], p.detach(), rtol=1e-9, atol=1e-9, msg=f"{name} {key}")
+    alike(found, name, losses, made, 1e-9)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

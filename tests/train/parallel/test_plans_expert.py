@@ -10,7 +10,7 @@ from assay.model.lm import LM
 from assay.train.evaluate import step_of
 from assay.train.parallel import expert, plan
 from assay.train.parallel.mesh import Mesh
-from tests.train.parallel.plans import Found, batch, built, mesh_of, model, together
+from tests.train.parallel.plans import Found, alike, batch, built, mesh_of, model, together
 
 STEPS = 5
 GQA = {"kind": "gqa", "heads": 2, "position": "rope"}
@@ -67,7 +67,4 @@ def found() -> list[Found]:
 @pytest.mark.parametrize("name", MODELS)
 def test_experts_on_two_ranks_learn_what_they_learn_on_one(found: list[Found], name: str) -> None:
     losses, made = steps(built(MODELS[name]), None)
-    for rank in found:
-        torch.testing.assert_close(rank[f"{name}/losses"], losses, rtol=1e-10, atol=1e-10)
-        for key, p in made.named_parameters():
-            torch.testing.assert_close(rank[f"{name}/w/{key}"], p.detach(), rtol=1e-10, atol=1e-10, msg=f"{name} {key}")
+    alike(found, name, losses, made)

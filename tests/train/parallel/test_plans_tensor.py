@@ -12,7 +12,7 @@ from assay.spec.model import ModelSpec
 from assay.train.evaluate import step_of
 from assay.train.parallel import plan, tensor
 from assay.train.parallel.mesh import Mesh
-from tests.train.parallel.plans import Found, batch, built, mesh_of, model, settle, together
+from tests.train.parallel.plans import Found, alike, batch, built, mesh_of, model, settle, together
 
 STEPS = 5
 QK = {
@@ -107,19 +107,14 @@ def test_two_ranks_learn_what_one_process_learns(found: list[Found], name: str) 
     losses, made = steps(made, None)
     for rank in found:
         torch.testing.assert_close(rank[f"{name}/logits"], logits, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(rank[f"{name}/losses"], losses, rtol=1e-10, atol=1e-10)
-        for key, p in made.named_parameters():
-            torch.testing.assert_close(rank[f"{name}/w/{key}"], p.detach(), rtol=1e-10, atol=1e-10, msg=f"{name} {key}")
+    alike(found, name, losses, made)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPREAD)
 def test_tokens_spread_between_the_parts_change_nothing(found: list[Found], name: str) -> None:
     losses, made = steps(built(MODELS[name]), None)
-    for rank in found:
-        torch.testing.assert_close(rank[f"{name}/sequence/losses"], losses, rtol=1e-10, atol=1e-10)
-        for key, p in made.named_parameters():
-            torch.testing.assert_close(rank[f"{name}/sequence/w/{key}"], p.detach(), rtol=1e-10, atol=1e-10, msg=key)
+    alike(found, f"{name}/sequence", losses, made)
 
 
 def test_what_needs_all_tokens_between_parts_is_named() -> None:
