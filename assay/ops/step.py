@@ -126,6 +126,7 @@ class Step:
     tables: Mapping[str, Any] = field(default_factory=dict)
     pieces: tuple[Piece, ...] = ()  # all tokens, in order: parts with a memory take them one by one, others the whole
     part: RowsOf | None = None  # None: no other process holds tokens of this step
+    attention: str = "auto"  # the backend of layers that have a choice; one that refuses it says so
 
     @property
     def ids(self) -> Int[Tensor, "N"]:

@@ -26,8 +26,10 @@ MODULES = (oracle, tiled, matmul, sdpa, gathered)
 LARGEST_MASK = 1 << 28
 
 
-def plan(step: Step, layout: Layout, sees: Sees, backend: str = "auto") -> Plan:
-    """Once a step for all layers with the same rule. `auto`: each layer takes the fastest backend that serves it."""
+def plan(step: Step, layout: Layout, sees: Sees, backend: str | None = None) -> Plan:
+    """Once a step for all layers with the same rule. `auto`: each layer takes the fastest backend that serves it.
+    backend: null is what the step says."""
+    backend = step.attention if backend is None else backend
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"attention backend is {backend!r}; accepted: auto, {', '.join(BACKENDS)}")
     cut = in_parts(step, layout, sees, backend) if backend in ("auto", "gathered") else None
