@@ -1,0 +1,42 @@
+"""The compiled product of a few rows with the experts that each of them chose."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+TYPES = (torch.float32, torch.bfloat16)
+
+
+class Experts:
+    """The kernel of `experts.h`; function: declares one by its name and the types of its arguments. rows: so many
+    tokens at most."""
+
+    def __init__(self, function: Callable[..., Callable[..., None]], rows: int) -> None:
+        sizes = (LONG, LONG, LONG, LONG)
+        self._chosen, self.rows = function("experts", INT, POINTER, POINTER, *sizes, POINTER, INT), rows
+
+    def chosen(self, x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], choice: Tensor) -> list[Tensor] | None:
+        """Of each map, w [E, F, D] and b [E, F] or None, [N, k, F]: row i of x [N, D] or [N, k, D] with the experts
+        choice [N, k] names for it. Up to 32 tokens, all float32 or all bfloat16, summed in float32."""
+        (tokens, k), dtype, size = choice.shape, x.dtype, x.shape[-1]
+        if not 0 < tokens <= self.rows or dtype not in TYPES or not size or choice.dtype != torch.int64:
+            return None
+        if any(t is not None and (t.dtype is not dtype or not t.is_contiguous()) for one in maps for t in one):
+            return None
+        x, choice = x.contiguous(), choice.contiguous()
+        found = [x.new_empty(tokens, k, w.shape[1]) for w, _ in maps]
+        told = [
+            n
+            for (w, b), y in zip(maps, found, strict=True)
+            for n in (w.data_ptr(), 0 if b is None else b.data_ptr(), y.data_ptr(), w.shape[1], 0)
+        ]
+        each, rows = tokens * k // (x.numel() // size), tokens * k
+        sizes = (each, rows, size, maps[0][0].shape[0])
+        given = (x.data_ptr(), choice.data_ptr(), *sizes, (LONG * len(told))(*told), len(maps))
+        self._chosen(dtype is torch.bfloat16, *given)
+        return found
