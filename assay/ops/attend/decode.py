@@ -1,4 +1,5 @@
-"""Decoding on a CPU: one query a sequence, by a compiled kernel that reads keys and values where they are stored."""
+"""Attention in inference on a CPU, by compiled kernels that read keys and values where they are stored: one query a
+sequence, or a chunk of them."""
 
 from __future__ import annotations
 
@@ -11,18 +12,19 @@ from assay.ops.step import InPages, View
 
 
 def run(q: Tensor, view: View, scores: Scores, made: Plan | None) -> Tensor | None:
-    """[N, H, V]; None where the kernel does not serve: more than a query a row, a bias, a mask for each head, ..."""
+    """[N, H, V]; None where no kernel serves: rows that are not aligned, a bias, a mask for each head, ..."""
     if made is None or made.backend != "auto" or made.mask is None or made.mask.dim() != 3:
         return None
     layout, mask = view.layout, made.mask
-    if not layout.aligned or mask.shape[1] != 1 or mask.shape[0] != q.shape[0] or layout.seq.shape[0] != q.shape[0]:
+    if not layout.aligned or mask.shape[0] != layout.seq.shape[0] or mask.shape[0] * mask.shape[1] != q.shape[0]:
         return None
     native = None if scores.bias is not None or scores.dropout else serving(q)
     if native is None:
         return None
-    rule = (mask[:, 0], scores.scale, scores.softcap, scores.sink)
+    kernel = native.attend if mask.shape[1] == 1 else native.attend_tiled
+    rule = (mask[:, 0] if mask.shape[1] == 1 else mask, scores.scale, scores.softcap, scores.sink)
     if isinstance(view.fields, InPages):
-        found = native.attend(q, (view.fields.pools["k"], view.fields.pools["v"]), *rule, view.fields.table)
+        found = kernel(q, (view.fields.pools["k"], view.fields.pools["v"]), *rule, view.fields.table)
         if found is not None:
             return found
-    return native.attend(q, (view.dense("k"), view.dense("v")), *rule)
+    return kernel(q, (view.dense("k"), view.dense("v")), *rule)

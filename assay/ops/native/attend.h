@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr long PIECE = 128;  // keys of a piece: fixed, so that the order of a sum never changes
+constexpr long PIECE = 64;  // keys of a piece: fixed, so that the order of a sum never changes
 constexpr long WIDEST = 256;  // dimensions of a head
 
 // Keys or values in pages [_, page, groups, size]; strides of pages, entries and groups in elements (of the size: 1).
@@ -32,57 +32,112 @@ struct Attend {
 };
 
 // Calls use(i, count, base) for every run of entries of [first, last) that lie behind one another in a page.
-template <class T, class Use>
-void runs(const Attend& a, const Pool& pool, long row, long group, long first, long last, Use use) {
+template <class T, class Use> void runs(const Attend& a, const Pool& pool, long row, long first, long last, Use use) {
   for (long i = first; i < last;) {
     const long number = i / a.page, inside = i - number * a.page, count = std::min(last - i, a.page - inside);
     const long page = a.table ? a.table[row * a.table_row + number] : row;
-    const long* s = pool.strides;
-    use(i - first, count, static_cast<const T*>(pool.base) + page * s[0] + inside * s[1] + group * s[2]);
+    use(i - first, count, static_cast<const T*>(pool.base) + page * pool.strides[0] + inside * pool.strides[1]);
     i += count;
   }
 }
 
-// z[i] of `count` keys behind one another with one query; D: its vectors, 0 for any number of them.
-template <class T, int D> void products(const Vec* q, const T* k, long step, long count, long vectors, float* z) {
-  const long width = D ? D : vectors;
-  long i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    Vec sums[LANES];
-    for (int n = 0; n < LANES; n++) {
-      const T* row = k + (i + n) * step;
-      Vec sum = {};
-      for (long j = 0; j < width; j++) sum += q[j] * load(row + j * LANES);
-      sums[n] = sum;
-    }
-    *reinterpret_cast<Loose*>(z + i) = totals(sums);
-  }
-  for (; i < count; i++) {
-    Vec sum = {};
-    for (long j = 0; j < width; j++) sum += q[j] * load(k + i * step + j * LANES);
-    z[i] = total(sum);
+// How many heads of D vectors are worked on together: as many as there are registers for.
+#if defined(__AVX512F__)
+constexpr int REGISTERS = 16;
+#else
+constexpr int REGISTERS = 4;
+#endif
+template <int D> constexpr int HEADS = D == 0 || D > REGISTERS ? 1 : REGISTERS / D;
+
+template <int N> struct Count {
+  static constexpr int value = N;
+};
+
+// Calls use(Count, h) for `many` heads, up to HEADS<D> of them at a time.
+template <int D, class Use> void together(long many, Use use) {
+  long h = 0;
+  for (; h + HEADS<D> <= many; h += HEADS<D>) use(Count<HEADS<D>>{}, h);
+  switch (many - h) {
+    case 3: return use(Count<std::min(3, HEADS<D>)>{}, h);
+    case 2: return use(Count<std::min(2, HEADS<D>)>{}, h);
+    case 1: return use(Count<1>{}, h);
   }
 }
 
-// acc += the sum of z[i] v[i] over `count` values behind one another, those that are seen.
-template <class T, int D>
-void mixture(const float* z, const uint8_t* seen, const T* v, long step, long count, long vectors, Vec* acc) {
-  const long width = D ? D : vectors;
-  Vec own[D ? D : WIDEST / LANES];
-  for (long j = 0; j < width; j++) own[j] = acc[j];
+// z[h, i] of H queries, `size` apart, with up to 16 keys behind one another; D: vectors of a head, 0 for any number.
+template <class T, int D, int H>
+void products(const float* q, const T* k, long step, long count, long size, float* z, long apart) {
+  const long width = D ? D : size / LANES;
+  Vec sums[H][LANES];
+  for (long n = 0; n < count; n++) {
+    const T* row = k + n * step;
+    Vec sum[H] = {};
+    for (long j = 0; j < width; j++) {
+      const Vec key = load(row + j * LANES);
+      for (int h = 0; h < H; h++) sum[h] += load(q + h * size + j * LANES) * key;
+    }
+    for (int h = 0; h < H; h++) sums[h][n] = sum[h];
+  }
+  for (int h = 0; h < H; h++) {
+    if (count == LANES) *reinterpret_cast<Loose*>(z + h * apart) = totals(sums[h]);
+    else
+      for (long n = 0; n < count; n++) z[h * apart + n] = total(sums[h][n]);
+  }
+}
+
+// acc[h] += the sum of z[h, i] v[i] over `count` values behind one another, those that are seen.
+template <class T, int D, int H>
+void mixture(const float* z, const uint8_t* seen, const T* v, long step, long count, long width, float* acc, long apart) {
+  const long vectors = D ? D : width / LANES;
+  Vec own[H][D ? D : WIDEST / LANES];
+  for (int h = 0; h < H; h++)
+    for (long j = 0; j < vectors; j++) own[h][j] = load(acc + h * apart + j * LANES);
   for (long i = 0; i < count; i++, v += step)
     if (seen[i])
-      for (long j = 0; j < width; j++) own[j] += z[i] * load(v + j * LANES);
-  for (long j = 0; j < width; j++) acc[j] = own[j];
+      for (long j = 0; j < vectors; j++) {
+        const Vec value = load(v + j * LANES);
+        for (int h = 0; h < H; h++) own[h][j] += z[h * PIECE + i] * value;
+      }
+  for (int h = 0; h < H; h++)
+    for (long j = 0; j < vectors; j++) *reinterpret_cast<Loose*>(acc + h * apart + j * LANES) = own[h][j];
 }
 
-inline void scores(float* z, long count, const Attend& a, const uint8_t* seen) {
-  for (long i = 0; i < count; i++) {
-    z[i] *= a.scale;
-    if (a.softcap > 0.0f) z[i] = a.softcap * std::tanh(z[i] / a.softcap);
-    if (!seen[i]) z[i] = -INFINITY;
+// tanh to 4e-7 of itself: by its series near 0, where 1 - 2 / (e^2x + 1) would cancel.
+inline Vec hyperbolic(Vec x) {
+  const Vec far = 1.0f - 2.0f / (exponential(x + x) + 1.0f), s = x * x;
+  const Vec near = x * (s * (s * (s * (s * 2.1869488e-2f - 5.3968254e-2f) + 1.3333333e-1f) - 3.3333333e-1f) + 1.0f);
+  return s < 0.09f ? near : far;
+}
+
+// Which of the next 16 entries count, of which there are `count`.
+inline auto shown(const uint8_t* seen, long count) {
+  typedef uint8_t Flags __attribute__((vector_size(16), aligned(1), may_alias));
+  typedef int32_t Whole __attribute__((vector_size(64)));
+  uint8_t rest[LANES] = {};
+  if (count < LANES) std::memcpy(rest, seen, count);
+  return __builtin_convertvector(*reinterpret_cast<const Flags*>(count < LANES ? rest : seen), Whole) != 0;
+}
+
+inline Vec larger(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }  // a NaN stays one
+
+inline float largest(Vec v) {
+  float lane[LANES], top = -INFINITY;
+  save(lane, v);
+  for (int i = 0; i < LANES; i++) top = lane[i] > top || std::isnan(lane[i]) ? lane[i] : top;
+  return top;
+}
+
+// Logits of `count` keys from q k^T, padded to whole vectors, and the largest; -inf where nobody looks.
+inline float logits(float* z, long count, float scale, float softcap, const uint8_t* seen) {
+  Vec top = Vec{} - INFINITY;
+  for (long i = 0; i < count; i += LANES) {
+    Vec v = load(z + i) * scale;
+    if (softcap > 0.0f) v = softcap * hyperbolic(v / softcap);
+    v = shown(seen + i, count - i) ? v : Vec{} - INFINITY;
+    *reinterpret_cast<Loose*>(z + i) = v;
+    top = larger(top, v);
   }
-  for (long i = count; i < (count + LANES - 1) / LANES * LANES; i++) z[i] = -INFINITY;
+  return largest(top);
 }
 
 // e^(z - top) over z, and its sum; 0 where z is -inf.
@@ -97,35 +152,42 @@ inline float weights(float* z, long count, float top) {
   return total(sum);
 }
 
-// The query heads of a group with the keys [first, last): of each, out[0] is the largest logit, out[1] the sum of
-// e^(z - out[0]), and then the values in those shares. Heads are `apart` in out.
+// All heads of a row with the keys [first, last): of each, out[0] is the largest logit, out[1] the sum of
+// e^(z - out[0]), and then the values in those shares. Heads are `apart` in out. q [heads, size] in float32.
 template <class T, int K, int V>
-void piece(const Attend& a, long row, long group, long first, long last, float* out, long apart) {
+void piece(const Attend& a, long row, long first, long last, const float* q, float* z, float* out, long apart) {
   const long count = last - first, shared = a.shared();
   const uint8_t* seen = a.seen + row * a.seen_row + first;
   if (!std::memchr(seen, 1, count)) {  // pages of a view that is as long as its longest row
-    for (long h = 0; h < shared; h++) out[h * apart] = -INFINITY, out[h * apart + 1] = 0.0f;
+    for (long h = 0; h < a.heads; h++) out[h * apart] = -INFINITY, out[h * apart + 1] = 0.0f;
     return;
   }
-  for (long h = 0; h < shared; h++, out += apart) {
-    Vec acc[WIDEST / LANES] = {}, q[WIDEST / LANES];
-    float z[PIECE];
-    const T* from = static_cast<const T*>(a.q) + row * a.strides[0] + (group * shared + h) * a.strides[1];
-    for (long j = 0; j < a.size; j += LANES) q[j / LANES] = load(from + j);
-    runs<T>(a, a.k, row, group, first, last, [&](long at, long many, const T* k) {
-      products<T, K>(q, k, a.k.strides[1], many, a.size / LANES, z + at);
-    });
-    scores(z, count, a, seen);
-    float top = -INFINITY;
-    for (long i = 0; i < count; i++) top = z[i] > top || std::isnan(z[i]) ? z[i] : top;
-    out[0] = top;
-    out[1] = top == -INFINITY ? 0.0f : weights(z, count, top);
-    if (top == -INFINITY) continue;
-    runs<T>(a, a.v, row, group, first, last, [&](long at, long many, const T* v) {
-      mixture<T, V>(z + at, seen + at, v, a.v.strides[1], many, a.width / LANES, acc);
-    });
-    for (long j = 0; j < a.width; j += LANES) *reinterpret_cast<Loose*>(out + 2 + j) = acc[j / LANES];
+  // All groups of an entry lie side by side: they are read together, so that memory is walked once, in its order.
+  runs<T>(a, a.k, row, first, last, [&](long at, long many, const T* k) {
+    for (long i = 0; i < many; i += LANES)
+      for (long group = 0; group < a.groups; group++)
+        together<K>(shared, [&](auto heads, long h) {
+          products<T, K, decltype(heads)::value>(
+              q + (group * shared + h) * a.size, k + i * a.k.strides[1] + group * a.k.strides[2], a.k.strides[1],
+              std::min<long>(LANES, many - i), a.size, z + (group * shared + h) * PIECE + at + i, PIECE);
+        });
+  });
+  for (long h = 0; h < a.heads; h++) {
+    float* part = out + h * apart;
+    part[0] = logits(z + h * PIECE, count, a.scale, a.softcap, seen);
+    part[1] = part[0] == -INFINITY ? 0.0f : weights(z + h * PIECE, count, part[0]);
+    std::memset(part + 2, 0, a.width * sizeof(float));
   }
+  runs<T>(a, a.v, row, first, last, [&](long at, long many, const T* v) {
+    for (long i = 0; i < many; i += LANES)
+      for (long group = 0; group < a.groups; group++)
+        together<V>(shared, [&](auto heads, long h) {
+          mixture<T, V, decltype(heads)::value>(
+              z + (group * shared + h) * PIECE + at + i, seen + at + i,
+              v + i * a.v.strides[1] + group * a.v.strides[2], a.v.strides[1], std::min<long>(LANES, many - i),
+              a.width, out + (group * shared + h) * apart + 2, apart);
+        });
+  });
 }
 
 // The pieces of a head, from the first to the last; nothing seen gives zeros.
@@ -135,12 +197,17 @@ template <class T> void merge(const Attend& a, long head, const float* parts, lo
   for (long p = 0; p < count; p++) top = parts[p * step] > top || std::isnan(parts[p * step]) ? parts[p * step] : top;
   float sum = a.sink && top != -INFINITY ? std::exp(a.sink[head] - top) : 0.0f;
   Vec acc[WIDEST / LANES] = {};
-  for (long p = 0; p < count; p++) {
-    const float* part = parts + p * step;
-    if (part[0] == -INFINITY) continue;
-    const float share = std::exp(part[0] - top);
-    sum += share * part[1];
-    for (long j = 0; j < a.width; j += LANES) acc[j / LANES] += share * load(part + 2 + j);
+  for (long first = 0; first < count; first += LANES) {
+    Vec tops = Vec{} - INFINITY;
+    const long many = std::min<long>(LANES, count - first);
+    for (long p = 0; p < many; p++) tops[p] = parts[(first + p) * step];
+    const Vec shares = exponential(tops - top);
+    for (long p = 0; p < many; p++) {
+      const float* part = parts + (first + p) * step;
+      if (part[0] == -INFINITY) continue;
+      sum += shares[p] * part[1];
+      for (long j = 0; j < a.width; j += LANES) acc[j / LANES] += shares[p] * load(part + 2 + j);
+    }
   }
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   for (long j = 0; j < a.width; j += LANES) store(y + j, acc[j / LANES] * inverse, LANES);
@@ -149,14 +216,20 @@ template <class T> void merge(const Attend& a, long head, const float* parts, lo
 template <class T, int K, int V> void attend(const Attend& a) {
   static thread_local std::vector<float> buffer;
   const long pieces = std::max<long>(1, (a.entries + PIECE - 1) / PIECE), step = a.width + 2;
-  const long shared = a.shared(), tasks = a.rows * a.groups * pieces;
+  const long tasks = a.rows * pieces;
   buffer.resize(a.rows * a.heads * pieces * step);
   float* parts = buffer.data();
-#pragma omp parallel for schedule(static) if (tasks * shared * PIECE * a.size > ALONE)
+#pragma omp parallel for schedule(static) if (tasks > 1 && tasks * a.heads * PIECE * (a.size + a.width) > 4 * ALONE)
   for (long task = 0; task < tasks; task++) {
-    const long p = task % pieces, group = task / pieces % a.groups, row = task / pieces / a.groups;
-    piece<T, K, V>(a, row, group, p * PIECE, std::min(a.entries, (p + 1) * PIECE),
-                   parts + ((row * a.heads + group * shared) * pieces + p) * step, pieces * step);
+    static thread_local std::vector<float> scratch;
+    const long p = task % pieces, row = task / pieces;
+    scratch.resize(a.heads * (a.size + PIECE));
+    for (long h = 0; h < a.heads; h++)
+      for (long j = 0; j < a.size; j += LANES)
+        save(scratch.data() + h * a.size + j,
+             load(static_cast<const T*>(a.q) + row * a.strides[0] + h * a.strides[1] + j));
+    piece<T, K, V>(a, row, p * PIECE, std::min(a.entries, (p + 1) * PIECE), scratch.data(),
+                   scratch.data() + a.heads * a.size, parts + (row * a.heads * pieces + p) * step, pieces * step);
   }
   for (long i = 0; i < a.rows * a.heads; i++)
     merge<T>(a, i % a.heads, parts + i * pieces * step, pieces, static_cast<T*>(a.y) + i * a.width);

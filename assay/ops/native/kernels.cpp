@@ -5,10 +5,13 @@
 
 
 #include "attend.h"
+#include "experts.h"
 #include "linear.h"
 #include "packed.h"
 #include "pointwise.h"
+#include "scans.h"
 #include "tape.h"
+#include "tiles.h"
 
 extern "C" {
 
@@ -49,13 +52,26 @@ void assay_turn(int bf16, const void* x, long xs, long xh, long m, long heads, l
   else turn((const float*)x, xs, xh, m, heads, d, half, cos, sin, (float*)y);
 }
 
+static Attend attention(const void* q, const void* k, const void* v, const int64_t* table, const void* seen, void* y,
+                        const float* sink, const long* numbers, float scale, float softcap) {
+  const long* n = numbers + 8;
+  return {q, numbers, {k, numbers + 2}, {v, numbers + 5}, table, (const uint8_t*)seen, y, sink,
+          n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], scale, softcap};
+}
+
 void assay_attend(int half, const void* q, const void* k, const void* v, const int64_t* table, const void* seen, void* y,
                   const float* sink, const long* numbers, float scale, float softcap) {
-  const long* n = numbers + 8;
-  const Attend a{q, numbers, {k, numbers + 2}, {v, numbers + 5}, table, (const uint8_t*)seen, y, sink,
-                 n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], scale, softcap};
+  const Attend a = attention(q, k, v, table, seen, y, sink, numbers, scale, softcap);
   if (half) attend<uint16_t>(a);
   else attend<float>(a);
+}
+
+// The same with many queries a row; numbers: and of queries in a row, and the stride of `seen` from one to the next.
+void assay_attend_tiled(int half, const void* q, const void* k, const void* v, const int64_t* table, const void* seen,
+                        void* y, const float* sink, const long* numbers, float scale, float softcap) {
+  const Tiled t{attention(q, k, v, table, seen, y, sink, numbers, scale, softcap), numbers[17], numbers[18]};
+  if (half) attend_tiled<uint16_t>(t);
+  else attend_tiled<float>(t);
 }
 
 void assay_add(int half, const void* x, const void* y, void* z, long count) {
@@ -68,6 +84,11 @@ void assay_mul(int half, const void* x, const void* y, void* z, long count) {
   const auto product = [](Vec a, Vec b) { return a * b; };
   if (half) each((const uint16_t*)x, (const uint16_t*)y, (uint16_t*)z, count, product);
   else each((const float*)x, (const float*)y, (float*)z, count, product);
+}
+
+void assay_silu(int half, const void* x, void* y, long count) {
+  if (half) silu((const uint16_t*)x, (uint16_t*)y, count);
+  else silu((const float*)x, (float*)y, count);
 }
 
 // Row i of `from`, `size` bytes, becomes row index[i] of `into`.
@@ -83,8 +104,10 @@ AGAIN(packed)
 AGAIN(rms_norm)
 AGAIN(turn)
 AGAIN(attend)
+AGAIN(attend_tiled)
 AGAIN(add)
 AGAIN(mul)
+AGAIN(silu)
 AGAIN(put)
 
 }  // extern "C"

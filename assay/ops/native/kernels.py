@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from assay.ops.native.experts import Experts
+from assay.ops.native.scans import Scans
 from assay.ops.tape import Kernel
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ ROWS = 32  # beyond this many, torch's blocked products are as fast
 LANES, WIDEST = 16, 256  # heads are whole lanes wide, and so many at most
 TYPES = (torch.float32, torch.bfloat16)
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
-Numbers = LONG * 17
+Numbers = LONG * 19  # of which one query a row leaves the last two out
 
 
 def _numbers(maps: Iterable[tuple[Tensor, Tensor | None, Tensor, int, int]]) -> ctypes.Array[ctypes.c_long]:
@@ -50,13 +52,14 @@ class Kernels:
         self._packed = function("packed", INT, POINTER, LONG, LONG, LONG, POINTER, INT)
         self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
         self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
-        self._attend = function(
-            "attend", INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT
-        )
+        attention = (INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT)
+        self._attend, self._attend_tiled = function("attend", *attention), function("attend_tiled", *attention)
         # What a tape makes of torch's own operations.
         for name in ("add", "mul"):
             function(name, INT, POINTER, POINTER, POINTER, LONG)
+        function("silu", INT, POINTER, POINTER, LONG)
         function("put", POINTER, POINTER, LONG, POINTER, LONG)
+        self.scans, self.experts = Scans(function), Experts(function, ROWS)
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         """x [..., K] of up to 32 rows with w [N, K], all float32 or all bfloat16, summed in float32."""
@@ -142,22 +145,50 @@ class Kernels:
         """softmax(scores) v for q [N, H, K], one query a sequence, over `stored` k [N, S, G, K] and v [N, S, G, V];
         seen [N, S] says which entries count. A row that sees nothing gives 0. With a table [N, P] of int64 the keys and
         values stand in pages [_, S / P, G, .], of which row n has those of table[n], and are read there."""
-        (rows, heads, size), dtype, (k, v) = q.shape, q.dtype, stored
-        page, groups, width, entries = k.shape[1], k.shape[2], v.shape[3], seen.shape[1]
-        if not 0 < rows <= ROWS or dtype not in TYPES or k.dtype != dtype or v.dtype != dtype or not entries:
+        (rows, _, size), (k, v) = q.shape, stored
+        if not 0 < rows <= ROWS or size % LANES or v.shape[3] % LANES or max(size, v.shape[3]) > WIDEST:
             return None
-        if size % LANES or width % LANES or max(size, width) > WIDEST or heads % groups:
+        return self._attended(self._attend, q, stored, seen[:, None], (scale, softcap, sink), table)
+
+    def attend_tiled(
+        self,
+        q: Tensor,
+        stored: tuple[Tensor, Tensor],
+        seen: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sink: Tensor | None = None,
+        table: Tensor | None = None,
+    ) -> Tensor | None:
+        """As `attend`, with any number of queries a row: q [R * T, H, K] and seen [R, T, S], and any sizes of heads.
+        Products and sums in float32, tile by tile: to a few roundings of the definition. What stands in a tile of
+        which somebody sees something must be finite."""
+        return self._attended(self._attend_tiled, q, stored, seen, (scale, softcap, sink), table)
+
+    def _attended(
+        self,
+        kernel: Kernel,
+        q: Tensor,
+        stored: tuple[Tensor, Tensor],
+        seen: Tensor,
+        rule: tuple[float, float | None, Tensor | None],
+        table: Tensor | None,
+    ) -> Tensor | None:
+        (count, heads, size), dtype, (k, v), (rows, tokens, entries) = q.shape, q.dtype, stored, seen.shape
+        page, groups, width = k.shape[1], k.shape[2], v.shape[3]
+        if dtype not in TYPES or k.dtype != dtype or v.dtype != dtype or not entries or heads % groups:
             return None
-        if not q.stride(2) == k.stride(3) == v.stride(3) == seen.stride(1) == 1:
+        if not q.stride(2) == k.stride(3) == v.stride(3) == seen.stride(2) == 1:
             return None
         if table is not None and (table.dtype != torch.int64 or table.stride(1) != 1):
             return None
-        assert entries == page * (1 if table is None else table.shape[1])
-        y = q.new_empty(rows, heads, width)
+        assert count == rows * tokens and entries == page * (1 if table is None else table.shape[1])
+        (scale, softcap, sink), y = rule, q.new_empty(count, heads, width)
         sizes = (seen.stride(0), rows, heads, groups, entries, size, width, page)
         apart = 0 if table is None else table.stride(0)
-        numbers = Numbers(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *sizes, apart)
+        strides = (*q.stride()[:2], *k.stride()[:3], *v.stride()[:3])
+        numbers = Numbers(*strides, *sizes, apart, tokens, seen.stride(1))
         sinks = None if sink is None else sink.float().contiguous()
         pointers = (None if t is None else t.data_ptr() for t in (q, k, v, table, seen, y, sinks))
-        self._attend(dtype is torch.bfloat16, *pointers, numbers, scale, softcap or 0.0)
+        kernel(dtype is torch.bfloat16, *pointers, numbers, scale, softcap or 0.0)
         return y

@@ -1,4 +1,4 @@
-// One pass over the values: norm and turn.
+// One pass over the values: norm, turn and activation.
 #pragma once
 
 #include "vectors.h"
@@ -38,6 +38,38 @@ void turn(const T* x, long xs, long xh, long m, long heads, long d, long half, c
       }
       for (long j = 2 * half; j < d; j++) put(to + j, get(from + j) * c[j]);
     }
+}
+
+// x / ln 2 as a product of its own: inside the sum that follows it would not be rounded.
+__attribute__((noinline)) Vec halvings(Vec x) { return x * 1.442695040888963407f; }
+
+// e^x as torch's loops have it, to the bit where the compiler fuses products with sums: Sleef's expf of 1.0 ULP (Shibata
+// and Petrogalli 2020).
+inline Vec sleef_exp(Vec x) {
+  typedef int32_t Whole __attribute__((vector_size(64)));
+  const Vec near = halvings(x) + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+  const Vec n = near - 12582912.0f;
+  Vec r = n * -0.693145751953125f + x;
+  r = n * -1.428606765330187045e-06f + r;
+  Vec p = r * 0.000198527617612853646278381f + 0.00139304355252534151077271f;
+  p = p * r + 0.00833336077630519866943359f;
+  p = p * r + 0.0416664853692054748535156f;
+  p = p * r + 0.166666671633720397949219f;
+  p = p * r + 0.5f;
+  p = r * r * p + r + 1.0f;
+  const Whole whole = __builtin_convertvector(n, Whole), half = whole >> 1;
+  p = p * reinterpret_cast<Vec>((half + 127) << 23) * reinterpret_cast<Vec>((whole - half + 127) << 23);
+  p = x < -104.0f ? Vec{} : p;
+  return x > 100.0f ? Vec{} + INFINITY : p;
+}
+
+// y[i] = x[i] / (1 + e^-x[i]) of `count` numbers.
+template <class T> void silu(const T* x, T* y, long count) {
+#pragma omp parallel for if (count > ALONE)
+  for (long i = 0; i < count; i += LANES) {
+    const Vec v = some(x + i, count - i);
+    store(y + i, v / (sleef_exp(-v) + 1.0f), count - i);
+  }
 }
 
 // z[i] = op(x[i], y[i]) in float32, of `count` numbers.

@@ -1,0 +1,176 @@
+// Many queries a sequence: softmax over tiles of keys that stay in cache, with a maximum and a sum that grow tile by tile
+// (Dao et al. 2022, arXiv 2205.14135, algorithm 1). Products and sums are in float32, whatever the values are stored in.
+#pragma once
+
+#include "attend.h"
+
+namespace {
+
+constexpr long KEYS = 64;  // of a tile, from a multiple of it on
+#if defined(__AVX512F__)
+constexpr int TALL = 6, BROAD = 4;  // rows and vectors of a product that stay in registers
+#else
+constexpr int TALL = 4, BROAD = 1;
+#endif
+
+// `a` says where keys, values and what comes out stand, and its strides of q are those of a token and a head. seen
+// [rows, tokens, entries]: which entries count for which token.
+struct Tiled {
+  Attend a;
+  long tokens, seen_token;
+
+  // Tokens whose heads of a group are worked on together: enough that a tile of keys is worth its preparation.
+  long queries() const { return std::max<long>(16, std::min<long>(128, 192 / a.shared() / 16 * 16)); }
+};
+
+// c[i, :] = (or +=) a[i, :depth] b[:depth, :], with M rows and N vectors.
+template <int M, int N, bool ADD>
+void block(const float* a, long as, const float* b, long bs, long depth, float* c, long cs) {
+  Vec acc[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) acc[i][n] = ADD ? load(c + i * cs + n * LANES) : Vec{};
+  for (long d = 0; d < depth; d++) {
+    Vec row[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) row[n] = load(b + d * bs + n * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) {
+      const float x = a[i * as + d];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) acc[i][n] += x * row[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) save(c + i * cs + n * LANES, acc[i][n]);
+}
+
+template <int N, bool ADD>
+void strip(long m, const float* a, long as, const float* b, long bs, long depth, float* c, long cs) {
+  long i = 0;
+  for (; i + TALL <= m; i += TALL) block<TALL, N, ADD>(a + i * as, as, b, bs, depth, c + i * cs, cs);
+  for (; i < m; i++) block<1, N, ADD>(a + i * as, as, b, bs, depth, c + i * cs, cs);
+}
+
+// The same with m rows and any number of whole vectors.
+template <bool ADD>
+void product(long m, const float* a, long as, const float* b, long depth, float* c, long width) {
+  long j = 0;
+  for (; j + BROAD * LANES <= width; j += BROAD * LANES) strip<BROAD, ADD>(m, a, as, b + j, width, depth, c + j, width);
+  for (; j < width; j += LANES) strip<1, ADD>(m, a, as, b + j, width, depth, c + j, width);
+}
+
+// What a thread works in: m rows of queries, logits and results, and a tile of keys (turned) and values.
+struct Bench {
+  std::vector<float> floats;
+  float *q, *z, *out, *keys, *values, *top, *sum;
+
+  void lay(long m, long size, long wide) {
+    floats.resize(m * (size + KEYS + wide + 2) + KEYS * (size + wide));
+    float* at = floats.data();
+    for (auto [where, count] : {std::pair{&q, m * size}, {&z, m * KEYS}, {&out, m * wide}, {&keys, size * KEYS},
+                                {&values, KEYS * wide}, {&top, m}, {&sum, m}})
+      *where = at, at += count;
+  }
+};
+
+template <class T> void load_keys(const Attend& a, long row, long group, long first, long last, Bench& b) {
+  std::memset(b.keys, 0, (last - first < KEYS) * a.size * KEYS * sizeof(float));
+  runs<T>(a, a.k, row, first, last, [&](long at, long many, const T* k) {
+    for (long i = 0; i < many; i++) {
+      const T* from = k + i * a.k.strides[1] + group * a.k.strides[2];
+      for (long d = 0; d < a.size; d++) b.keys[d * KEYS + at + i] = get(from + d);
+    }
+  });
+}
+
+template <class T> void load_values(const Attend& a, long row, long group, long first, long last, long wide, Bench& b) {
+  runs<T>(a, a.v, row, first, last, [&](long at, long many, const T* v) {
+    for (long i = 0; i < many; i++)
+      for (long j = 0; j < wide; j += LANES)
+        save(b.values + (at + i) * wide + j, some(v + i * a.v.strides[1] + group * a.v.strides[2] + j, a.width - j));
+  });
+}
+
+// The logits of a row of a tile become shares, e^(z - top), and what was summed before is worth less if top rises.
+inline void share(const Attend& a, float* z, const uint8_t* seen, long count, float* top, float* sum, float* out, long wide) {
+  Vec v[KEYS / LANES], most = Vec{} - INFINITY;
+  for (long i = 0; i < KEYS / LANES; i++) {
+    v[i] = load(z + i * LANES) * a.scale;
+    if (a.softcap > 0.0f) v[i] = a.softcap * hyperbolic(v[i] / a.softcap);
+    if (seen) v[i] = i * LANES < count && shown(seen + i * LANES, count - i * LANES) ? v[i] : Vec{} - INFINITY;
+    most = larger(most, v[i]);
+  }
+  const float here = largest(most), next = here > *top || std::isnan(here) ? here : *top;
+  if (next == -INFINITY) {
+    std::memset(z, 0, KEYS * sizeof(float));
+    return;
+  }
+  Vec total_ = {};
+  for (long i = 0; i < KEYS / LANES; i++) {
+    const Vec e = v[i] == -INFINITY ? Vec{} : exponential(v[i] - next);
+    total_ += e;
+    save(z + i * LANES, e);
+  }
+  const float fade = *top == next ? 1.0f : *top == -INFINITY ? 0.0f : std::exp(*top - next);
+  *sum = *sum * fade + total(total_);
+  *top = next;
+  if (fade != 1.0f)
+    for (long j = 0; j < wide; j += LANES) save(out + j, load(out + j) * fade);
+}
+
+// Tokens [from, to) of a row, with the heads of a group.
+template <class T> void tile(const Tiled& t, long row, long group, long from, long to, Bench& b) {
+  const Attend& a = t.a;
+  const long shared = a.shared(), tokens = to - from, m = shared * tokens;
+  const long wide = (a.width + LANES - 1) / LANES * LANES;
+  b.lay(m, a.size, wide);
+  for (long i = 0; i < m; i++) {
+    const long head = group * shared + i / tokens, token = row * t.tokens + from + i % tokens;
+    const T* q = static_cast<const T*>(a.q) + token * a.strides[0] + head * a.strides[1];
+    for (long d = 0; d < a.size; d += LANES) store(b.q + i * a.size + d, some(q + d, a.size - d), a.size - d);
+    b.top[i] = a.sink ? a.sink[head] : -INFINITY;
+    b.sum[i] = a.sink ? 1.0f : 0.0f;
+  }
+  std::memset(b.out, 0, m * wide * sizeof(float));
+  const uint8_t* seen = a.seen + row * a.seen_row + from * t.seen_token;
+  for (long first = 0; first < a.entries; first += KEYS) {
+    const long last = std::min(a.entries, first + KEYS), count = last - first;
+    bool some_ = false, all = count == KEYS;
+    for (long i = 0; i < tokens; i++) {
+      const uint8_t* line = seen + i * t.seen_token + first;
+      some_ = some_ || std::memchr(line, 1, count);
+      all = all && !std::memchr(line, 0, count);
+    }
+    if (!some_) continue;
+    load_keys<T>(a, row, group, first, last, b);
+    load_values<T>(a, row, group, first, last, wide, b);
+    product<false>(m, b.q, a.size, b.keys, a.size, b.z, KEYS);
+    for (long i = 0; i < m; i++)
+      share(a, b.z + i * KEYS, all ? nullptr : seen + i % tokens * t.seen_token + first, count, b.top + i, b.sum + i,
+            b.out + i * wide, wide);
+    product<true>(m, b.z, KEYS, b.values, count, b.out, wide);
+  }
+  for (long i = 0; i < m; i++) {
+    const long head = group * shared + i / tokens, token = row * t.tokens + from + i % tokens;
+    const float inverse = b.sum[i] == 0.0f ? 0.0f : 1.0f / b.sum[i];
+    T* y = static_cast<T*>(a.y) + (token * a.heads + head) * a.width;
+    for (long j = 0; j < a.width; j += LANES) store(y + j, load(b.out + i * wide + j) * inverse, a.width - j);
+  }
+}
+
+template <class T> void attend_tiled(const Tiled& t) {
+  const long step = t.queries(), cuts = (t.tokens + step - 1) / step, tasks = t.a.rows * t.a.groups * cuts;
+#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+  for (long task = 0; task < tasks; task++) {
+    static thread_local Bench bench;
+    const long group = task % t.a.groups, row = task / t.a.groups % t.a.rows;
+    const long cut = cuts - 1 - task / t.a.groups / t.a.rows;  // under a causal rule the last take longest
+    tile<T>(t, row, group, cut * step, std::min(t.tokens, (cut + 1) * step), bench);
+  }
+}
+
+}  // namespace
