@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from assay.ops.lanes import Lanes
+from assay.ops.native import serving
 
 
 def short_conv(
@@ -18,15 +19,23 @@ def short_conv(
     bias: Float[Tensor, "C"] | None,
     past: Float[Tensor, "L K1 C"],
     lanes: Lanes,
+    silu: bool = False,
 ) -> tuple[Float[Tensor, "L T C"], Float[Tensor, "L K1 C"]]:
-    """y_t = sum_j w_j x_(t - K + 1 + j), K - 1 earlier inputs in `past`; and those at the lane's end.
+    """y_t = sum_j w_j x_(t - K + 1 + j), K - 1 earlier inputs in `past`, then SiLU where asked; and the inputs at the
+    lane's end.
 
     The last tap is on the token itself, as in torch's Conv1d with padding on the left. Nothing crosses from one
-    document of a lane to the next. Where a lane has segments, nothing was before it.
+    document of a lane to the next. Where a lane has segments, nothing was before it. In inference on a CPU it is one
+    pass of a compiled kernel, with sums in float32.
     """
-    taps = weight.shape[1]
-    whole = torch.cat([past.to(x.dtype), x], 1)
-    return _ShortConv.apply(whole, weight, bias, near(lanes, taps, x.dtype)), lanes.tails(whole, taps - 1)
+    taps, past = weight.shape[1], past.to(x.dtype)
+    native = serving(x) if lanes.segment is None else None
+    found = None if native is None else native.scans.conv(x, weight, bias, past, lanes.filled, silu)
+    if found is not None:
+        return found
+    whole = torch.cat([past, x], 1)
+    y = _ShortConv.apply(whole, weight, bias, near(lanes, taps, x.dtype))
+    return F.silu(y) if silu else y, lanes.tails(whole, taps - 1)
 
 
 def near(lanes: Lanes, taps: int, dtype: torch.dtype) -> Float[Tensor, "K1 L T 1"] | None:

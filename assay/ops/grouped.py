@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from assay.ops.native import serving
 
 
 class _ContiguousGrad(torch.autograd.Function):
@@ -39,3 +42,12 @@ def grouped(x: Float[Tensor, "M D"], w: Float[Tensor, "E F D"], counts: Int[Tens
         inside = (rows >= offsets[e] - counts[e]) & (rows < offsets[e])
         total = total + (x * inside[:, None]) @ w[e].T
     return total
+
+
+def chosen(
+    x: Float[Tensor, "*R D"], maps: Sequence[tuple[Tensor, Tensor | None]], choice: Int[Tensor, "N k"]
+) -> list[Float[Tensor, "N k F"]] | None:
+    """Of each map, a weight [E, F, D] and a bias [E, F] or None, what the experts that each row chose make of it: x is
+    [N, D], or [N, k, D] with a row for each of the choices. None but for a few rows in inference on a CPU."""
+    native = serving(x)
+    return None if native is None else native.experts.chosen(x, maps, choice)

@@ -31,6 +31,7 @@ class Lanes:
     place: Int[Tensor, "N"] | None = None  # the place of each token, L * T: nowhere (padding)
     segment: Int[Tensor, "L T"] | None = None  # None: a lane is one sequence, which continues what is stored
     filled: Int[Tensor, "L"] | None = None  # how many places of a lane hold tokens; None: all
+    saved: Int[Tensor, "M"] | None = None  # the lanes behind which states are kept; None: all, in their order
 
     def lay(self, x: Tensor) -> Tensor:
         """[N, ...] -> [L, T, ...]."""
@@ -53,14 +54,12 @@ class Lanes:
 
     def ends(self, states: Tensor, step: Step) -> Tensor:
         """[L, ...] after each lane -> [M, ...] for `State.store`: the saved tokens are each the last of a sequence."""
-        if step.saves is None:
-            return states
-        if step.saves.shape[0] > self.count:
+        if step.saves is not None and step.saves.shape[0] > self.count:
             raise ValueError(
                 f"step.saves: {step.saves.shape[0]} tokens of {self.count} sequences; accepted: the last token of "
                 "each, since states in between are not kept"
             )
-        return states.index_select(0, step.seq.index_select(0, step.saves).clamp(min=0))
+        return states if self.saved is None else states.index_select(0, self.saved)
 
     def tails(self, padded: Tensor, size: int) -> Tensor:
         """[L, size + T, ...], what was before and this step's -> [L, size, ...]: the last of what is filled."""
@@ -77,13 +76,24 @@ def lanes(step: Step, keeps: bool) -> Lanes:
         seq = step.seq.view(rows, length)
         return Lanes(rows, length, segment=F.pad(seq.diff(dim=1) != 0, (1, 0)).cumsum(1))
     count, length = step.past.shape[0], step.longest
+    saved = None if step.saves is None else step.seq.index_select(0, step.saves).clamp(min=0)
+    saved = None if saved is None or in_order(saved, count) else saved
     if step.grid == (count, 1):
-        return Lanes(count, 1)
+        return Lanes(count, 1, saved=saved)
     nowhere, device = count * length, step.seq.device
     real = step.seq >= 0
     lane = step.seq.clamp(min=0)
     place = torch.where(real, lane * length + step.index - step.past.index_select(0, lane), nowhere)
+    if in_order(place, nowhere):
+        return Lanes(count, length, saved=saved)
     source = torch.full((nowhere + 1,), step.tokens, dtype=torch.long, device=device)
     source = source.scatter(0, place, torch.arange(step.tokens, device=device))[:-1]
     filled = torch.zeros(count, dtype=torch.long, device=device).index_add(0, lane, real.long())
-    return Lanes(count, length, source, place, None, filled)
+    return Lanes(count, length, source, place, None, filled, saved)
+
+
+def in_order(x: Int[Tensor, "M"], count: int) -> bool:
+    """Whether x is known to be 0, 1, ... count - 1: on a CPU, where a look costs no synchronisation."""
+    if x.shape[0] != count or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return torch.equal(x, torch.arange(count))

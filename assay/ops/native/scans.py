@@ -79,9 +79,7 @@ class Scans:
         self._conv(dtype is torch.bfloat16, Taps(*sizes, *ends))
         return y, tail
 
-    def rates(
-        self, x: Tensor, bias: Tensor, a_log: Tensor, low: float = 0.0, high: float = float("inf")
-    ) -> tuple[Tensor, Tensor] | None:
+    def rates(self, x: Tensor, bias: Tensor, a_log: Tensor, low: float, high: float) -> tuple[Tensor, Tensor] | None:
         """Of x [N, H]: softplus(x + bias) between the bounds, and -e^a_log times it, in float32."""
         dtype = x.dtype
         if dtype not in TYPES or x.dim() != 2 or not x.numel() or bias.dtype != dtype or a_log.dtype != dtype:

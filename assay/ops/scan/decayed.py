@@ -21,9 +21,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from assay.ops.lanes import Lanes
+from assay.ops.native import serving
+from assay.ops.native.scans import Streams
 from assay.spec.values import Cost
 
 CHUNK = 64
+MOST = torch.finfo(torch.float32).max
 
 
 def decayed(
@@ -40,12 +43,16 @@ def decayed(
     log_decay: at most 0; [.., H] one number a head, [.., H, K] one a channel of the keys (`chunk` is then a power of
     two), None: nothing decays. One lane stands for all. Heads of q and k that are fewer than v's serve equally many
     neighbours. A place that holds nothing has k = v = log_decay = 0. Where lanes have segments, `past` reaches the
-    first one only. Half precision is computed in float32.
+    first one only. Half precision is computed in float32. In inference on a CPU a compiled kernel walks from token to
+    token, with the state in the nearest cache: products of chunks would take more arithmetic.
     """
     heads, length, dtype = v.shape[2], v.shape[1], v.dtype
     high = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     q, k, v, state = q.to(high), k.to(high), v.to(high), past.to(high)
     decay = None if log_decay is None else log_decay.to(high)
+    found = walked(Streams(q, k, v, decay), state, lanes)
+    if found is not None:
+        return found[0].to(dtype), found[1]
     channels = decay is not None and decay.dim() == 4
     groups = heads if channels or length == 1 else max(q.shape[2], k.shape[2])
     q, k = shared(q, groups), shared(k, groups)
@@ -66,6 +73,55 @@ def decayed(
     out, last = form.run(v, state)
     out = out.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :length]
     return out.to(dtype), last if lanes.segment is None else None
+
+
+def walked(given: Streams, past: Float[Tensor, "L H K V"], lanes: Lanes) -> tuple[Tensor, Tensor] | None:
+    """By the compiled kernel, where it may serve."""
+    native = serving(given.q) if lanes.segment is None else None
+    return None if native is None else native.scans.scan(past, given)
+
+
+class StateSpace(NamedTuple):
+    """What a state space of one number a head reads: queries, keys and values in lanes, the steps dt and their log
+    decays, and D, the share of each value that passes by. Dao and Gu 2024, arXiv 2405.21060, eq. 2 and section 7."""
+
+    q: Float[Tensor, "L T G K"]
+    k: Float[Tensor, "L T G K"]
+    v: Float[Tensor, "L T H V"]
+    dt: Float[Tensor, "L T H"]
+    decay: Float[Tensor, "L T H"]
+    skip: Float[Tensor, "H"]
+
+
+def state_space(
+    given: StateSpace, past: Float[Tensor, "L H K V"], lanes: Lanes, chunk: int = CHUNK
+) -> tuple[Float[Tensor, "L T H V"], Float[Tensor, "L H K V"] | None]:
+    """`decayed` of the values times dt, and D times the values beside it; in dt's dtype, float32 or better."""
+    high = given.dt.dtype
+    q, k, v, skip = (t.to(high) for t in (given.q, given.k, given.v, given.skip))
+    streams = Streams(q, k, v, given.decay, rate=given.dt, skip=skip[None, None])
+    found = walked(streams, past.to(high), lanes)
+    if found is not None:
+        return found
+    y, end = decayed(q, k, v * given.dt[..., None], given.decay, past, lanes, chunk)
+    return y + skip[:, None] * v, end
+
+
+def steps(
+    x: Float[Tensor, "N H"],
+    bias: Float[Tensor, "H"],
+    a_log: Float[Tensor, "H"],
+    low: float = 0.0,
+    high: float | None = None,
+) -> tuple[Float[Tensor, "N H"], Float[Tensor, "N H"]]:
+    """dt = softplus(x + bias) between two bounds, and the log decay -exp(A_log) dt; in float32 or better."""
+    native = serving(x)
+    found = None if native is None else native.scans.rates(x, bias, a_log, low, MOST if high is None else high)
+    if found is not None:
+        return found
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    dt = F.softplus(x.to(dtype) + bias.to(dtype)).clamp(low, high)
+    return dt, -a_log.to(dtype).exp() * dt
 
 
 def recurrent(

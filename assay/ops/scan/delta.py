@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from assay.ops.scan.decayed import halves, segment_sums
+from assay.ops.native import serving
+from assay.ops.native.scans import Streams
+from assay.ops.scan.decayed import halves, segment_sums, shared
 
 CHUNK = 32
 """Tokens taken together: the fastest of 16, 32 and 64 for a training step with 64 channels on one core."""
@@ -25,23 +27,37 @@ CHUNK = 32
 class Updates:
     """S_t = Diag(w_t) S_(t-1) + b_t p_t^T + k_t v_t^T with p_t = s_t + a_t S_(t-1), and o_t = q_t S_t; S is [K, V].
 
-    late: a_t reads Diag(w_t) S_(t-1) instead. log_decay: ln w_t, never above 0, one number a head or one a channel of
-    the key. Where it, `a`, `s` and `v` are 0, the state is left as it was.
+    late: a_t reads Diag(w_t) S_(t-1) instead. rate: p_t = rate_t (s_t - a_t S_(t-1)), and q, a and b may have fewer
+    heads than s, each for equally many neighbours. log_decay: ln w_t, never above 0, one number a head or one a channel
+    of the key. Where it, `a`, `s` and `v` are 0, or it and the rate, the state is left as it was.
     """
 
-    q: Float[Tensor, "L T H K"]
-    a: Float[Tensor, "L T H K"]
-    b: Float[Tensor, "L T H K"]
+    q: Float[Tensor, "L T G K"]
+    a: Float[Tensor, "L T G K"]
+    b: Float[Tensor, "L T G K"]
     s: Float[Tensor, "L T H V"]
     log_decay: Float[Tensor, "L T H D"]
     k: Float[Tensor, "L T H K"] | None = None
     v: Float[Tensor, "L T H V"] | None = None
     late: bool = False
+    rate: Float[Tensor, "L T H"] | None = None
 
     @property
     def by_head(self) -> bool:
         """One decay for all channels, which what a correction reads has too, and no write but the corrections."""
         return self.late and self.k is None and self.log_decay.shape[-1] == 1
+
+    def plain(self) -> Updates:
+        """The same without a rate and with every head."""
+        if self.rate is None:
+            return self
+        heads, rate = self.s.shape[2], self.rate[..., None]
+        b = shared(self.b, heads)
+        a = b if self.a is self.b else shared(self.a, heads)
+        return replace(self, q=shared(self.q, heads), a=-rate * a, b=b, s=rate * self.s, rate=None)
+
+    def streams(self) -> Streams:
+        return Streams(self.q, self.k, self.v, self.log_decay, self.a, self.b, self.s, self.rate)
 
     def each(self, f: Callable[[Tensor], Tensor]) -> Updates:
         """The same with every tensor mapped."""
@@ -51,8 +67,8 @@ class Updates:
 
 
 def delta_rule(
-    q: Float[Tensor, "L T H K"],
-    k: Float[Tensor, "L T H K"],
+    q: Float[Tensor, "L T G K"],
+    k: Float[Tensor, "L T G K"],
     v: Float[Tensor, "L T H V"],
     beta: Float[Tensor, "L T H"],
     log_decay: Tensor | None = None,
@@ -62,9 +78,8 @@ def delta_rule(
     log_decay: ln w_t as [L, T, H] (Gated DeltaNet, arXiv 2412.06464, eq. 10) or [L, T, H, K] (Kimi Delta Attention,
     2510.26692, eq. 1); None is w = 1 (DeltaNet, 2406.06484, eq. 3).
     """
-    rate = beta[..., None]
-    decay = torch.zeros_like(rate) if log_decay is None else log_decay
-    return Updates(q, -rate * k, k, rate * v, decay if decay.dim() == 4 else decay[..., None], late=True)
+    decay = torch.zeros_like(beta) if log_decay is None else log_decay
+    return Updates(q, k, k, v, decay if decay.dim() == 4 else decay[..., None], late=True, rate=beta)
 
 
 def rank_one(
@@ -88,18 +103,24 @@ def run(
     """Outputs in q's dtype, and the state at each lane's end where it is kept.
 
     segment: numbers of documents in a lane; none sees another, and only the first sees `past`. chunk: tokens that are
-    taken together, which changes speed and not results. Half precision is summed in the state's dtype.
+    taken together, which changes speed and not results. Half precision is summed in the state's dtype. In inference on
+    a CPU a compiled kernel takes one token after another, with the state in the nearest cache.
     """
     dtype = updates.q.dtype
     high = past.dtype if dtype in (torch.bfloat16, torch.float16) else dtype
-    form = recurrent if updates.q.shape[1] == 1 else chunkwise
-    out, end = form(updates.each(lambda x: x.to(high)), past.to(high), segment, chunk)
+    given, past = updates.each(lambda x: x.to(high)), past.to(high)
+    native = serving(given.q) if segment is None else None
+    found = None if native is None else native.scans.scan(past, given.streams(), given.late)
+    if found is None:
+        form = recurrent if given.q.shape[1] == 1 else chunkwise
+        found = form(given, past, segment, chunk)
+    out, end = found
     return out.to(dtype), end if keeps else None
 
 
 def recurrent(u: Updates, past: Tensor, segment: Tensor | None = None, chunk: int = 1) -> tuple[Tensor, Tensor]:
     """One token after another, as the equation is written."""
-    state, rows = past, []
+    u, state, rows = u.plain(), past, list[Tensor]()
     moments = zip(*(x.unbind(1) for x in (u.q, u.a, u.b, u.s, u.log_decay.exp())), strict=True)
     added = [] if u.k is None or u.v is None else list(zip(u.k.unbind(1), u.v.unbind(1), strict=True))
     for t, (q, a, b, s, w) in enumerate(moments):
@@ -116,6 +137,7 @@ def recurrent(u: Updates, past: Tensor, segment: Tensor | None = None, chunk: in
 def chunkwise(updates: Updates, past: Tensor, segment: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
     """The corrections P of a chunk solve (I - A) P = s + A' V + a S_0, one triangular system (the UT transform, arXiv
     2406.06484, section 3.2); only the state goes from chunk to chunk, and all else is done for all of them at once."""
+    updates = updates.plain()
     lanes, tokens, heads, keys = updates.q.shape
     size = chunk_size(tokens, chunk, updates.by_head)
     u = updates.each(lambda x: chunked(x, size))

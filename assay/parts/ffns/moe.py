@@ -12,7 +12,7 @@ from torch import Tensor
 
 from assay.ops.activations import Activation, activate
 from assay.ops.activations import reference as reference_activation
-from assay.ops.grouped import grouped
+from assay.ops.grouped import chosen, grouped
 from assay.ops.here import Here
 from assay.ops.step import Step
 from assay.parts._checks import token_by_token
@@ -162,6 +162,9 @@ class MoeFfn(Ffn):
     ) -> Float[Tensor, "N C"]:
         """The chosen experts' outputs by their shares. Rows are put back in the tokens' order and summed in the order
         of the choice, so that a token's sum does not depend on where the others went."""
+        few = None if self.across is not None or self.spec.input_scaled else self.few(x, choice, share)
+        if few is not None:
+            return few
         n, k = choice.shape
         flat = choice.flatten()
         order = torch.argsort(flat, stable=True)
@@ -179,6 +182,17 @@ class MoeFfn(Ffn):
         back = torch.empty_like(order).scatter(0, order, torch.arange(n * k, device=x.device))
         return out.index_select(0, back).view(n, k, -1).sum(1)
 
+    def few(self, x: Tensor, choice: Tensor, share: Tensor) -> Float[Tensor, "N C"] | None:
+        """The same for a few tokens in inference, without sorting them: a compiled kernel reads the experts that are
+        chosen. None where it does not serve."""
+
+        def maps(*names: str) -> list[tuple[Tensor, Tensor | None]]:
+            return [(getattr(self, n), getattr(self, f"{n}_bias") if self.spec.bias else None) for n in names]
+
+        made = chosen(x, maps(*self.spec.maps[:-1]), choice)
+        found = None if made is None else chosen(self.acted(*made), maps(self.spec.maps[-1]), choice)
+        return None if found is None else (found[0] * share[..., None]).sum(1)
+
     def experts(
         self, rows: Float[Tensor, "M C"], expert: Int[Tensor, "M"], counts: Int[Tensor, "E"]
     ) -> Float[Tensor, "M C"]:
@@ -188,14 +202,18 @@ class MoeFfn(Ffn):
             y = grouped(z, getattr(self, name), counts)
             return y + getattr(self, f"{name}_bias").index_select(0, expert) if self.spec.bias else y
 
-        up, rule = mapped("up", rows), self.spec.clamp
+        return mapped("down", self.acted(*(mapped(name, rows) for name in self.spec.maps[:-1])))
+
+    def acted(self, *made: Tensor) -> Tensor:
+        """What the maps into an expert made, through its nonlinearity."""
+        rule = self.spec.clamp
         if not self.spec.gated:
-            return mapped("down", activate(self.spec.act, up))
-        gate = mapped("gate", rows)
+            return activate(self.spec.act, made[0])
+        gate, up = made
         if rule is None:
-            return mapped("down", activate(self.spec.act, gate) * up)
+            return activate(self.spec.act, gate) * up
         gate, up = gate.clamp(max=rule.limit), up.clamp(-rule.limit, rule.limit)
-        return mapped("down", (up + 1) * gate * torch.sigmoid(rule.alpha * gate))
+        return (up + 1) * gate * torch.sigmoid(rule.alpha * gate)
 
 
 def reference(spec: Moe, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
@@ -221,13 +239,13 @@ def reference(spec: Moe, weights: dict[str, Tensor], x: Tensor, positions: Tenso
         return mapped("down", (up + 1) * gate / (1 + torch.exp(-spec.clamp.alpha * gate)))
 
     rows = []
-    for row, chosen in zip(x, topk.reference(spec.router, below("router"), x), strict=True):  # type: ignore[arg-type]
+    for row, picked in zip(x, topk.reference(spec.router, below("router"), x), strict=True):  # type: ignore[arg-type]
         z = row
         if spec.norm is not None:
             z = row / ((row * row).mean() + spec.norm.eps) ** 0.5 * weights["norm.weight"]  # type: ignore[attr-defined]
         z = z if spec.latent is None else linear("into", z)
         y = torch.zeros_like(z)
-        for e, share in chosen:
+        for e, share in picked:
             y = y + (expert(e, share * z) if spec.input_scaled else share * expert(e, z))
         rows.append(y if spec.latent is None else linear("back", y))
     out = torch.stack(rows)

@@ -17,6 +17,7 @@ from assay.ops.precision import high
 from assay.ops.scan.delta import CHUNK, Updates, executed, run
 from assay.ops.step import Step
 from assay.parts._checks import token_by_token, whole_heads
+from assay.parts.linears.dense import together
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, NormSpec, PartSpec, Site, StateField, Weight
 
@@ -108,25 +109,30 @@ class DeltaSpec(MixerSpec):
 class DeltaMixer(Recurrent):
     """[N, D] -> [N, D]. Head counts are read from the tensors, so a shard of the heads runs the same lines."""
 
-    def qkv(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit queries and keys [L, T, G, K] and values [L, T, H, V], where a token with several rounds has as many
-        heads of keys and values, those of one head side by side."""
+    def made(self, x: Float[Tensor, "N D"], step: Step, *names: str) -> list[Tensor]:
+        """What these maps make of x, all at once."""
+        return together(x, step, *(getattr(self, name) for name in names))
+
+    def qkv(self, parts: list[Tensor], step: Step, here: Here) -> tuple[Tensor, Tensor, Tensor]:
+        """Of what q, k and v made: unit queries and keys [L, T, G, K] and values [L, T, H, V], where a token with
+        several rounds has as many heads of keys and values, those of one head side by side."""
         lanes, (key, value) = step.table(self), self.spec.sizes(self.site)
-        parts = [self.q(x, step), self.k(x, step), self.v(x, step)]
         mixed = lanes.lay(torch.cat(parts, -1))
         if self.spec.conv is not None:
             past = lanes.start(here.state.load("tail", step))
             weight = torch.cat([self.q_conv, self.k_conv, self.v_conv])
-            mixed, tail = short_conv(mixed, weight, None, past, lanes)
+            mixed, tail = short_conv(mixed, weight, None, past, lanes, silu=True)
             if here.state.keeps:
                 here.state.store(step, tail=lanes.ends(tail, step))
-        q, k, v = high(F.silu(mixed)).split([p.shape[-1] for p in parts], -1)
+        else:
+            mixed = F.silu(mixed)
+        q, k, v = high(mixed).split([p.shape[-1] for p in parts], -1)
         q, k, v = (z.unflatten(-1, (-1, size)) for z, size in ((q, key), (k, key), (v, value)))
         return unit(q) * key**-0.5, unit(k), v
 
-    def rate(self, x: Float[Tensor, "N D"], step: Step) -> Float[Tensor, "L T H"]:
-        """beta: how far what a key finds moves towards the value; 0 at places without a token."""
-        beta = torch.sigmoid(high(self.beta(x, step)))
+    def rate(self, beta: Float[Tensor, "N H"], step: Step) -> Float[Tensor, "L T H"]:
+        """How far what a key finds moves towards the value; 0 at places without a token."""
+        beta = torch.sigmoid(high(beta))
         laid: Tensor = step.table(self).lay(2 * beta if self.spec.negative else beta)
         return laid
 

@@ -51,9 +51,10 @@ class DeltaNetMixer(DeltaMixer):
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         rounds = self.spec.steps
-        q, k, v = self.qkv(x, step, here)
+        *parts, beta = self.made(x, step, "q", "k", "v", "beta")
+        q, k, v = self.qkv(parts, step, here)
         asked = F.pad(q[:, :, None], (0, 0, 0, 0, rounds - 1, 0)).flatten(1, 2)
-        k, v, beta = (apart(z, rounds) for z in (k, v, self.rate(x, step)[..., None]))
+        k, v, beta = (apart(z, rounds) for z in (k, v, self.rate(beta, step)[..., None]))
         mix = self.recall(delta_rule(asked, k, v, beta[..., 0]), step, here)
         return self.out(here.tap("mix", mix.to(x.dtype)).flatten(1), step)
 

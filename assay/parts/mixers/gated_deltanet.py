@@ -13,7 +13,7 @@ from torch import Tensor
 
 from assay.ops.here import Here
 from assay.ops.precision import high
-from assay.ops.scan.decayed import shared
+from assay.ops.scan.decayed import steps
 from assay.ops.scan.delta import delta_rule
 from assay.ops.step import Step
 from assay.parts.mixers._delta import DeltaMixer, DeltaSpec
@@ -68,11 +68,11 @@ class GatedDeltaNet(DeltaSpec):
 
 class GatedDeltaNetMixer(DeltaMixer):
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        q, k, v = self.qkv(x, step, here)
-        q, k = shared(q, v.shape[2]), shared(k, v.shape[2])
-        decay = -high(self.a_log).exp() * F.softplus(high(self.decay(x, step)) + high(self.dt_bias))
-        mix = self.recall(delta_rule(q, k, v, self.rate(x, step), step.table(self).lay(decay)), step, here)
-        mix = (mix * F.silu(high(self.gate(x, step))).view_as(mix)).to(x.dtype)
+        *parts, beta, decay, gate = self.made(x, step, "q", "k", "v", "beta", "decay", "gate")
+        q, k, v = self.qkv(parts, step, here)
+        _, decay = steps(decay, self.dt_bias, self.a_log)
+        mix = self.recall(delta_rule(q, k, v, self.rate(beta, step), step.table(self).lay(decay)), step, here)
+        mix = (mix * F.silu(high(gate)).view_as(mix)).to(x.dtype)
         return self.out(here.tap("mix", mix).flatten(1), step)
 
 

@@ -61,11 +61,12 @@ class Kda(DeltaSpec):
 
 class KdaMixer(DeltaMixer):
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
-        q, k, v = self.qkv(x, step, here)
-        f = high(self.decay_up(self.decay_down(x, step), step)).unflatten(-1, (-1, k.shape[-1]))
+        *parts, beta, down, gate = self.made(x, step, "q", "k", "v", "beta", "decay_down", "gate_down")
+        q, k, v = self.qkv(parts, step, here)
+        f = high(self.decay_up(down, step)).unflatten(-1, (-1, k.shape[-1]))
         decay = -high(self.a_log).exp()[:, None] * F.softplus(f + high(self.dt_bias))
-        mix = self.recall(delta_rule(q, k, v, self.rate(x, step), step.table(self).lay(decay)), step, here)
-        gate = torch.sigmoid(high(self.gate_up(self.gate_down(x, step), step)))
+        mix = self.recall(delta_rule(q, k, v, self.rate(beta, step), step.table(self).lay(decay)), step, here)
+        gate = torch.sigmoid(high(self.gate_up(gate, step)))
         return self.out(here.tap("mix", (mix * gate.view_as(mix)).to(x.dtype)).flatten(1), step)
 
 

@@ -16,6 +16,7 @@ from assay.ops.here import Here
 from assay.ops.norm import rms_norm
 from assay.ops.scan import decayed as ops
 from assay.ops.step import Step
+from assay.parts.linears.dense import together
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, Site, Spec, StateField, Weight
 
@@ -130,33 +131,36 @@ class Mamba2Mixer(Recurrent):
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         spec, lanes = self.spec, step.table(self)
-        values, keys, queries, tail = self.convolved(x, step, here)
-        high = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(self.dt(x, step).to(high) + self.dt_bias.to(high)).clamp(spec.dt.at_least, spec.dt.at_most)
-        dt = lanes.lay(dt)  # 0 where a place holds nothing: there nothing decays and nothing is written
-        decay = -self.A_log.to(high).exp() * dt
+        *parts, dt, z = together(x, step, self.x, self.b, self.c, self.dt, self.z)
+        values, keys, queries, tail = self.convolved(parts, step, here)
+        made = ops.steps(dt, self.dt_bias, self.A_log, spec.dt.at_least, spec.dt.at_most)
+        dt, decay = (lanes.lay(t) for t in made)  # 0 where a place holds nothing: nothing decays, nothing is written
         past = lanes.start(here.state.load("s", step))
-        y, end = ops.decayed(queries, keys, values * dt[..., None], decay, past, lanes, spec.chunk)
-        y = here.tap("mix", lanes.flat(y + self.D.to(high)[:, None] * values).flatten(1))
+        y, end = ops.state_space(ops.StateSpace(queries, keys, values, dt, decay, self.D), past, lanes, spec.chunk)
+        y = here.tap("mix", lanes.flat(y).flatten(1))
         if end is not None:
             here.state.store(step, s=lanes.ends(end, step), tail=lanes.ends(tail, step))
-        return self.out(self.normed(y, self.z(x, step).to(high)).to(x.dtype), step)
+        return self.out(self.normed(y, z.to(y.dtype)).to(x.dtype), step)
 
-    def convolved(self, x: Tensor, step: Step, here: Here) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def convolved(self, parts: list[Tensor], step: Step, here: Here) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Values [L, T, H, P], keys and queries [L, T, G, N] in lanes, and the convolution's inputs at their ends."""
         spec, lanes = self.spec, step.table(self)
-        together = lanes.lay(torch.cat([self.x(x, step), self.b(x, step), self.c(x, step)], -1))
         past = lanes.start(here.state.load("tail", step))
-        mixed, tail = short_conv(together, self.conv, self.conv_bias if spec.conv_bias else None, past, lanes)
+        bias = self.conv_bias if spec.conv_bias else None
+        mixed, tail = short_conv(lanes.lay(torch.cat(parts, -1)), self.conv, bias, past, lanes, silu=True)
         inner, each = spec.inner(self.site), spec.groups * spec.state_size
-        values, keys, queries = F.silu(mixed).split((inner, each, each), -1)
+        values, keys, queries = mixed.split((inner, each, each), -1)
         keys, queries = (t.unflatten(-1, (spec.groups, -1)) for t in (keys, queries))
         return values.unflatten(-1, (-1, spec.head_dim)), keys, queries, tail
 
     def normed(self, y: Float[Tensor, "N I"], z: Float[Tensor, "N I"]) -> Float[Tensor, "N I"]:
         rule, gate = self.spec.norm, F.silu(z)
         y = y * gate if rule.place == "after" else y
-        y = rms_norm(y.unflatten(-1, (self.spec.groups, -1)), None, rule.eps).flatten(1) * self.norm.to(y.dtype)
+        gain = self.norm.to(y.dtype)
+        if self.spec.groups == 1:
+            y = rms_norm(y, gain, rule.eps)
+        else:
+            y = rms_norm(y.unflatten(-1, (self.spec.groups, -1)), None, rule.eps).flatten(1) * gain
         return y if rule.place == "after" else y * gate
 
 

@@ -19,9 +19,10 @@ from assay.ops import attend as ops
 from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.state import State
-from assay.ops.step import Step, View
+from assay.ops.step import InPages, Step, View
 from assay.parts._checks import halved, token_by_token
 from assay.parts.base import Placed
+from assay.parts.linears.dense import together
 from assay.parts.norms.rmsnorm import RmsNorm
 from assay.parts.selectors import indexer
 from assay.parts.selectors.indexer import Indexer
@@ -180,10 +181,11 @@ class MlaMixer(Placed):
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         spec = self.spec
-        read = x if spec.q_rank is None else self.normed("q_norm", self.q_down(x, step))
-        q = (self.q if spec.q_rank is None else self.q_up)(read, step)
+        q, latent = together(x, step, self.q if spec.q_rank is None else self.q_down, self.kv_down)
+        read = x if spec.q_rank is None else self.normed("q_norm", q)
+        q = q if spec.q_rank is None else self.q_up(read, step)
         q = q.unflatten(-1, (-1, spec.nope_dim + spec.rope_dim))
-        latent, k = self.kv_down(x, step).split([spec.kv_rank, spec.rope_dim], -1)
+        latent, k = latent.split([spec.kv_rank, spec.rope_dim], -1)
         turned, k = self.turned(q[..., spec.nope_dim :], k[:, None], step)
         q = torch.cat([q[..., : spec.nope_dim], turned], -1)
         entry, asked = torch.cat([self.normed("kv_norm", latent), k[:, 0]], -1), Asked(step, step.table(self), here)
@@ -243,14 +245,22 @@ class MlaMixer(Placed):
 
     def absorbed(self, q: Float[Tensor, "N H E"], view: View, asked: Asked) -> Float[Tensor, "N H V"]:
         """(W_k c) q = c (W_k^T q) and sum p W_v c = W_v sum p c: one key head, whose values are a part of it."""
-        spec, entries = self.spec, view.dense("latent")[:, :, None]
+        spec = self.spec
         up_k, up_v = self.kv_up.weight.unflatten(0, (-1, spec.nope_dim + spec.value_dim)).split(
             [spec.nope_dim, spec.value_dim], 1
         )
         q_nope, q_rope = q.split([spec.nope_dim, spec.rope_dim], -1)
         q = torch.cat([torch.einsum("nhk,hkc->nhc", q_nope, up_k), q_rope], -1)
-        mix = self.mixed(q, View({"k": entries, "v": entries[..., : spec.kv_rank]}, view.layout), asked)
+        mix = self.mixed(q, View(self.entries(view), view.layout), asked)
         return torch.einsum("nhc,hvc->nhv", mix, up_v)
+
+    def entries(self, view: View) -> Mapping[str, Tensor]:
+        """Latents as the keys of one head, and as its values without their end; in pages where they stand in pages."""
+        if isinstance(view.fields, InPages):
+            pool = view.fields.pools["latent"][:, :, None]
+            return InPages({"k": pool, "v": pool[..., : self.spec.kv_rank]}, view.fields.table)
+        stored = view.dense("latent")[:, :, None]
+        return {"k": stored, "v": stored[..., : self.spec.kv_rank]}
 
     def rule(self) -> ops.Scores:
         """How q.k becomes a logit."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -160,15 +159,15 @@ class TransMambaMixer(Placed):
     def recalled(self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], step: Step, here: Here) -> Float[Tensor, "N H K"]:
         rule, where = self.spec.dt, step.table(self).lanes
         q, k, v = (where.lay(t) for t in qkv)
-        high = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(self.dt(x, step).to(high) + self.dt_bias.to(high)).clamp(rule.at_least, rule.at_most)
-        dt = where.lay(dt)  # 0 where a place holds nothing: there nothing decays and nothing is written
+        made = decayed.steps(self.dt(x, step), self.dt_bias, self.A_log, rule.at_least, rule.at_most)
+        dt, decay = (where.lay(t) for t in made)  # 0 where a place holds nothing: nothing decays, nothing is written
         past = where.start(here.state.load("s", step))
-        y, end = decayed.decayed(q, k, v * dt[..., None], -self.A_log.to(high).exp() * dt, past, where, self.spec.chunk)
+        given = decayed.StateSpace(q, k, v, dt, decay, self.D)
+        y, end = decayed.state_space(given, past, where, self.spec.chunk)
         if end is not None:
             here.state.store(step, s=where.ends(end, step))
-        made: Tensor = self.norm(where.flat(y + self.D.to(high)[:, None] * v))
-        return made
+        normed: Tensor = self.norm(where.flat(y))
+        return normed
 
 
 def reference(spec: TransMamba, weights: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
