@@ -1,14 +1,21 @@
 """Decoding and reading of architecture families beside transformers' own implementation, on the same random weights.
 
+    python benchmarks/families.py [--families Llama,Gemma2,...] [--dtypes f32,bf16] [--rounds N] [--threads N]
+        [--out runs/performance/families.json]
+
 Windows with soft caps, latent attention, experts, state spaces and delta rules, each of one size, one sequence, in
-turns; medians. Used by benchmarks/performance.py.
+turns; medians. Families are named as transformers names their classes. What is measured takes the place of the same
+family and dtype in the file, so that they may be measured one at a time: half a minute each on two cores.
+benchmarks/performance.py makes a table of it.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +24,7 @@ import torch
 
 from assay.engine.runner import Runner
 from assay.hub.load import import_folder
+from assay.measure.machine import environment
 from assay.measure.serving import Load, Serving
 from assay.model.lm import LM
 
@@ -28,22 +36,23 @@ SHARED: dict[str, Any] = {
 }  # fmt: skip
 MOE: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 352}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "grouped heads (Llama)": ("Llama", {}),
-    "windows and soft caps (Gemma 2)": ("Gemma2", {"sliding_window": 128, "query_pre_attn_scalar": 64}),
-    "latent attention (DeepSeek V3)": ("DeepseekV3", {
+    "Llama": ("grouped heads", {}),
+    "Gemma2": ("windows and soft caps", {"sliding_window": 128, "query_pre_attn_scalar": 64}),
+    "DeepseekV3": ("latent attention", {
         "kv_lora_rank": 128, "q_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
         "first_k_dense_replace": LAYERS, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1,
         "topk_group": 1, "moe_intermediate_size": 352, "num_key_value_heads": 8, "head_dim": 32,
     }),
-    "experts (Qwen 3 MoE)": ("Qwen3Moe", MOE),
-    "state space (Mamba 2)": ("Mamba2", {
+    "Qwen3Moe": ("experts", MOE),
+    "Mamba2": ("state space", {
         "num_heads": 16, "head_dim": 64, "state_size": 64, "n_groups": 1, "expand": 2, "chunk_size": 128,
     }),
-    "delta rule (Qwen 3 Next)": ("Qwen3Next", {
+    "Qwen3Next": ("delta rule", {
         **MOE, "mlp_only_layers": list(range(LAYERS)), "linear_num_key_heads": 4, "linear_num_value_heads": 8,
         "linear_key_head_dim": 64, "linear_value_head_dim": 64, "shared_expert_intermediate_size": 352,
     }),
 }  # fmt: skip
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 PROMPT, NEW = 256, 32
 
 
@@ -88,17 +97,16 @@ class Ours(Peer):
         return [took for _ in range(8) for took in self.serving.decode()]
 
 
-def pair(name: str) -> tuple[Any, LM]:
+def pair(kind: str, dtype: torch.dtype) -> tuple[Any, LM]:
     """transformers' model of a family with random weights, and ours with the same."""
     import transformers
 
-    kind, more = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SHARED, **more})
+    config = getattr(transformers, f"{kind}Config")(**{**SHARED, **FAMILIES[kind][1]})
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = import_folder(Path(folder), dtype=torch.float32).model
+        ours = import_folder(Path(folder), dtype=dtype).model
     return theirs, ours
 
 
@@ -117,9 +125,9 @@ def _size(tokens: int) -> Any:
     return Size(1, tokens + 1, tokens)
 
 
-def measured(names: list[str], rounds: int) -> Iterator[dict[str, Any]]:
-    for name in names:
-        theirs, ours = pair(name)
+def measured(kinds: Sequence[str], dtypes: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+    for kind, dtype in ((kind, dtype) for kind in kinds for dtype in dtypes):
+        theirs, ours = pair(kind, DTYPES[dtype])
         ids = torch.randint(3, VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(0))
         subjects: dict[str, Peer] = {"assay": Ours(ours), "transformers": Peer(theirs, ids)}
         times: dict[str, list[float]] = {}
@@ -132,9 +140,41 @@ def measured(names: list[str], rounds: int) -> Iterator[dict[str, Any]]:
                     times.setdefault(f"{who}.{what}", []).extend(call())
         rate = {key: (PROMPT if "prefill" in key else 1) / median(found) for key, found in times.items()}
         yield {
-            "family": name,
+            "family": f"{FAMILIES[kind][0]} ({kind})",
+            "dtype": dtype,
             "params": sum(p.numel() for p in ours.parameters()),
             "difference": difference(theirs, ours, ids),
             **{f"{who}_{what}_tok_s": rate[f"{who}.{what}"] for who in subjects for what in ("prefill", "decode")},
             **{f"{what}_ratio": rate[f"assay.{what}"] / rate[f"transformers.{what}"] for what in ("prefill", "decode")},
         }
+
+
+def kept(file: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the file with these in the place of those of the same family and dtype."""
+    old = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+    table = {(row["family"], row["dtype"]): row for row in [*old, *rows]}
+    order = {f"{about} ({kind})": i for i, (kind, (about, _)) in enumerate(FAMILIES.items())}
+    return [table[key] for key in sorted(table, key=lambda key: (order[key[0]], key[1] != "f32"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("runs/performance/families.json"))
+    given = parser.parse_args()
+    for name, asked, accepted in (("families", given.families, FAMILIES), ("dtypes", given.dtypes, DTYPES)):
+        if unknown := set(asked.split(",")) - set(accepted):
+            parser.error(f"--{name}: {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}")
+    torch.set_num_threads(given.threads)
+    for row in measured(given.families.split(","), given.dtypes.split(","), given.rounds):
+        print(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        found = {"machine": environment(), "threads": given.threads, "rows": kept(given.out, [row])}
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(found) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -111,18 +111,17 @@ def transformers(given: argparse.Namespace, dtype: str) -> dict[str, float]:
 
 
 def families(given: argparse.Namespace) -> dict[str, Any]:
-    from families import FAMILIES, measured
+    from families import DTYPES, FAMILIES, measured
 
-    return {"rows": list(measured(list(FAMILIES), given.rounds))}
+    return {"rows": list(measured(list(FAMILIES), list(DTYPES), given.rounds))}
 
 
 def training(given: argparse.Namespace) -> dict[str, Any]:
-    from plain import beside
+    from plain import SIZES, beside
 
-    return {"rows": [beside("gpt-11m", {}, 16, 256, given.rounds), beside("gpt-11m", WIDE, 2, 512, given.rounds)]}
+    return {"rows": [beside(*size, given.rounds) for size in SIZES.values()]}
 
 
-WIDE = {"d_model": 768, "layers": 12, "blocks.block.mixer.heads": 12, "blocks.block.ffn.width": 3072, "context": 512}
 SECTIONS: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "single": single, "families": families, "training": training,
 }  # fmt: skip
@@ -170,8 +169,8 @@ def told_profile(rows: Sequence[Mapping[str, Any]]) -> str:
 def told_families(found: Mapping[str, Any]) -> str:
     keys = [f"{who}_{what}_tok_s" for what in ("prefill", "decode") for who in ("assay", "transformers")]
     rows = [
-        [r["family"], f"{r['params'] / 1e6:.1f} M", *(r[k] for k in keys), r["prefill_ratio"], r["decode_ratio"],
-         f"{r['difference']:.0e}"]
+        [f"{r['family']}, {r['dtype']}", f"{r['params'] / 1e6:.1f} M", *(r[k] for k in keys), r["prefill_ratio"],
+         r["decode_ratio"], f"{r['difference']:.0e}"]
         for r in found["rows"]
     ]  # fmt: skip
     head = [
@@ -206,7 +205,7 @@ def told_serving(found: Mapping[str, Any]) -> str:
 TITLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "single": (f"One sequence: SmolLM2-135M, a prompt of {PROMPT} and {NEW} new tokens", told_single),
     "serve": ("Sixteen requests at once", told_serving),
-    "families": ("Families beside transformers: 6 layers of 512, one sequence, float32", told_families),
+    "families": ("Families beside transformers: 6 layers of 512, one sequence", told_families),
     "training": ("Training beside a plain PyTorch GPT, float32", told_training),
 }
 

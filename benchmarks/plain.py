@@ -1,8 +1,16 @@
-"""A GPT as one writes it in PyTorch, trained beside assay's in turns. Used by benchmarks/performance.py."""
+"""A GPT as one writes it in PyTorch, trained beside assay's in turns.
+
+    python benchmarks/plain.py [--sizes gpt-11m,wide] [--rounds N] [--threads N] [--out runs/performance/training.json]
+
+What is measured takes the place of the same size in the file. benchmarks/performance.py makes a table of it.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,13 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.measure.machine import SIZE, matmul_seconds, seconds
+from assay.measure.machine import SIZE, environment, matmul_seconds, seconds
 from assay.measure.training import bench_recipe
 from assay.spec.load import load_model
 from assay.spec.model import ModelSpec
 from assay.train.learner import Learner
 from assay.train.loop import check, dataset
 from assay.train.utilisation import train_flops_per_token
+
+WIDE = {"d_model": 768, "layers": 12, "blocks.block.mixer.heads": 12, "blocks.block.ffn.width": 3072, "context": 512}
+SIZES: Mapping[str, tuple[str, dict[str, Any], int, int]] = {
+    "gpt-11m": ("gpt-11m", {}, 16, 256),
+    "wide": ("gpt-11m", WIDE, 2, 512),
+}
+"""A model, what is changed of it, rows of a batch and their tokens."""
 
 
 class Block(nn.Module):
@@ -86,3 +101,28 @@ def beside(name: str, changes: dict[str, Any], batch: int, length: int, rounds: 
         "spread": spread,
         "matmul_gflop_s": rate / 1e9,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("runs/performance/training.json"))
+    given = parser.parse_args()
+    if unknown := set(given.sizes.split(",")) - set(SIZES):
+        parser.error(f"--sizes: {', '.join(sorted(unknown))}; accepted: {', '.join(SIZES)}")
+    torch.set_num_threads(given.threads)
+    rows = json.loads(given.out.read_text("utf-8"))["rows"] if given.out.is_file() else []
+    table = {row["model"]: row for row in rows}
+    for name in given.sizes.split(","):
+        row = beside(*SIZES[name], given.rounds)
+        print(json.dumps(row), flush=True)
+        table[row["model"]] = row
+        found = {"machine": environment(), "threads": given.threads, "rows": list(table.values())}
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(found) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
