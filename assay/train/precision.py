@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from assay.model.lm import LM, Output
+from assay.ops.heap import keep_freed
 from assay.ops.precision import multiplies_bfloat16
 from assay.ops.step import Step
 from assay.parts.heads.lm import LossOptions
@@ -37,6 +38,8 @@ class Runner:
 
     def __init__(self, model: LM, precision: str, compiled: bool = False) -> None:
         self.model = model
+        if next(model.parameters()).device.type == "cpu":
+            keep_freed()
         call = self._low if precision == "bfloat16" else model
         self._call = torch.compile(call, dynamic=False) if compiled else call
 
