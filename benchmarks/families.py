@@ -4,9 +4,9 @@
         [--out runs/performance/families.json]
 
 Windows with soft caps, latent attention, experts, state spaces and delta rules, each of one size, one sequence, in
-turns; medians. Families are named as transformers names their classes. What is measured takes the place of the same
-family and dtype in the file, so that they may be measured one at a time: half a minute each on two cores.
-benchmarks/performance.py makes a table of it.
+turns and each in a process of its own; medians. Families are named as transformers names their classes. What is
+measured takes the place of the same family and dtype in the file, so that they may be measured one at a time: half a
+minute each on two cores. benchmarks/performance.py makes a table of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from elsewhere import Elsewhere
 
 from assay.engine.runner import Runner
 from assay.hub.load import import_folder
@@ -57,10 +58,20 @@ PROMPT, NEW = 256, 32
 
 
 class Peer:
-    """A model of transformers, greedy, with its cache."""
+    """A model of transformers from a folder, greedy, with its cache."""
 
-    def __init__(self, model: Any, ids: torch.Tensor) -> None:
-        self.model, self.ids = model, ids
+    def __init__(self, kind: str, folder: Path, dtype: torch.dtype) -> None:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self.ids, made = prompt(), getattr(transformers, f"{kind}ForCausalLM")
+        self.model = made.from_pretrained(folder, dtype=dtype).eval()
+
+    @torch.inference_mode()
+    def last(self) -> list[float]:
+        """Logits after the prompt."""
+        found: list[float] = self.model(self.ids, logits_to_keep=1).logits[0, -1].tolist()
+        return found
 
     @torch.inference_mode()
     def prefill(self) -> list[float]:
@@ -86,7 +97,7 @@ class Peer:
         return found[2:]
 
 
-class Ours(Peer):
+class Ours:
     def __init__(self, model: LM) -> None:
         self.serving = Serving(model, Load(1, PROMPT + NEW, NEW, read=PROMPT))
 
@@ -97,25 +108,24 @@ class Ours(Peer):
         return [took for _ in range(8) for took in self.serving.decode()]
 
 
-def pair(kind: str, dtype: torch.dtype) -> tuple[Any, LM]:
-    """transformers' model of a family with random weights, and ours with the same."""
+def prompt() -> torch.Tensor:
+    return torch.randint(3, VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+def saved(kind: str, folder: Path) -> None:
+    """transformers' model of a family with random weights."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(**{**SHARED, **FAMILIES[kind][1]})
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = import_folder(Path(folder), dtype=dtype).model
-    return theirs, ours
+    getattr(transformers, f"{kind}ForCausalLM")(config).float().save_pretrained(folder)
 
 
 @torch.inference_mode()
-def difference(theirs: Any, ours: LM, ids: torch.Tensor) -> float:
-    """The largest relative difference between their logits and ours after the last of these tokens."""
-    runner = Runner(ours, _size(ids.shape[1]))
-    own = runner.feed([runner.open(ids.shape[1])], ids.tolist())
-    other = theirs(ids, logits_to_keep=1).logits[:, -1]
+def difference(theirs: Sequence[float], ours: LM) -> float:
+    """The largest relative difference between their logits and ours after the prompt."""
+    runner, ids = Runner(ours, _size(PROMPT)), prompt()
+    own, other = runner.feed([runner.open(PROMPT)], ids.tolist()).float(), torch.tensor(theirs)
     return float((own - other).abs().max() / other.abs().max())
 
 
@@ -126,27 +136,34 @@ def _size(tokens: int) -> Any:
 
 
 def measured(kinds: Sequence[str], dtypes: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
-    for kind, dtype in ((kind, dtype) for kind in kinds for dtype in dtypes):
-        theirs, ours = pair(kind, DTYPES[dtype])
-        ids = torch.randint(3, VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-        subjects: dict[str, Peer] = {"assay": Ours(ours), "transformers": Peer(theirs, ids)}
-        times: dict[str, list[float]] = {}
-        for one in subjects.values():
-            one.prefill(), one.decode()
-        for _ in range(rounds):
-            for who, one in subjects.items():
-                calls: dict[str, Callable[[], list[float]]] = {"prefill": one.prefill, "decode": one.decode}
-                for what, call in calls.items():
-                    times.setdefault(f"{who}.{what}", []).extend(call())
-        rate = {key: (PROMPT if "prefill" in key else 1) / median(found) for key, found in times.items()}
-        yield {
-            "family": f"{FAMILIES[kind][0]} ({kind})",
-            "dtype": dtype,
-            "params": sum(p.numel() for p in ours.parameters()),
-            "difference": difference(theirs, ours, ids),
-            **{f"{who}_{what}_tok_s": rate[f"{who}.{what}"] for who in subjects for what in ("prefill", "decode")},
-            **{f"{what}_ratio": rate[f"assay.{what}"] / rate[f"transformers.{what}"] for what in ("prefill", "decode")},
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            saved(kind, Path(folder))
+            yield from (beside(kind, Path(folder), dtype, rounds) for dtype in dtypes)
+
+
+def beside(kind: str, folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
+    ours = import_folder(folder, dtype=DTYPES[dtype]).model
+    own, times = Ours(ours), dict[str, list[float]]()
+    with Elsewhere(Peer, kind, folder, DTYPES[dtype]) as other:
+        apart = difference(other("last"), ours)
+        subjects: dict[str, Callable[[str], list[float]]] = {
+            "assay": lambda w: getattr(own, w)(),
+            "transformers": other,
         }
+        for number in range(rounds + 1):
+            for who, what in ((who, what) for who in subjects for what in ("prefill", "decode")):
+                found = subjects[who](what)
+                times.setdefault(f"{who}.{what}", []).extend(found if number else [])
+    rate = {key: (PROMPT if "prefill" in key else 1) / median(found) for key, found in times.items()}
+    return {
+        "family": f"{FAMILIES[kind][0]} ({kind})",
+        "dtype": dtype,
+        "params": sum(p.numel() for p in ours.parameters()),
+        "difference": apart,
+        **{f"{who}_{what}_tok_s": rate[f"{who}.{what}"] for who in subjects for what in ("prefill", "decode")},
+        **{f"{what}_ratio": rate[f"assay.{what}"] / rate[f"transformers.{what}"] for what in ("prefill", "decode")},
+    }
 
 
 def kept(file: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from elsewhere import Elsewhere
 from torch import Tensor, nn
 
 from assay.measure.machine import SIZE, environment, matmul_seconds, seconds
@@ -68,27 +69,36 @@ class Plain(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+class Training:
+    """Steps of the plain model: fused AdamW, gradients clipped."""
+
+    def __init__(self, spec: ModelSpec, batch: int, length: int) -> None:
+        self.model = Plain(spec, spec.d_model // 64, length)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.ids = torch.randint(spec.vocab, (batch, length + 1))
+
+    def step(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        self.model(self.ids[:, :-1], self.ids[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+
+    def seconds(self) -> float:
+        return seconds(self.step, torch.device("cpu"))
+
+
 def beside(name: str, changes: dict[str, Any], batch: int, length: int, rounds: int) -> dict[str, Any]:
-    """Steps of both in turns, and the product of 2048 between them. MFU: of the fastest product, median steps."""
+    """Steps of both in turns, each in a process of its own, and the product of 2048 between them. MFU: of the fastest
+    product, median steps."""
     spec, recipe = load_model(name, changes), bench_recipe(batch, length, "float32")
-    plain = Plain(spec, spec.d_model // 64, length)
-    optimiser = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(spec.vocab, (batch, length + 1))
-
-    def step() -> None:
-        optimiser.zero_grad(set_to_none=True)
-        plain(ids[:, :-1], ids[:, 1:]).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimiser.step()
-
     device, took, products = torch.device("cpu"), dict[str, list[float]](assay=[], plain=[]), list[float]()
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, Elsewhere(Training, spec, batch, length) as plain:
         data = dataset(recipe, Path(cache))
         check(spec, recipe, data)
         learner = Learner(spec, recipe, data, device)
         for number in range(2 + 2 * rounds):
             took["assay"].append(seconds(lambda number=number: learner.step(number, 100), device))
-            took["plain"].append(seconds(step, device))
+            took["plain"].append(plain("seconds"))
             products.append(matmul_seconds(torch.float32, device, 0.0))
     steps = {who: median(found[2:]) for who, found in took.items()}
     flops, rate = train_flops_per_token(spec, length) * batch * length, 2 * SIZE**3 / min(products)

@@ -200,7 +200,9 @@ class Traffic:
         new, case = draw.randint(1, REPLY), draw.choice(self.cases)
         body: dict[str, Any] = {"model": self.model, "max_tokens": new, "n": n, "temperature": draw.choice((0.7, 1.0))}
         body |= draw.choice(({}, {"top_p": 0.9}, {"seed": draw.randrange(1 << 30)}, {"frequency_penalty": 0.5}))
+        least = draw.choice((0, 0, draw.randint(1, new)))
         more = draw.choice(({}, {"top_k": 5}, {"min_p": 0.05}, {"repetition_penalty": 1.1}, {"ignore_eos": True}))
+        more = more | ({"min_tokens": least} if least else {})
         answer = await self.api.completions.create(prompt=list(case.prompt), logprobs=3, extra_body=more, **body)
         must(len(answer.choices) == n, f"{len(answer.choices)} choices of {n}")
         told = [len(choice.logprobs.token_logprobs) for choice in answer.choices]
@@ -208,7 +210,7 @@ class Traffic:
         fine = all(
             (end == "length" and count == new) or (end == "stop" and count < new) for end, count in zip(ends, told)
         )
-        must(fine, f"{told} tokens of up to {new}, ended with {ends}")
+        must(fine and min(told) >= least, f"{told} tokens of {least} to {new}, ended with {ends}")
         stops = ends.count("stop")  # a stop token is counted, and is not part of the reply
         must(answer.usage.completion_tokens == sum(told) + stops, f"{answer.usage.completion_tokens} tokens counted")
 

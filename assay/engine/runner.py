@@ -193,6 +193,8 @@ class Runner:
     def feed(self, slots: Sequence[Slot], rows: Sequence[Ids]) -> Float[Tensor, "E V"]:
         """Append `rows[i]` to `slots[i]`, in chunks; logits after the last token of each row that has tokens."""
         chunk = self.cache.size.chunk
+        if all(0 < len(ids) <= chunk for ids in rows):
+            return self.step([Work(slot, ids) for slot, ids in zip(slots, rows, strict=True)])
         left = {i: ids for i, ids in enumerate(rows) if ids}
         found: dict[int, Tensor] = {}
         while left:
@@ -220,7 +222,11 @@ class Runner:
 
     def output(self, work: Sequence[Work], listen: frozenset[str] = frozenset()) -> Output:
         """What the model says of such a step. Works of one length are a piece of it, and short ones come first, in
-        the order of `work`."""
+        the order of `work`. Sequences that get one token each, as in the last step, go on from where that one ended."""
+        if not listen and all(len(one.ids) == 1 and one.emit for one in work):
+            again = self.tapes.again([one.slot for one in work], [one.ids[0] for one in work])
+            if again is not None:
+                return again
         groups: dict[int, list[Work]] = {}
         for one in work:
             groups.setdefault(len(one.ids), []).append(one)
@@ -231,6 +237,8 @@ class Runner:
             first += step.tokens
         if len(pieces) == 1:
             out = self.tapes.run(pieces[0].step, pieces[0].states)
+            if all(one.emit for one in work):
+                self.tapes.follow(self.cache, [one.slot for one in work])
         else:
             out = self.model(joined(pieces).with_(listen=listen))
         for one in work:

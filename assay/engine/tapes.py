@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay.cache import Slot
+from assay.cache.onward import Onward
 from assay.model.lm import LM, Output
 from assay.ops import native
 from assay.ops.native.kernels import ROWS, Kernels
 from assay.ops.state import State
 from assay.ops.step import Step
 from assay.ops.tape import Recorder, Tape, Unrecordable
+from assay.parts.base import Part
 from assay.spec.base import Spec
 
 MOST, TAPES = 64, 4  # steps that are known at once, and those with a tape, whose buffers stay: the oldest is forgotten
@@ -32,12 +35,62 @@ PLAIN = frozenset({bool, int, float, str, bytes, frozenset, type(None), torch.dt
 
 @dataclass(frozen=True)
 class Recorded:
-    """A tape, the tensors that it reads, and where its answer is. weights: where the model's were."""
+    """A tape, the step and states that it was recorded with and their tensors, and where its answer is. weights: where
+    the model's were."""
 
     tape: Tape
+    step: Step
+    states: Mapping[str, State]
     inputs: tuple[Tensor, ...]
-    weights: tuple[int, ...]
+    weights: list[int]
     logits: Tensor
+
+    def play(self, clock: Clock | None) -> Output:
+        if clock is None:
+            self.tape.run()
+        else:
+            clock.add(self.tape.timed())
+        return Output(self.logits.clone(), None, {})
+
+
+class Course:
+    """Sequences that get a token after another from one tape: their step and states are moved on where they stand, and
+    of the parts' tables those are made anew that the tape reads."""
+
+    def __init__(self, model: LM, recorded: Recorded, onward: Onward) -> None:
+        self.model, self.recorded, self.onward = model, recorded, onward
+        self.bare = recorded.step.with_(tables={})
+        self.tables: list[tuple[Part, State | None, Hashable, list[tuple[int, Tensor]]]] = []
+        known = set[object]()
+        for part, number in model._planned:
+            state = recorded.states.get(part.name)
+            key = (number, getattr(state, "layout_key", None))
+            if key not in known:
+                known.add(key)
+                self._add(part, state)
+
+    def _add(self, part: Part, state: State | None) -> None:
+        own, new, table = Told(), Told(), self.recorded.step.table(part)
+        own.key(table)
+        told, looked = new.key(part.prepare(self.bare, state)), self.recorded.tape.reads(own.tensors)
+        if len(new.tensors) != len(own.tensors):
+            raise Unrecordable(f"{part.name}: another table of the same step")
+        if table is not None:
+            self.tables.append((part, state, told, [(i, t) for i, t in enumerate(own.tensors) if looked[i]]))
+
+    def next(self, ids: Sequence[int], clock: Clock | None) -> Output | None:
+        """The model's answer to these tokens; None where the cache's `begin` must see to it."""
+        if not self.onward.move(ids):
+            return None
+        for part, state, told, read in self.tables:
+            new = Told()
+            if new.key(part.prepare(self.bare, state)) != told:  # another step for the layers: no tape has it
+                self.onward.left = []
+                step = self.model.prepared(self.bare, self.recorded.states, {})
+                return self.model.stacked(step, self.recorded.states, {})
+            for i, own in read:
+                own.copy_(new.tensors[i])
+        return self.recorded.play(clock)
 
 
 class Clock:
@@ -58,12 +111,32 @@ class Tapes:
 
     def __init__(self, model: LM) -> None:
         self.model = model
-        self._held = [m._parameters for m in model.modules() if m._parameters]  # a walk through the tree takes long
+        # A walk through the tree takes long.
+        self._held = [(m._parameters, k) for m in model.modules() for k, p in m._parameters.items() if p is not None]
         self.made: OrderedDict[Hashable, Recorded | str] = OrderedDict()  # or why there is none
         self.refused = Counter[str]()
         self.clock: Clock | None = None
+        self._last: Recorded | None = None  # what answered the last step
+        self._course: Course | None = None
+
+    def again(self, slots: Sequence[Slot], ids: Sequence[int]) -> Output | None:
+        """The answer to a token more for each of the sequences of the last step, the cache's tables included; None
+        where these are others. ValueError where the cache has no room."""
+        course = self._course
+        if course is None or not course.onward.follows(slots) or not _alone() or native.kernels() is None:
+            return None
+        return course.next(ids, self.clock) if course.recorded.weights == self._weights() else None
+
+    def follow(self, store: object, slots: Sequence[Slot]) -> None:
+        """Remember whose step was run last, so that `again` can go on from it."""
+        last, self._course = self._last, None
+        onward = None if last is None else Onward.of(store, slots, last.step, last.states)
+        if last is not None and onward is not None:
+            with suppress(Unrecordable):
+                self._course = Course(self.model, last, onward)
 
     def run(self, step: Step, states: Mapping[str, State]) -> Output:
+        self._last, self._course = None, None
         compiled = native.kernels() if self._may(step) else None
         if compiled is None:
             return self.model(step, states)
@@ -79,11 +152,8 @@ class Tapes:
             self.made.move_to_end(key)
             for own, new in zip(found.inputs, told.tensors, strict=True):
                 own.copy_(new)
-            if self.clock is None:
-                found.tape.run()
-            else:
-                self.clock.add(found.tape.timed())
-            return Output(found.logits.clone(), None, {})
+            self._last = found
+            return found.play(self.clock)
         if found is None:
             self._keep(key, MET)
         if found is None or (isinstance(found, str) and found != MET):
@@ -104,13 +174,11 @@ class Tapes:
         count = step.tokens
         plain = not (step.listen or step.pieces or step.encode is not None or step.memory is not None)
         few = step.longest == 1 and step.decodes == count == step.past.shape[0] <= ROWS and step.ids.is_cpu
-        watched = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()
-        alone = torch.is_inference_mode_enabled() and not watched
-        return plain and few and alone and not torch.are_deterministic_algorithms_enabled()
+        return plain and few and _alone()
 
-    def _weights(self) -> tuple[int, ...]:
-        found = (p for held in self._held for p in held.values() if p is not None)
-        return tuple(getattr(p, "codes", p).data_ptr() for p in found)
+    def _weights(self) -> list[int]:
+        found = (held[name] for held, name in self._held)
+        return [p.data_ptr() if type(p) is nn.Parameter else getattr(p, "codes", p).data_ptr() for p in found]
 
     def _keep(self, key: Hashable, value: Recorded | str) -> None:
         self.made[key] = value
@@ -131,11 +199,19 @@ class Tapes:
             out = self.model.stacked(own_step, own_states, {})
         assert out.logits is not None
         try:
-            self._keep(key, Recorded(recorder.tape(), tuple(told.tensors), self._weights(), out.logits))
+            tape, inputs = recorder.tape(), tuple(told.tensors)
+            self._last = Recorded(tape, own_step, own_states, inputs, self._weights(), out.logits)
+            self._keep(key, self._last)
         except Unrecordable as error:
             self.refused[str(error)] += 1
             self._keep(key, str(error))
         return Output(out.logits.clone(), None, {})
+
+
+def _alone() -> bool:
+    """In inference, without promises about bits, and nobody looks on."""
+    watched = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()
+    return torch.is_inference_mode_enabled() and not watched and not torch.are_deterministic_algorithms_enabled()
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -30,6 +31,8 @@ LEFT = {
 }
 REFUSED = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 MAPPED: Mapping[Any, str] = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
+
+WHOLE, ALONE = 64, 1 << 15
 
 OWN = "assay::"  # before the names of compiled kernels, where torch's stand beside them
 # What a field of a dataclass is to a tape: read by nobody while layers run, or written where it stands.
@@ -167,6 +170,10 @@ class Recorder(TorchDispatchMode):
             given = (out.dtype is torch.bfloat16, x.data_ptr(), y.data_ptr(), out.data_ptr(), out.numel())
             self.entries.append((self.kernels[MAPPED[func]], given))
             return True
+        if func is aten.silu.default and alike(*args, out) and alone(out) and agrees(self.kernels["silu"], out.dtype):
+            given = (out.dtype is torch.bfloat16, args[0].data_ptr(), out.data_ptr(), out.numel())
+            self.entries.append((self.kernels["silu"], given))
+            return True
         if func is aten.index_copy_.default and rows_apart(*args):
             into, _, index, source = args
             size = into[0].numel() * into.element_size()
@@ -224,6 +231,18 @@ class Tape:
             for value in (value for args in program.given for value in args):
                 yield from value if isinstance(value, ctypes.Array) else [int(value or 0)]
 
+    def reads(self, given: Sequence[Tensor]) -> list[bool]:
+        """Which of these tensors a run looks at: a kernel is given an address in it, or an operation is given it."""
+        words = sorted(set(self.addresses()))
+        torchs = {_place(t) for a in self.steps if isinstance(a, Again) for t in (*tensors(a.args), *tensors(a.kwargs))}
+        found = []
+        for t in given:
+            first = t.untyped_storage().data_ptr()
+            at = bisect_left(words, first)
+            inside = at < len(words) and words[at] < first + max(1, t.untyped_storage().nbytes())
+            found.append(inside or first in torchs)
+        return found
+
     def counts(self) -> Counter[str]:
         """Kernels and operations of a run, by name."""
         return Counter(
@@ -273,9 +292,28 @@ def alike(*given: Any) -> bool:
     return same and dtype in (torch.float32, torch.bfloat16)
 
 
+def alone(t: Tensor) -> bool:
+    """Whether torch's pointwise loops take all of it in whole vectors, on one thread."""
+    return t.numel() % WHOLE == 0 and t.numel() <= ALONE
+
+
 def rows_apart(into: Tensor, dim: int, index: Tensor, source: Tensor) -> bool:
     dense = all(t.is_contiguous() for t in (into, index, source))
     return dense and dim == 0 and index.dim() == 1 and index.dtype is torch.int64 and into.dtype is source.dtype
+
+
+@cache
+def agrees(kernel: Kernel, dtype: torch.dtype) -> bool:
+    """Whether the kernel has torch's bits for SiLU, of every bfloat16 and, in float32, of as many numbers of all
+    sizes: torch's exponential is another one on other machines."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
+    x = bits.to(torch.int16).view(torch.bfloat16) if dtype is torch.bfloat16 else (bits * 65521).view(torch.float32)
+    for part in x.split(ALONE // 2):
+        mine, torchs = torch.empty_like(part), torch.nn.functional.silu(part)
+        kernel(dtype is torch.bfloat16, part.data_ptr(), mine.data_ptr(), part.numel())
+        if not torch.equal(mine.nan_to_num(7.0), torchs.nan_to_num(7.0)) or not torch.equal(mine < 0, torchs < 0):
+            return False
+    return True
 
 
 def rewritten(func: Any, args: Any, kwargs: Any, out: Tensor) -> Again:

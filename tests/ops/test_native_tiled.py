@@ -1,4 +1,4 @@
-"""Compiled attention of many queries a row against the softmax in float64, whatever the rule, the sizes and the store."""
+"""Compiled attention of many queries a row against the softmax in float64: any rule, any sizes, any store."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def test_attend_takes_the_kernel_for_chunks_and_pages(used: list[str], dtype: to
     with torch.inference_mode():
         found = attend(q, view, step, sees, scores, plan(step, layout, sees))
     assert used.count("attend_tiled") == 1
-    expected = attend(q.double(), View({n: view.dense(n).double() for n in "kv"}, layout), step, sees, scores, plan(step, layout, sees, "oracle"))  # fmt: skip
+    dense = View({name: view.dense(name).double() for name in "kv"}, layout)
+    expected = attend(q.double(), dense, step, sees, scores, plan(step, layout, sees, "oracle"))
     torch.testing.assert_close(found.double(), expected, rtol=ROUND[dtype], atol=3e-6)
     attend(q.requires_grad_(), view, step, sees, scores, plan(step, layout, sees))
     assert used.count("attend_tiled") == 1 and step_layout(step).aligned

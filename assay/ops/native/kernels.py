@@ -145,8 +145,8 @@ class Kernels:
         """softmax(scores) v for q [N, H, K], one query a sequence, over `stored` k [N, S, G, K] and v [N, S, G, V];
         seen [N, S] says which entries count. A row that sees nothing gives 0. With a table [N, P] of int64 the keys and
         values stand in pages [_, S / P, G, .], of which row n has those of table[n], and are read there."""
-        (rows, _, size), (k, v) = q.shape, stored
-        if not 0 < rows <= ROWS or size % LANES or v.shape[3] % LANES or max(size, v.shape[3]) > WIDEST:
+        (rows, _, size), width = q.shape, stored[1].shape[3]
+        if not 0 < rows <= ROWS or size % LANES or width % LANES or max(size, width) > WIDEST:
             return None
         return self._attended(self._attend, q, stored, seen[:, None], (scale, softcap, sink), table)
 

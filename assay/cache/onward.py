@@ -1,0 +1,196 @@
+"""A step's states one token further: what `begin` would make of the same sequences' next tokens, written where the last
+ones stand. Of the tables of a decode step little changes from a token to the next, and all of it is known here.
+
+Legend: B sequences of the step, S entries of a view, n the place of the new token in its sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast
+
+import numpy as np
+
+from assay.cache.cache import Cache
+from assay.cache.groups import Group, PageCut, Table
+from assay.cache.paged import Paged
+from assay.cache.size import Kind
+from assay.cache.states import Stored
+from assay.cache.store import Slot
+from assay.cache.tables import ROUND, Entries, Saves, Saving, Writing
+from assay.ops.state import State
+from assay.ops.step import Step
+
+
+class Field(Protocol):
+    """Token fields of one kind: entries in rows, or in pages."""
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Room for the next tokens, taken where it must be; False where views get another shape or place by it."""
+
+    def write(self, lengths: Sequence[int]) -> None:
+        """Enter them."""
+
+
+class View:
+    """The step's tensors of one kind, as arrays that share their memory."""
+
+    def __init__(self, writing: Writing) -> None:
+        self.place, layout = writing.place.numpy(), writing.layout
+        self.seq, self.index, self.positions = (t.numpy() for t in (layout.seq, layout.index, layout.positions))
+
+    def enter(self, i: int, entry: int, n: int, place: int) -> None:
+        self.place[i] = place
+        self.seq[i, entry], self.index[i, entry], self.positions[i, entry] = i, n, n
+
+
+class InRows:
+    """Entries of rows, one after another or in a ring."""
+
+    def __init__(self, entries: Entries, rows: Sequence[int], writing: Writing) -> None:
+        self.entries, self.rows, self.view = entries, rows, View(writing)
+        self.index, self.positions = entries.index.numpy(), entries.positions.numpy()
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        used = max(lengths) + 1
+        return min(self.entries.capacity, -(-used // ROUND) * ROUND) == self.view.index.shape[1]
+
+    def write(self, lengths: Sequence[int]) -> None:
+        capacity = self.entries.capacity
+        for i, (row, n) in enumerate(zip(self.rows, lengths, strict=True)):
+            entry = n % capacity
+            self.entries.high[row] = n + 1
+            self.entries.low[row] = max(self.entries.low[row], n + 1 - capacity)
+            self.index[row, entry] = self.positions[row, entry] = n
+            self.view.enter(i, entry, n, row * capacity + entry)
+
+
+class InPages:
+    """Pages of a group. A table is written again only where it is another than it was."""
+
+    def __init__(self, store: Paged, kind: Kind, rows: Sequence[int], writing: Writing) -> None:
+        cut = cast(PageCut, writing.cut)
+        self.store, self.kind, self.group, self.rows, self.run = store, kind, store.groups[kind], rows, cut.run
+        self.view, self.table, self.positions = View(writing), cut.table.numpy(), self.group.positions.numpy()
+        self.known = [(0, list[int]())] * len(rows)
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        group, ones = self.group, [1] * len(self.rows)
+        moved = group.grow(self.rows, lengths, ones)  # doing it twice does it once: `begin` may still come
+        self.store._clear(self.kind, moved.clear)
+        for source, target in moved.copy:
+            self.store._copy_page(self.kind, source, target)
+        grow, tables = max(1, ROUND // group.page), [group.tables[row] for row in self.rows]
+        most = max(len(table.pages) for table in tables)
+        if min(-(-most // grow) * grow, group.blocks.total) != self.table.shape[1]:
+            return False
+        for i, table in enumerate(tables):
+            if self.known[i] != (table.base, table.pages):
+                if not self._in_run(i, table):
+                    return False
+                self._rewrite(i, table, lengths[i])
+        return True
+
+    def _in_run(self, i: int, table: Table) -> bool:
+        """Whether a step that reads a run of pages as it stands finds the row's there."""
+        first = 0 if self.run is None else self.run[0] + i * self.table.shape[1]
+        return self.run is None or table.pages == list(range(first, first + len(table.pages)))
+
+    def _rewrite(self, i: int, table: Table, length: int) -> None:
+        """What is behind the row's pages stays: some page, of which nobody sees anything."""
+        page, view = self.group.page, self.view
+        self.table[i, : len(table.pages)] = table.pages
+        index = table.base * page + np.arange(view.index.shape[1])
+        there = index < length
+        view.seq[i], view.index[i] = np.where(there, i, -1), np.where(there, index, -1)
+        view.positions[i] = self.positions[self.table[i]].reshape(-1)
+        self.known[i] = table.base, list(table.pages)
+
+    def write(self, lengths: Sequence[int]) -> None:
+        page = self.group.page
+        for i, (row, n) in enumerate(zip(self.rows, lengths, strict=True)):
+            base, inside = self.known[i][0], n % page
+            number = self.group.tables[row].pages[n // page - base]
+            self.positions[number, inside] = n
+            self.view.enter(i, n - base * page, n, number * page + inside)
+
+
+def needs_pages(group: Group, row: int, n: int) -> bool:
+    """Whether the token at place n begins a page, or its page is shared and is copied for it."""
+    return n % group.page == 0 or group.blocks.refs[group.tables[row].pages[-1]] > 1
+
+
+class Onward:
+    """A step of a token for each of these slots, and its states, that can be moved on by one token again and again.
+
+    `of` says None where something is not known to move so: fields in codes, memories, a step of another kind. The
+    step's and states' tensors must be nobody else's.
+    """
+
+    def __init__(self, store: Cache | Paged, slots: Sequence[Slot], step: Step, states: Mapping[str, State]) -> None:
+        self.store, self.slots, self.rows = store, tuple(slots), [slot.row for slot in slots]
+        own = {part: cast(Stored, state) for part, state in states.items()}
+        writings = {store.kinds[part]: state.writing for part, state in own.items() if state.writing is not None}
+        self.fields = [self._field(kind, w) for kind, w in writings.items() if kind is not None]
+        self.saving = next((state.saving for state in own.values() if state.saving is not None), None)
+        self.ids, self.index, self.past = (t.numpy() for t in (step.ids, step.index, step.past))
+        self.left = [store.length(slot) for slot in slots]  # as this left them
+
+    @classmethod
+    def of(cls, store: object, slots: Sequence[Slot], step: Step, states: Mapping[str, State]) -> Onward | None:
+        if type(store) not in (Cache, Paged) or not step.index.is_cpu:
+            return None
+        plain = set(step.inputs) == {"ids"} and step.positions is step.index and step.prefix is None
+        single = step.tokens == len(slots) == step.decodes and step.encode is None and step.memory is None
+        known = all(isinstance(state, Stored) and _moves(state) for state in states.values())
+        return cls(cast(Cache | Paged, store), slots, step, states) if plain and single and known else None
+
+    def _field(self, kind: Kind, writing: Writing) -> Field:
+        if isinstance(self.store, Paged):
+            return InPages(self.store, kind, self.rows, writing)
+        return InRows(self.store.entries[kind], self.rows, writing)
+
+    def follows(self, slots: Sequence[Slot]) -> bool:
+        """Whether these are the same sequences, as they were left."""
+        if tuple(slots) != self.slots:
+            return False
+        lengths = self.store.lengths
+        return [lengths.get(row) for row in self.rows] == self.left and all(
+            self.store.births[slot.row] == slot.birth for slot in self.slots
+        )
+
+    def move(self, ids: Sequence[int]) -> bool:
+        """Take these tokens in; False where `begin` must. ValueError where they do not fit, as from `begin`."""
+        if isinstance(self.store, Paged):
+            pairs = list(zip(self.rows, self.left, strict=True))
+            if any(needs_pages(group, row, n) for group in self.store.groups.values() for row, n in pairs):
+                self.store._check(self.rows, [1] * len(self.rows))
+        elif max(self.left) >= self.store.size.tokens:
+            return False
+        if not all(field.fits(self.left) for field in self.fields):
+            return False
+        for field in self.fields:
+            field.write(self.left)
+        if self.saving is not None and self.store.saves is not None:
+            _save(self.store.saves, self.saving, self.rows, self.left)
+        self.ids[:], self.index[:], self.past[:] = ids, self.left, self.left
+        self.left = [n + 1 for n in self.left]
+        self.store.lengths.update(zip(self.rows, self.left, strict=True))
+        if isinstance(self.store, Paged):
+            for row, token in zip(self.rows, ids, strict=True):
+                self.store.texts[row].tokens.append(token)
+        return True
+
+
+def _moves(state: Stored) -> bool:
+    if state.layout_key is None:
+        return True
+    return state.layout_key[0] == "token" and state.writing is not None and state.writing.arrival.real is None
+
+
+def _save(saves: Saves, saving: Saving, rows: Sequence[int], lengths: Sequence[int]) -> None:
+    """Each sequence starts from its current state, and the next one has a place of its own, or the same."""
+    start, place = saving.start.numpy(), saving.place.numpy()
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        start[i] = saves.place(row)
+        place[i] = saves._enter(row, n + 1)
