@@ -28,6 +28,9 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 ta
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from the K most likely tokens; 0 is all.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Draw from the most likely tokens that hold a share P.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Draw from tokens at least P times as likely as the best.")]
+TypicalP = Annotated[
+    float, typer.Option("--typical-p", help="Draw from tokens of typical information that hold a share P.")
+]
 Repetition = Annotated[
     float, typer.Option("--repetition-penalty", help="Above 1 makes tokens that were used less likely.")
 ]
@@ -47,6 +50,7 @@ class Reply:
     top_k: TopK = 0
     top_p: TopP = 1.0
     min_p: MinP = 0.0
+    typical_p: TypicalP = 1.0
     repetition_penalty: Repetition = 1.0
     seed: Seed = None
     dtype: Dtype = None
@@ -63,6 +67,7 @@ class Reply:
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
+            typical_p=self.typical_p,
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
         )

@@ -2,6 +2,9 @@
 
 A seed makes it reproducible. The reply ends at an end-of-text token, unless --ignore-eos is given. An encoder-decoder
 (T5, BART) reads the prompt with its encoder, and the reply is what its decoder says of it.
+
+--beams searches for the likeliest reply, --penalty-alpha for one that does not repeat itself (contrastive search, of
+the --top-k likeliest tokens, 4 unless given); neither draws.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +22,7 @@ from assay.cli.common import Json, console, emit_json, fail
 
 if TYPE_CHECKING:
     from assay.data.tokenizers import Tokenizer
-    from assay.engine.request import Request
+    from assay.engine.request import Beams, Contrastive, Request
     from assay.engine.runner import Token
     from assay.model.lm import LM
 
@@ -31,6 +35,13 @@ def run(
     ],
     stop: options.Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    beams: Annotated[int | None, typer.Option("--beams", help="Beam search with so many beams.")] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option("--length-penalty", help="Of beams: above 0 favours long replies. [default: 1]")
+    ] = None,
+    penalty_alpha: Annotated[
+        float | None, typer.Option("--penalty-alpha", help="Contrastive search: what similar tokens lose, 0 to 1.")
+    ] = None,
     *,
     reply: options.Reply,
     json: Json = False,
@@ -38,6 +49,9 @@ def run(
     from assay.engine.config import position_limit
     from assay.engine.request import Request
 
+    how = searching(beams, length_penalty, penalty_alpha, reply.top_k)
+    if penalty_alpha is not None:
+        reply = replace(reply, top_k=0)
     sampling, model, tokenizer = reply.open(ckpt)
     text = sys.stdin.read() if prompt == "-" else prompt
     ids, source = asked(text, tokenizer, model.spec.encoder is not None)
@@ -46,10 +60,28 @@ def run(
     request = Request(
         prompt=ids, source=source, sampling=sampling, max_new=new, stop_tokens=ends, stop=tuple(stop or ())
     )
-    report = write(model, tokenizer, request)
+    report = write(model, tokenizer, request) if how is None else found(model, tokenizer, request, how)
     if json:
         print()
         emit_json(report)
+
+
+def searching(
+    beams: int | None, length_penalty: float | None, penalty_alpha: float | None, top_k: int
+) -> Beams | Contrastive | None:
+    """What is searched for; None: tokens are drawn."""
+    if beams is not None and penalty_alpha is not None:
+        fail("--beams is beam search, --penalty-alpha contrastive search: give one of them")
+    if length_penalty is not None and beams is None:
+        fail("--length-penalty goes with --beams")
+    if beams is None and penalty_alpha is None:
+        return None
+    from assay.engine.request import Beams, Contrastive
+
+    if beams is not None:
+        return Beams(width=beams, length_penalty=1.0 if length_penalty is None else length_penalty)
+    assert penalty_alpha is not None
+    return Contrastive(candidates=top_k or 4, penalty=penalty_alpha)
 
 
 def asked(text: str, tokenizer: Tokenizer, two: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -72,6 +104,23 @@ def start(tokenizer: Tokenizer) -> tuple[int, ...]:
     if first is None:
         fail("--prompt is empty, and this model's tokenizer names no token that a text begins with")
     return (first,)
+
+
+def found(model: LM, tokenizer: Tokenizer, request: Request, how: Beams | Contrastive) -> dict[str, object]:
+    """Print the best reply when it is found; what `--json` tells about it."""
+    from assay.engine.search import search
+
+    began = time.perf_counter()
+    best = search(model, tokenizer, request, how)[0]
+    print(best.text, end="\n" if sys.stdout.isatty() else "", flush=True)
+    return {
+        "text": best.text,
+        "tokens": list(best.ids),
+        "finish": best.finish,
+        "prompt_tokens": len(request.source or request.prompt),
+        "score": best.score,
+        "search_s": time.perf_counter() - began,
+    }
 
 
 def write(model: LM, tokenizer: Tokenizer, request: Request) -> dict[str, object]:

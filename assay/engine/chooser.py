@@ -1,7 +1,7 @@
 """From the logits of a step to a token for each of its sequences, each with a memory of its own.
 
 The order is the sampler's: bias, repetition penalty, presence and frequency penalty, what is forbidden (stop tokens
-before `min_new`, what a grammar leaves out), then temperature, top-k, top-p and min-p.
+before `min_new`, what a grammar leaves out), then temperature, top-k, top-p, min-p and typical-p.
 """
 
 from __future__ import annotations

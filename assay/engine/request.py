@@ -19,16 +19,18 @@ class SamplingParams(Spec):
 
     temperature: 0 takes the most likely token. top_k: 0 keeps all. top_p: nucleus sampling (Holtzman et al. 2020,
     arXiv 1904.09751). min_p: keeps tokens at least that share as likely as the best one (Nguyen et al. 2024, arXiv
-    2407.01082). repetition_penalty: divides the positive logits, and multiplies the negative ones, of all tokens of
-    the prompt and the reply (Keskar et al. 2019, arXiv 1909.05858). presence_penalty, frequency_penalty: taken off the
-    logits of tokens in the reply, once or for each occurrence. logit_bias: token id -> what is added to its logit
-    before anything else. seed: null draws one.
+    2407.01082). typical_p: keeps the tokens whose information is nearest to its mean, that hold this share (Meister et
+    al. 2022, arXiv 2202.00666). repetition_penalty: divides the positive logits, and multiplies the negative ones, of
+    all tokens of the prompt and the reply (Keskar et al. 2019, arXiv 1909.05858). presence_penalty, frequency_penalty:
+    taken off the logits of tokens in the reply, once or for each occurrence. logit_bias: token id -> what is added to
+    its logit before anything else. seed: null draws one.
     """
 
     temperature: float = Field(default=1.0, ge=0.0)
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    typical_p: float = Field(default=1.0, gt=0.0, le=1.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -51,6 +53,27 @@ class SamplingParams(Spec):
     @property
     def penalises(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class Beams(Spec):
+    """Beam search: the `width` likeliest beginnings go on, of which one ends when it says a stop token.
+
+    A reply's score is the sum of its log-probabilities over its length to the power of `length_penalty`: above 0 long
+    replies gain (Wu et al. 2016, arXiv 1609.08144, section 7, in the form that transformers has). The search ends when
+    no beginning can still beat what has ended.
+    """
+
+    width: int = Field(default=4, ge=1, le=256)
+    length_penalty: float = 1.0
+
+
+class Contrastive(Spec):
+    """Contrastive search (Su et al. 2022, arXiv 2202.06417, equation 5): of the `candidates` likeliest tokens the one
+    with the largest (1 - penalty) * probability - penalty * the cosine of its hidden state and the most similar one
+    before it. penalty: 0 takes the likeliest token."""
+
+    candidates: int = Field(default=4, ge=2, le=256)
+    penalty: float = Field(default=0.6, ge=0.0, le=1.0)
 
 
 class Grammar(Spec):

@@ -175,6 +175,12 @@ class Runner:
         del self.horizons[slot]
         self.sources.pop(slot, None)
 
+    def fork(self, slot: Slot) -> Slot:
+        """A sequence that goes on from what this one has stored: pages are shared until one of the two writes."""
+        made = self.cache.fork(slot)
+        self.horizons[made] = self.horizons[slot]
+        return made
+
     def swap_out(self, slot: Slot) -> Swapped:
         """Move what a sequence has stored to the host, and give its slot back."""
         moved = self.cache.swap_out(slot)

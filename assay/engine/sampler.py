@@ -1,6 +1,7 @@
 """The one sampler: logits to probabilities, and probabilities to a token, as pure functions with a setting a row.
 
-The order is Hugging Face's: repetition penalty (then presence and frequency), temperature, top-k, top-p, min-p.
+The order is Hugging Face's: repetition penalty (then presence and frequency), temperature, top-k, top-p, min-p,
+typical-p.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Settings:
     top_k: Int[Tensor, "B 1"] | None
     top_p: Float[Tensor, "B 1"] | None
     min_p: Float[Tensor, "B 1"] | None
+    typical_p: Float[Tensor, "B 1"] | None
     repetition: Float[Tensor, "B 1"] | None
     presence: Float[Tensor, "B 1"] | None
     frequency: Float[Tensor, "B 1"] | None
@@ -39,6 +41,7 @@ class Settings:
             column([r.top_k for r in rows], 0),
             column([r.top_p for r in rows], 1.0),
             column([r.min_p for r in rows], 0.0),
+            column([r.typical_p for r in rows], 1.0),
             column([r.repetition_penalty for r in rows], 1.0),
             column([r.presence_penalty for r in rows], 0.0),
             column([r.frequency_penalty for r in rows], 0.0),
@@ -63,7 +66,8 @@ def penalised(
 
 
 def warped(logits: Float[Tensor, "B V"], settings: Settings) -> Float[Tensor, "B V"]:
-    """Logits over the temperature, -inf where top-k, top-p or min-p leave a token out. Shifted: the largest is 0.
+    """Logits over the temperature, -inf where top-k, top-p, min-p or typical-p leave a token out. Shifted: without
+    typical-p, which may leave out the largest, that is 0.
 
     Tokens that are as likely as the last one kept are kept too, so equal logits never make the order matter.
     """
@@ -74,7 +78,9 @@ def warped(logits: Float[Tensor, "B V"], settings: Settings) -> Float[Tensor, "B
         cuts.append(_nucleus(z, settings.top_p, cuts[0] if cuts else None))
     if settings.min_p is not None:  # p < min_p * p_max, and the largest logit is 0
         cuts.append(settings.min_p.log())
-    return z if not cuts else torch.where(z < functools.reduce(torch.maximum, cuts), float("-inf"), z)
+    if cuts:
+        z = torch.where(z < functools.reduce(torch.maximum, cuts), float("-inf"), z)
+    return z if settings.typical_p is None else _typical(z, settings.typical_p)
 
 
 def _kth(z: Tensor, top_k: Tensor) -> Tensor:
@@ -96,6 +102,18 @@ def _nucleus(z: Tensor, top_p: Tensor, least: Tensor | None) -> Tensor:
         max=z.shape[-1] - 1
     )  # the best stays
     return torch.where(top_p < 1, values.gather(-1, first), float("-inf"))
+
+
+def _typical(z: Tensor, share: Tensor) -> Tensor:
+    """-inf for all but the tokens whose information is nearest to its mean, the row's entropy, until they hold a share
+    `typical_p` (Meister et al. 2022, equation 7), of what the other cuts have left; rows with share 1 keep all."""
+    log = z.log_softmax(-1)
+    entropy = -torch.where(log > float("-inf"), log.exp() * log, 0.0).sum(-1, keepdim=True)
+    away = (log + entropy).abs()  # infinite for what is left out
+    order = away.argsort(-1)
+    mass = log.exp().gather(-1, order).cumsum(-1)
+    last = (mass < share).sum(-1, keepdim=True).clamp(max=z.shape[-1] - 1)
+    return torch.where((away > away.gather(-1, order.gather(-1, last))) & (share < 1), float("-inf"), z)
 
 
 def _sorted(z: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from assay.engine.request import Request, SamplingParams
@@ -39,6 +40,8 @@ def theirs(params: SamplingParams, ids: Tensor, logits: Tensor) -> Tensor:
         steps.append(TopPLogitsWarper(params.top_p))
     if params.min_p > 0:
         steps.append(MinPLogitsWarper(params.min_p))
+    if params.typical_p < 1:
+        steps.append(TypicalLogitsWarper(params.typical_p))
     return steps(ids, logits).softmax(-1)
 
 
@@ -48,6 +51,7 @@ SETTINGS = st.builds(
     top_k=st.sampled_from([0, 1, 3, 17, 99]),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
     min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    typical_p=st.sampled_from([0.1, 0.6, 0.95, 1.0, 1.0]),
     repetition_penalty=st.sampled_from([0.8, 1.0, 1.3]),
 )
 

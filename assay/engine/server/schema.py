@@ -63,6 +63,7 @@ class Drawing(Body):
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    typical_p: Share | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
