@@ -258,6 +258,23 @@ class Quantised(Paged):
                     value = swapped.tensors[part, f"{f.name}.{name}"].to(self.device)
                     getattr(self.packed[part, f.name], name).index_copy_(0, index, value)
 
+    def fitted(self, plain: Swapped) -> Swapped:
+        """A sequence that a cache without formats stored, as it would stand here: what is older than the residual is
+        quantised, what has another dtype is rounded."""
+        tensors = dict(plain.tensors)
+        for kind, book in plain.tables.items():
+            if kind in self.ledgers:
+                old = max(0, (plain.length - self.formats.residual) // self.size.page - book.base)
+                coded = torch.arange(len(book.positions)) < old
+                tensors["", str(kind)] = coded
+                for part, f in self._coded_fields(kind):
+                    pages = tensors[part, f.name]
+                    made = quantise(pages[coded], self.forms[part, f.name], pages.ndim - 1)
+                    tensors |= {(part, f"{f.name}.{name}"): getattr(made, name) for name in PARTS}
+                    tensors[part, f.name] = pages[~coded]
+        rounded = {key: tensors[key].to(dtype) for key, dtype in self.rounded.items()}
+        return replace(plain, tensors=tensors | rounded)
+
     def check_integrity(self) -> None:
         super().check_integrity()
         for kind, ledger in self.ledgers.items():

@@ -4,13 +4,13 @@ One line on stdout says the address once requests can be answered; the log goes 
 and Ctrl-C let running replies finish for 8 seconds. Any address but this machine's own needs --api-key-file.
 --replicas N serves from N processes with an engine each; --apart from two, one that reads prompts and one that goes on
 with the replies; --split 2p3d from two that read and three that go on. --threads, --max-running and --memory are then
-of each process.
+of each process. --prefill and --decode say what is done otherwise where prompts are read, and where replies go on.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,11 @@ from assay.cli.common import Device, Part, fail, load_parts, pick_device
 if TYPE_CHECKING:
     from assay.data.tokenizers import Tokenizer
     from assay.engine.apart.cluster import Cluster
-    from assay.engine.apart.router import ClusterConfig
+    from assay.engine.apart.router import ClusterConfig, Role
     from assay.engine.config import EngineConfig
     from assay.engine.engine import Engine
     from assay.engine.server.worker import Served
+    from assay.engine.sides import Setup, Side
     from assay.engine.storage import Storage
     from assay.model.lm import LM
 
@@ -64,6 +65,22 @@ Split = Annotated[
     str | None,
     typer.Option("--split", metavar="XpYd", help="X processes read prompts, Y go on with the replies. [--apart: 1p1d]"),
 ]
+Prefill = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prefill",
+        metavar="KEY=VALUE",
+        help="Where prompts are read: attention, chunk, budget; with --apart max_running, memory, threads too.",
+    ),
+]
+Decode = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--decode",
+        metavar="KEY=VALUE",
+        help="Where replies go on: attention; with --apart kv_dtype, max_running, memory, threads, ... too.",
+    ),
+]
 Route = Annotated[
     str | None,
     typer.Option("--route", help="Among replicas: round_robin, least_loaded or prefix. [default: least_loaded]"),
@@ -91,6 +108,8 @@ def run(
     replicas: Replicas = 1,
     apart: Apart = False,
     split: Split = None,
+    prefill: Prefill = None,
+    decode: Decode = None,
     route: Route = None,
     ready_file: Ready = None,
     part: Part = None,
@@ -106,21 +125,46 @@ def run(
 
     from assay.engine.config import EngineConfig
     from assay.engine.server.run import serve
+    from assay.engine.sides import Setup
 
-    engine = EngineConfig(max_running=max_running, page=page, memory=memory)
     cluster = processes(replicas, split or ("1p1d" if apart else None), route)
+    engine = EngineConfig(max_running=max_running, page=page, memory=memory)
+    setups = roles(Setup(engine, kv_dtype, threads), side("prefill", prefill), side("decode", decode), cluster)
     limit = bounded(cache_dir, cache_bytes)
-    stored = partial(storage, Path(ckpt), (dtype, kv_dtype), cache_dir, limit)
-    build = partial(built, partial(options.load, ckpt, device, dtype), engine, stored, threads, deterministic)
+    load = partial(options.load, ckpt, device, dtype)
+    makes = {
+        role: partial(built, load, setup, partial(storage, Path(ckpt), (dtype, setup.kv_dtype), cache_dir, limit))
+        for role, setup in setups.items()
+    }
+    builds = {role: partial(make, deterministic) for role, make in makes.items()}
+    speaking = setups["decode" if "decode" in setups else "whole"].config
     with ExitStack() as open_:
 
         def make() -> Served:
             if cluster is None:
-                return build()
-            return open_.enter_context(front(ckpt, engine, cluster, partial(elsewhere, build, part)))
+                return builds["whole"]()
+            away = {role: partial(elsewhere, build, part) for role, build in builds.items()}
+            return open_.enter_context(front(ckpt, speaking, cluster, away))
 
-        at_once = max_running * (1 if cluster is None else cluster.speakers)
+        at_once = speaking.max_running * (1 if cluster is None else cluster.speakers)
         serve(config, make, at_once + limits.waiting, partial(ready, name, ready_file))
+
+
+def side(name: str, given: list[str] | None) -> Side:
+    from assay.engine.sides import Side
+    from assay.spec.load import parse_override, validate
+
+    pairs = [parse_override(text) for text in given or ()]
+    return validate(Side, {key.replace("-", "_"): value for key, value in pairs}, f"--{name}")
+
+
+def roles(whole: Setup, prefill: Side, decode: Side, cluster: ClusterConfig | None) -> dict[Role, Setup]:
+    """The engine of each kind of process."""
+    from assay.engine.sides import apart, together
+
+    if cluster is not None and cluster.route == "apart":
+        return apart(whole, prefill, decode)
+    return {"whole": together(whole, prefill, decode)}
 
 
 def check(ckpt: str, dtype: str | None, kv_dtype: str | None) -> None:
@@ -176,22 +220,18 @@ def storage(ckpt: Path, dtypes: tuple[str | None, str | None], folder: Path | No
 
 
 def built(
-    load: Callable[[], tuple[LM, Tokenizer]],
-    config: EngineConfig,
-    stored: Callable[[LM], Storage],
-    threads: int | None,
-    deterministic: bool,
+    load: Callable[[], tuple[LM, Tokenizer]], setup: Setup, stored: Callable[[LM], Storage], deterministic: bool
 ) -> Engine:
     """In the thread that will run it: thread counts are a thread's own."""
     import torch
 
     from assay.engine.engine import Engine
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if setup.threads is not None:
+        torch.set_num_threads(setup.threads)
     torch.use_deterministic_algorithms(deterministic)
     model, tokenizer = load()
-    return Engine(model, tokenizer, config, storage=stored(model))
+    return Engine(model, tokenizer, setup.config, storage=stored(model))
 
 
 def elsewhere(build: Callable[[], Engine], part: list[Path] | None) -> Engine:
@@ -200,7 +240,9 @@ def elsewhere(build: Callable[[], Engine], part: list[Path] | None) -> Engine:
     return build()
 
 
-def front(ckpt: str, engine: EngineConfig, cluster: ClusterConfig, make: Callable[[], Engine]) -> Cluster:
+def front(
+    ckpt: str, engine: EngineConfig, cluster: ClusterConfig, make: Mapping[Role, Callable[[], Engine]]
+) -> Cluster:
     """Of engines in other processes; the weights are read there alone."""
     from assay.data.tokenizers import Tokenizer
     from assay.engine.apart.cluster import Cluster

@@ -16,17 +16,27 @@ from assay.engine.policy import SchedulerConfig
 from assay.spec.base import Spec
 from assay.spec.model import ModelSpec
 
+Backend = Literal["auto", "matmul", "tiled", "sdpa"]
 SHORT = 512
 """Tokens of each running sequence that memory holds where nobody says how much there is."""
+
+
+class Attention(Spec):
+    """The backend of attention in steps that read prompts, and in those that bring each sequence one token. `auto`: for
+    each layer the fastest one that serves it, which for one token may be a compiled kernel."""
+
+    prefill: Backend = "auto"
+    decode: Backend = "auto"
 
 
 class EngineConfig(Spec):
     """max_running: sequences at once. tokens: the longest sequence; null is the model's context. memory: bytes of the
     cache; null has room for `max_running` sequences of 512 tokens, and for one of the longest. page: tokens of a page;
     null gives each sequence a row of its own, as long as the longest, and shares nothing.
-    budget, chunk: tokens of a step, and of one prompt in a step. policy, reserve, preempt: as the scheduler's.
-    prefix: whether what a prompt begins with is taken from the cache. border: pages between two states of recurrent
-    layers that are kept for that; snapshots: how many of them.
+    budget, chunk: tokens of a step, and of one prompt in a step. policy: as the scheduler's. preempt: what becomes of
+    what a victim has stored; `never`: a sequence starts when all that it may ever store has room, so there are none.
+    attention: its backends. prefix: whether what a prompt begins with is taken from the cache. border: pages between
+    two states of recurrent layers that are kept for that; snapshots: how many of them.
     """
 
     max_running: int = Field(default=16, ge=1)
@@ -36,8 +46,8 @@ class EngineConfig(Spec):
     budget: int = Field(default=512, ge=1)
     chunk: int = Field(default=512, ge=1)
     policy: Literal["chunked", "prefill_first", "static"] = "chunked"
-    reserve: Literal["none", "full"] = "none"
-    preempt: Literal["recompute", "swap"] = "recompute"
+    preempt: Literal["recompute", "swap", "never"] = "recompute"
+    attention: Attention = Attention()
     prefix: bool = True
     border: int = Field(default=4, ge=1)
     snapshots: int = Field(default=64, ge=0)
@@ -115,6 +125,6 @@ def scheduling(config: EngineConfig, capacity: int, border: int | None) -> Sched
         border=border,
         max_running=config.max_running,
         capacity=capacity,
-        reserve=config.reserve,
-        preempt=config.preempt,
+        reserve="full" if config.preempt == "never" else "none",
+        preempt="recompute" if config.preempt == "never" else config.preempt,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from assay.cache import Slot, Swapped
 from assay.data.tokenizers import Tokenizer
+from assay.engine.attention import check as check_attention
 from assay.engine.chooser import Chooser, Chosen, Unchoosable
 from assay.engine.config import EngineConfig, cache_size, scheduling, sequence_limit
 from assay.engine.handoff import Handed, layout
@@ -137,7 +138,9 @@ class Engine:
         fields, dtype = state_table(model.spec, model.prefix), next(model.parameters()).dtype
         self.tokens = sequence_limit(model.spec, config.tokens)
         formats = storage.formats if storage is not None else None
-        self.runner = Runner(model, cache_size(config, model.spec, fields, dtype, formats), storage)
+        check_attention(config.attention, model)
+        size = cache_size(config, model.spec, fields, dtype, formats)
+        self.runner = Runner(model, size, storage, config.attention)
         self.chooser = Chooser(model.spec.vocab, tokenizer, self.runner.device)
         self.jobs: dict[int, Running] = {}
         self.waiting: dict[int, list[int]] = {}  # further choices of a request, until its first has read the prompt
@@ -200,14 +203,14 @@ class Engine:
         """Go on with a reply that another engine has begun; its number here. ValueError where that cannot be."""
         request, said, job = handed.request, handed.said, self._ids
         check_request(self.spec, request, self.tokens)
-        handed.check(self.runner.cache)
+        given = handed.fitted(self.runner.cache)
         self.chooser.enter(job, request, handed.choice, said)
         reply, known = Reply(self.tokenizer, request.stop), [*request.prompt, *said]
         for token in said:
             reply.push(token)
         number, self._requests, self._ids = self._requests, self._requests + 1, job + 1
         live = Running(number, handed.choice, request, known, reply, handed.arrival)
-        live.reused, live.given = handed.reused, handed.swapped
+        live.reused, live.given = handed.reused, given
         self.jobs[job] = live
         self._add(job)
         return number

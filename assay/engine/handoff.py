@@ -12,12 +12,14 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from assay.cache import Swapped
+from assay.cache import Paged, Swapped
+from assay.cache.coded import Quantised
 from assay.cache.groups import PageBook
 from assay.cache.prefix import Text
 from assay.cache.store import Store
 from assay.cache.tables import Book
 from assay.engine.request import Request
+from assay.ops.state import dtype_of
 
 VERSION = "1"
 MAC = 32  # bytes
@@ -39,27 +41,36 @@ class Handed:
     layout: str
     swapped: Swapped
 
-    def check(self, cache: Store) -> None:
-        """ValueError where this cache stores sequences in another way."""
-        mine = layout(cache)
-        if self.layout != mine:
-            raise ValueError(
-                f"the reply comes from a cache with layout {self.layout}; accepted: {mine}, as the same model, dtype, "
-                "page and context give"
-            )
+    def fitted(self, cache: Store) -> Swapped:
+        """What is stored, as this cache stores it: in fewer bits, where only that differs. ValueError where it cannot
+        take it."""
+        if self.layout == layout(cache):
+            return self.swapped
+        if isinstance(cache, Quantised) and self.layout == layout(cache, whole=True):
+            return cache.fitted(self.swapped)
+        raise ValueError(
+            f"the reply comes from a cache with layout {self.layout}; accepted: {' or '.join(layouts(cache))}, as the "
+            "same model, dtype, page and context give"
+        )
 
 
-def layout(cache: Store) -> str:
+def layouts(cache: Store) -> list[str]:
+    """Of caches whose sequences this one takes."""
+    return list(dict.fromkeys([layout(cache), layout(cache, whole=True)]))
+
+
+def layout(cache: Store, whole: bool = False) -> str:
     """A digest of how a sequence is stored: fields, dtypes, entries. How many sequences there is room for is not in
-    it."""
+    it. whole: as it would be without formats."""
+    plain = whole and isinstance(cache, Quantised)
     fields = [
-        (part, f.name, f.per, str(pool.dtype), *pool.shape[1:])
+        (part, f.name, f.per, str(dtype_of(f, cache.dtype) if plain else pool.dtype), *pool.shape[1:])
         for part, declared in cache.fields.items()
         for f, pool in ((f, cache.pools[part][f.name]) for f in declared)
     ]
     depth = None if cache.saves is None else cache.saves.depth
-    whole = [fields, depth, type(cache).__name__, getattr(cache, "format_key", "")]
-    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+    kind = (Paged.__name__, str(cache.dtype)) if plain else (type(cache).__name__, getattr(cache, "format_key", ""))
+    return hashlib.sha256(json.dumps([fields, depth, *kind]).encode()).hexdigest()[:16]
 
 
 def pack(handed: Handed, key: bytes) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from assay.cache import Swapped
 from assay.engine.config import EngineConfig
 from assay.engine.engine import Engine
-from assay.engine.handoff import pack, unpack
+from assay.engine.handoff import layout, layouts, pack, unpack
 from assay.engine.request import Grammar, Request, SamplingParams
 from assay.engine.runner import Runner, Token
 from assay.engine.scheduler import Plan, Scheduler
@@ -110,6 +110,30 @@ def test_keys_in_fewer_bits_go_on_with_the_same_bits(kind: str, bits: str, heard
     assert all(torch.equal(a, b) for a, b in zip(alone, heard, strict=True))
     for engine in (reads, writes):
         empty_rows(engine)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["full-linear", "mla", "full-window"])
+def test_who_goes_on_may_keep_fewer_bits(kind: str, bits: str, heard: list[Tensor]) -> None:
+    """The bits of one engine with such keys that reads the prompt at once: a step sees its own tokens whole."""
+    lm, request = lm_of(kind, torch.float32), asked(40, 12, logprobs=2)
+    stored = Storage(replace(kv_formats(bits, state_table(lm.spec)), residual=4))
+    stays, writes = (Engine(lm, TEXT, PAGES, storage=stored) for _ in range(2))
+    reads = Engine(lm, TEXT, PAGES)
+    _, expected = begun(stays, request)
+    expected += ends(stays)
+    alone = list(heard)
+    heard.clear()
+    number, said = begun(reads, request)
+    handed = reads.hand_over(number)
+    assert layout(reads.runner.cache) in layouts(writes.runner.cache)
+    writes.adopt(unpack(pack(handed, KEY), KEY))
+    said += writes.step()
+    assert writes.runner.cache.report()["quantised_pages"]
+    said += ends(writes)
+    assert words(said) == words(expected)
+    assert all(torch.equal(a, b) for a, b in zip(alone, heard, strict=True))
+    empty_rows(writes)
 
 
 def empty_rows(engine: Engine) -> None:

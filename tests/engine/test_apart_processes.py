@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 
 from assay.cli.main import main
 from assay.engine.apart.cluster import PATIENCE_S, Cluster
-from assay.engine.apart.router import ClusterConfig
+from assay.engine.apart.router import ClusterConfig, Role
 from assay.engine.config import EngineConfig
 from assay.engine.engine import Engine
 from assay.engine.request import Grammar, Request, SamplingParams, Serving
@@ -209,8 +209,15 @@ def test_killing_the_reader_ends_everything_by_name() -> None:
 
 @pytest.mark.slow
 def test_of_two_readers_and_two_decoders_one_may_be_lost() -> None:
-    """A decoder that hangs is noticed, named and killed; the others go on with what they have and what comes."""
-    with cluster(route="apart", prefill=2, decode=2, silence_s=3.0, in_flight=1) as made:
+    """A decoder that hangs is noticed, named and killed; the others go on with what they have and what comes. Who reads
+    takes other chunks than who goes on, and other numbers of sequences."""
+    chunks = PAGES.model_copy(update={"chunk": 8, "budget": 8, "policy": "prefill_first"})
+    makes: dict[Role, Callable[[], Engine]] = {
+        "prefill": partial(engine, KIND, chunks),
+        "decode": partial(engine, KIND, PAGES.model_copy(update={"max_running": 2})),
+    }
+    settings = ClusterConfig(route="apart", prefill=2, decode=2, silence_s=3.0, in_flight=1)
+    with Cluster(makes, lm_of(KIND).spec, TEXT, PAGES, settings) as made:
         requests = [asked(20 + i, 8, sampling=SamplingParams(seed=i)) for i in range(5)]
         alone = [[t.id for t in run(engine(KIND), [request])[0]] for request in requests]
         assert [[t.id for t in said] for said in run(made, requests)] == alone
@@ -239,6 +246,12 @@ def broken() -> Engine:
 def test_what_the_processes_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match="memory: 1 bytes"):
         Cluster(broken, lm_of(KIND).spec, TEXT, PAGES, ClusterConfig(replicas=1))
+    makes: dict[Role, Callable[[], Engine]] = {
+        "prefill": partial(engine, KIND),
+        "decode": partial(engine, KIND, PAGES.model_copy(update={"page": 8})),
+    }
+    with pytest.raises(ValueError, match=r"decode process 1 .* cannot go on with what the prefill process 0"):
+        Cluster(makes, lm_of(KIND).spec, TEXT, PAGES, ClusterConfig(route="apart"))
     with pytest.raises(ValueError, match="accepted: a page size"):
         cluster(PAGES.model_copy(update={"page": None}), route="prefix")
 
@@ -255,13 +268,15 @@ def test_the_server_over_two_processes(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "tiny", tiny(), spoken())
     ask = {**SHORT, "prompt": "a longer prompt", "max_tokens": 12, "ignore_eos": True}
     answers = []
-    for options in ((), ("--apart",), ("--replicas", "2", "--route", "prefix")):
+    ways = ("--prefill", "attention=sdpa", "--prefill", "chunk=5", "--decode", "attention=matmul")
+    two = ("--apart", *ways, "--decode", "max_running=2")
+    for options in ((), two, ("--replicas", "2", "--route", "prefix"), ways):
         served = Process(tmp_path / "tiny", tmp_path / "log", "--threads", "1", *options)
         body = served.client.post("/v1/completions", json=ask).json()
         answers.append(body["choices"][0])
         assert served.client.get("/health").status_code == 200
         pids = children(served.child.pid)
-        assert len(pids) == (2 if options else 0)
+        assert len(pids) == (2 if {"--apart", "--replicas"} & set(options) else 0)
         if "--apart" in options:
             os.kill(pids[-1], signal.SIGKILL)
             assert served.client.post("/v1/completions", json=ask).status_code == 500
@@ -269,7 +284,7 @@ def test_the_server_over_two_processes(tmp_path: Path) -> None:
             assert served.client.post("/v1/completions", json=ask).status_code == 503
         served.end(signal.SIGTERM)
         assert served.status() == 0 and gone(pids, PATIENCE_S)
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[1:] == answers[:1] * 3
 
 
 @pytest.mark.parametrize(
@@ -285,6 +300,14 @@ def test_the_server_over_two_processes(tmp_path: Path) -> None:
             "--cache-bytes: there is no folder that it could bound",
         ),
         (("--kv-dtype", "int3"), "accepted: bf16, int8, int4"),
+        (("--decode", "chunk=8"), "--decode chunk: one process does both; accepted: attention; more with --apart"),
+        (("--prefill", "kv_dtype=int8"), "accepted: attention, chunk, budget; more with --apart"),
+        (("--prefill", "kv-dtype=int8", "--apart"), "accepted: on --decode, or --kv-dtype for both"),
+        (("--decode", "kv_dtype=int8", "--apart", "--kv-dtype", "int8"), "accepted without --kv-dtype"),
+        (("--decode", "kv_dtype=int3", "--apart"), "--decode: kv_dtype: "),
+        (("--decode", "speed=9", "--apart"), "--decode: speed"),
+        (("--prefill", "attention=fast"), "--prefill: attention: "),
+        (("--prefill", "chunk"), "an override is path=value"),
     ],
 )
 def test_what_the_command_refuses(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from assay.cache import PageSize, predict
 from assay.cache.backing import Backing
 from assay.cache.tiers import DiskTier, Tiers
-from assay.engine.config import EngineConfig, cache_size
+from assay.engine.config import Attention, EngineConfig, cache_size
 from assay.engine.engine import Engine
 from assay.engine.request import Request, SamplingParams, Serving
 from assay.engine.runner import Runner, Token
@@ -26,6 +26,7 @@ from assay.model.lm import LM, state_table
 from tests.cache.models import model, tokens
 from tests.engine.test_runner import TEXT, alone
 
+BACKENDS = ("auto", "auto", "matmul", "tiled", "sdpa")
 LAYERS = (("full",), ("full", "window"), ("window", "linear"), ("first", "full", "linear"))
 
 
@@ -64,8 +65,8 @@ CONFIGS = st.builds(
     budget=st.integers(4, 24),
     chunk=st.integers(4, 24),
     policy=st.sampled_from(["chunked", "prefill_first", "static"]),
-    preempt=st.sampled_from(["recompute", "swap"]),
-    reserve=st.sampled_from(["none", "full"]),
+    preempt=st.sampled_from(["recompute", "swap", "never"]),
+    attention=st.builds(Attention, prefill=st.sampled_from(BACKENDS), decode=st.sampled_from(BACKENDS)),
     prefix=st.booleans(),
     border=st.just(1),
     snapshots=st.integers(0, 6),

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -49,6 +49,8 @@ class Seat:
     why: str = ""
     kind: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
+    layout: str = ""  # of what it hands over
+    takes: tuple[str, ...] = ()  # layouts of what it can go on with
     heard: float = float("inf")  # when it last said something; far off until it is ready
 
     @property
@@ -76,11 +78,15 @@ class Live:
 
 
 class Cluster:
-    """`make` builds an engine of these settings, in each process anew: it must be picklable. Close it at the end."""
+    """`make` builds an engine of these settings, in each process anew: it must be picklable. Close it at the end.
+
+    A mapping has one for each role. Who reads may take other chunks, budgets, backends and threads than who goes on,
+    which may keep keys and values in fewer bits. All else that they store must be alike.
+    """
 
     def __init__(
         self,
-        make: Callable[[], Engine],
+        make: Callable[[], Engine] | Mapping[Role, Callable[[], Engine]],
         spec: ModelSpec,
         tokenizer: Tokenizer,
         engine: EngineConfig,
@@ -102,9 +108,12 @@ class Cluster:
         self._lent = Counter[tuple[int, int]]()  # bytes of states under way, by (from, to)
         self._closed = threading.Event()
         key = secrets.token_bytes(32)
-        self.seats = [self._seat(i, Post(role, key, config.in_flight), make) for i, role in enumerate(config.roles)]
+        makes = make if isinstance(make, Mapping) else dict.fromkeys(config.roles, make)
+        posts = [Post(role, key, config.in_flight) for role in config.roles]
+        self.seats = [self._seat(i, post, makes[post.role]) for i, post in enumerate(posts)]
         try:
             self._await_all()
+            self._check_layouts()
         except BaseException:
             self.close()
             raise
@@ -145,7 +154,18 @@ class Cluster:
                 seat.why = message["why"] if message is not None else ""
                 raise RuntimeError(seat.ended())
             seat.stats, self.dtype = message["stats"], message["dtype"]
+            seat.layout, seat.takes = message["layout"], tuple(message["takes"])
             missing.discard(number)
+
+    def _check_layouts(self) -> None:
+        """ValueError where one could not go on with what another has read."""
+        for source in (seat for seat in self.seats if seat.role == "prefill"):
+            for target in (seat for seat in self.seats if seat.role == "decode"):
+                if source.layout not in target.takes:
+                    raise ValueError(
+                        f"{target.name} cannot go on with what {source.name} stores; accepted: the same model, dtype, "
+                        "page and context, and keys and values in fewer bits for those who go on alone"
+                    )
 
     def __enter__(self) -> Self:
         return self

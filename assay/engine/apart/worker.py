@@ -20,7 +20,7 @@ from typing import Any
 from assay.engine.apart import wire
 from assay.engine.apart.router import Role
 from assay.engine.engine import Engine
-from assay.engine.handoff import pack, unpack
+from assay.engine.handoff import layout, layouts, pack, unpack
 from assay.engine.request import Request
 from assay.engine.runner import Token
 from assay.engine.server.memory import Tidy
@@ -182,7 +182,9 @@ def work(pipe: Connection, post: Post, make: Callable[[], Engine]) -> None:
 def _serve(pipe: Connection, post: Post, make: Callable[[], Engine]) -> None:
     try:
         engine = make()
-        wire.put(pipe, {"is": "ready", "stats": engine.stats(), "dtype": str(engine.runner.cache.dtype)})
+        cache = engine.runner.cache
+        stored = {"dtype": str(cache.dtype), "layout": layout(cache), "takes": layouts(cache)}
+        wire.put(pipe, {"is": "ready", "stats": engine.stats(), **stored})
         Worker(pipe, post, engine).serve()
     except (EOFError, ConnectionError):
         raise
