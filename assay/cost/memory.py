@@ -13,7 +13,8 @@ from assay.spec.base import DTYPE_BYTES, PartSpec, Site, Weight
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a run keeps: weights, gradients, AdamW's two moments, and what one piece saves for backward."""
+    """Bytes that a run keeps: weights, gradients, what the optimiser remembers of them (AdamW: two moments), and what
+    one piece saves for backward."""
 
     weights: int
     gradients: int
@@ -39,12 +40,13 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def need_of(table: Mapping[str, Weight], precision: str) -> Need:
-    """What the weights of this table take in training; bfloat16 runs keep copies of weights and gradients."""
+def need_of(table: Mapping[str, Weight], precision: str, moments: int | None = None) -> Need:
+    """What the weights of this table take in training; bfloat16 runs keep copies of weights and gradients. moments:
+    bytes that an optimiser other than AdamW remembers of them."""
     count = sum(w.numel for w in table.values())
     stored = sum(w.numel * DTYPE_BYTES[w.dtype] for w in table.values())
     copies = 2 * count if precision == "bfloat16" else 0
-    return Need(stored + copies, stored + copies, 2 * stored)
+    return Need(stored + copies, stored + copies, 2 * stored if moments is None else moments)
 
 
 def values_saved(part: PartSpec, site: Site) -> int:

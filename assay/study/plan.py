@@ -173,20 +173,24 @@ def _stage(
     )
     recipe, recipe_digest = materials.recipe(study.recipe, recipe_changes)
     if scale != 1.0:
-        scaled = {**recipe_changes, "recipe.tokens": _scaled(recipe["tokens"], scale)}
-        recipe, recipe_digest = materials.recipe(study.recipe, scaled)
+        recipe_changes["recipe.tokens"] = _scaled(recipe["tokens"], scale)
+        recipe, recipe_digest = materials.recipe(study.recipe, recipe_changes)
     arms = [arm for arm in study.all_arms if budget.arms is None or arm in budget.arms or arm == study.base_arm]
     models: dict[str, tuple[Tree, str]] = {}
     tuned: dict[str, int] = {}
+    recipes: dict[str, Tree] = {}
     for arm in arms:
-        own = {**model_changes, **study.all_arms[arm].changes}
+        own, taught = {**model_changes, **study.all_arms[arm].on("model")}, study.all_arms[arm].on("recipe")
         if study.match is not None and models:
-            unmatched = _built(materials, study, own, f"{name}: arm {arm}")
+            unmatched = _named(materials.model, study.base, own, f"{name}: arm {arm}")
             tuned[arm] = matched(study.match, models[study.base_arm][0], study.base, own, materials)
             own[study.match.tune] = tuned[arm]
-        models[arm] = _built(materials, study, own, f"{name}: arm {arm}")
+        models[arm] = _named(materials.model, study.base, own, f"{name}: arm {arm}")
         if arm in tuned and models[arm] == unmatched:
             del tuned[arm]
+        if taught:
+            recipes[arm], digest = _named(materials.recipe, study.recipe, recipe_changes | taught, f"{name}: arm {arm}")
+            models[arm] = models[arm][0], _digest([models[arm][1], digest])
         same = next((a for a in models if a != arm and models[a][1] == models[arm][1]), None)
         if same is not None:
             raise ValueError(
@@ -195,7 +199,7 @@ def _stage(
     base = models[study.base_arm][0]
     tokens = {arm: _tokens(recipe["tokens"], tree, materials) for arm, (tree, _) in models.items()}
     resolved = (base, recipe, recipe_digest, models, tokens, tuned)
-    return Stage(name, study, tuple(arms), *resolved, budget, overrides)
+    return Stage(name, study, tuple(arms), *resolved, budget, overrides, recipes=recipes)
 
 
 def _scaled(tokens: Any, scale: float) -> Any:
@@ -213,9 +217,12 @@ def _tokens(tokens: Any, model: Tree, materials: Materials) -> int:
     return int(tokens["per_param"] * materials.sizes(model)["params"])
 
 
-def _built(materials: Materials, study: StudySpec, changes: Tree, where: str) -> tuple[Tree, str]:
+def _named(
+    made: Callable[[Any, Mapping[str, Any]], tuple[Tree, str]], source: Any, changes: Tree, where: str
+) -> tuple[Tree, str]:
+    """A model or recipe with its digest. ValueError that says whose it is."""
     try:
-        return materials.model(study.base, changes)
+        return made(source, changes)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

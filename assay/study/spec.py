@@ -16,6 +16,8 @@ from assay.study.claims import TRAINING, Test, metrics, parse
 from assay.study.claims import arms as arms_named
 
 BASE_ARM = "base"
+OPEN = ("recipe.optimizer", "recipe.schedule", "recipe.data")
+"""What an arm may change of a recipe: how it is trained, and on what."""
 
 
 def _check_paths(changes: Mapping[str, Any], roots: tuple[str, ...], what: str) -> None:
@@ -30,7 +32,7 @@ class ArmSpec(Spec):
     """One arm: dotted changes to the base model. `role` chooses how many seeds a budget gives it.
 
     In YAML the changes may stand beside the other fields: `gqa: {model.blocks.*.mixer.kv_heads: 2, note: ...}`.
-    A recipe is the same for all arms, so an arm cannot change it.
+    Where training is the question, an arm may change OPEN parts of the recipe; all else is the same for all arms.
     """
 
     title: str = ""
@@ -50,9 +52,16 @@ class ArmSpec(Spec):
         return {**rest, "changes": {**(data.get("changes") or {}), **beside}} if beside else rest
 
     @model_validator(mode="after")
-    def _only_the_model(self) -> Self:
-        _check_paths(self.changes, ("model",), "changes")
+    def _only_what_is_open(self) -> Self:
+        _check_paths(self.changes, ("model", "recipe"), "changes")
+        for path in self.on("recipe"):
+            if ".".join(path.split(".")[:2]) not in OPEN:
+                raise ValueError(f"changes: {path!r}; of the recipe an arm may change {', '.join(OPEN)}")
         return self
+
+    def on(self, root: str) -> dict[str, Any]:
+        """What it changes of the model, or of the recipe."""
+        return {path: value for path, value in self.changes.items() if path.startswith(f"{root}.")}
 
 
 class MetricSpec(Spec):

@@ -99,7 +99,8 @@ class Trial:
 class Stage:
     """One study of the plan, resolved: what the report is told and what verdicts and claims go by.
 
-    rates: the arms' own learning rates, where a sweep has tuned them.
+    rates: the arms' own learning rates, where a sweep has tuned them. recipes: of arms that change it. The digest of
+    such an arm's spec is over both, so that the recipe's stays that of the stage: all else is the same for all arms.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Stage:
     budget: BudgetSpec = field(default_factory=BudgetSpec)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
+    recipes: Mapping[str, Tree] = field(default_factory=dict)
 
     @property
     def court(self) -> Court:
@@ -126,6 +128,14 @@ class Stage:
     def rate(self) -> float:
         """The recipe's own learning rate."""
         return _rate(self.recipe)
+
+    def own_rate(self, arm: str) -> float:
+        """The arm's learning rate: what its sweep found, or what its recipe says."""
+        return self.rates.get(arm, _rate(self.recipes.get(arm, self.recipe)))
+
+    def swept(self, arm: str, rate: float) -> float:
+        """A rate of the sweep, for an arm whose recipe has another rate in proportion."""
+        return rate * _rate(self.recipes[arm]) / self.rate if arm in self.recipes else rate
 
     @property
     def sweep(self) -> SweepSpec | None:
@@ -149,7 +159,7 @@ class Stage:
     def trial(self, arm: str, seed: int, rate: float, use: Use, asked: Iterable[MeasurementSpec] = ()) -> Trial:
         """One run of this stage, for one use."""
         spec, digest = self.models[arm]
-        recipe = apply_changes(self.recipe, {RATE.removeprefix("recipe."): rate})
+        recipe = apply_changes(self.recipes.get(arm, self.recipe), {RATE.removeprefix("recipe."): rate})
         made = tuple((name, m.options) for m in asked for name in m.names)
         return Trial(spec, recipe, digest, self.recipe_digest, seed, (use,), self.tokens[arm], made)
 
@@ -172,7 +182,7 @@ def main_trials(stage: Stage, extra: Sequence[MeasurementSpec] = ()) -> Iterator
             wanted = [*asked, *(extra if arm == stage.study.base_arm else ())]
             made = [m for m in wanted if m.applies(arm, place)]
             use = Use(stage.name, arm, tuple(name for m in made for name in m.names))
-            yield stage.trial(arm, seeds[place], stage.rates.get(arm, stage.rate), use, made)
+            yield stage.trial(arm, seeds[place], stage.own_rate(arm), use, made)
 
 
 def sweep_trials(stage: Stage) -> Iterator[Trial]:
@@ -183,7 +193,7 @@ def sweep_trials(stage: Stage) -> Iterator[Trial]:
         for arm in stage.arms:
             if stage.sweep.arms is None or arm in stage.sweep.arms:
                 for seed in stage.seeds(arm)[: stage.sweep.seeds]:
-                    yield stage.trial(arm, seed, rate, Use(stage.name, arm, sweeps=True))
+                    yield stage.trial(arm, seed, stage.swept(arm, rate), Use(stage.name, arm, sweeps=True))
 
 
 def all_trials(stage: Stage, extra: Sequence[MeasurementSpec] = ()) -> list[Trial]:

@@ -21,8 +21,8 @@ from assay.spec.shard import deal
 from assay.train.evaluate import step_of
 from assay.train.memory import SavedForBackward, available_bytes, loss_piece
 from assay.train.objective import posed
-from assay.train.optim.adamw import adamw, load_state, set_rate, state_tensors
-from assay.train.optim.groups import groups
+from assay.train.optim.adamw import load_state, set_rate, state_tensors
+from assay.train.optim.build import build as build_optimizer
 from assay.train.parallel.mesh import Mesh
 from assay.train.parallel.replicas import local
 from assay.train.parallel.spec import ROWS
@@ -64,7 +64,10 @@ class Learner:
         how = Spread(mesh.spec.sizes, recipe.batch.accumulate)
         self.mesh, self._held = mesh, held(table, deal(spec, how.sizes), how)
         self.spec, self.recipe, self.device = spec, recipe, device
-        need_of(self._held, recipe.precision).check(self.available, "a narrower or shallower model needs less")
+        self._moments = 4 * sum(recipe.optimizer.keeps(table[name], w) for name, w in self._held.items())
+        need_of(self._held, recipe.precision, self._moments).check(
+            self.available, "a narrower or shallower model needs less"
+        )
         if compiled and mesh.processes > 1:
             raise ValueError(f"--compile: compiled steps are for one process; recipe.parallel makes {mesh.processes}")
         self.parameters = sum(w.numel for w in table.values())
@@ -75,7 +78,7 @@ class Learner:
         self.model.to(device)
         # What `shard` gathers is in the precision of the products already.
         self.precision = "float32" if self.team.casts else recipe.precision
-        self.optimizer = adamw(recipe.optimizer, groups(self.model, table))
+        self.optimizer = build_optimizer(recipe.optimizer, self.model, table, self.team)
         mix = [(recipe.mix.passkey, recipe.mix.share)] if recipe.mix.share else []
         self.loader = data.stream(recipe.batch.rows, recipe.batch.length, recipe.seed, mix)
         self.runner = Runner(self.model, self.precision, compiled)
@@ -150,7 +153,7 @@ class Learner:
         rows = -(-self.recipe.batch.rows // self.recipe.batch.accumulate // self.mesh.size(*ROWS))
         one, two = (self._saves(count, rows) for count in (1, 2))
         logits = min(self.options.piece, rows * self.recipe.batch.length * self.spec.vocab)
-        need = need_of(self._held, self.recipe.precision)
+        need = need_of(self._held, self.recipe.precision, self._moments)
         return need.with_activations(rows * (two - one) + LOGIT_BYTES * logits)
 
     @property

@@ -23,6 +23,7 @@ from assay.train.folder import METRICS, Metrics, claim, holds_run, in_use, read_
 from assay.train.interrupt import Interrupt
 from assay.train.learner import Learner, Taken
 from assay.train.objective import posed
+from assay.train.optim.schedule_free import show, shown
 from assay.train.outcome import Diverged, Status, TrainResult
 from assay.train.parallel.mesh import opened, own_device
 from assay.train.precision import resolve
@@ -220,10 +221,11 @@ class Run:
     def save(self) -> None:
         if self.folder is None:
             return
-        weights, (tensors, values) = self.learner.team.weights(), self.learner.state()
-        if self.metrics is not None:
-            values |= {"metrics_bytes": self.metrics.size(), "train_s": self.train_s}
-            save_run(self.folder, weights, Saved(self.step, tensors, values))
+        with shown(self.learner.optimizer):
+            weights, (tensors, values) = self.learner.team.weights(), self.learner.state()
+            if self.metrics is not None:
+                values |= {"metrics_bytes": self.metrics.size(), "train_s": self.train_s}
+                save_run(self.folder, weights, Saved(self.step, tensors, values))
 
     def close(self) -> None:
         if self.metrics is not None:
@@ -255,6 +257,7 @@ class Run:
             self.evaluation = self._evaluate()  # a run that was complete when it was taken up
         if unsaved:
             self.save()
+        show(self.learner.optimizer)
         return self._result()
 
     def _advance(self) -> None:
@@ -302,7 +305,7 @@ class Run:
 
     def _show(self, watch: Callable[[Status, TrainResult], None]) -> None:
         """The run goes on as if nobody had looked."""
-        with torch.random.fork_rng(devices=_cuda(self.learner.device)):
+        with torch.random.fork_rng(devices=_cuda(self.learner.device)), shown(self.learner.optimizer):
             watch(self.status(), self._result())
         self.learner.model.train()
 
@@ -312,7 +315,8 @@ class Run:
         count = max(1, self.recipe.evaluation.tokens // length)
         batch = posed(self.data.held_out(length, count), self.recipe.loss, "validation")
         team = self.learner.team
-        return team.evaluation(tally(self.learner.model, [team.part(batch, even=True)[0]], self.learner.precision))
+        with shown(self.learner.optimizer):
+            return team.evaluation(tally(self.learner.model, [team.part(batch, even=True)[0]], self.learner.precision))
 
     def status(self) -> Status:
         tok_s = self._tok_s()

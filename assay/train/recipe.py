@@ -15,37 +15,13 @@ from assay.data.tasks.passkey import Passkey
 from assay.data.tokenizers import TokenizerSpec
 from assay.spec.base import NestedError, Spec, first_error
 from assay.spec.load import apply_changes, digest, dump, find, read_mapping, validate
+from assay.train.optim.specs import OPTIMIZERS, AdamWSpec, OptimizerSpec
 from assay.train.parallel.spec import ParallelSpec, Recompute
 
 Precision = Literal["auto", "float32", "bfloat16"]
 CORPORA = get_args(CorpusSpec.model_fields["kind"].annotation)
 Share = float
 """A length of the schedule: below 1, a share of the run; from 1 on, a number of steps."""
-
-
-class AdamWSpec(Spec):
-    """AdamW. Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2 (decay times the learning rate, as in torch).
-
-    lr_width: the width that `lr` was found at; a model of another width is given lr * lr_width / d_model, the scaling
-    of muP for hidden matrices (Yang et al. 2022, arXiv 2203.03466, table 3) used for all weights. null: lr as it is.
-    """
-
-    kind: Literal["adamw"] = "adamw"
-    lr: float = Field(4e-3, gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0.0)
-    weight_decay: float = Field(0.1, ge=0.0)
-    lr_width: int | None = Field(64, ge=1)
-
-    @model_validator(mode="after")
-    def _betas_below_one(self) -> Self:
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"betas: {list(self.betas)}; accepted: two numbers from 0 to below 1")
-        return self
-
-    def peak(self, d_model: int) -> float:
-        """The learning rate at the top of the schedule for a model of this width."""
-        return self.lr if self.lr_width is None else self.lr * self.lr_width / d_model
 
 
 class ScheduleSpec(Spec):
@@ -188,7 +164,7 @@ class Recipe(ConductSpec):
 
     data: CorpusSpec | SerializeAsAny[Task] = CorpusSpec()
     tokenizer: TokenizerSpec = TokenizerSpec()
-    optimizer: AdamWSpec = AdamWSpec()
+    optimizer: SerializeAsAny[OptimizerSpec] = AdamWSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     batch: BatchSpec = BatchSpec()
     tokens: int | PerParam = 262_144
@@ -209,6 +185,27 @@ class Recipe(ConductSpec):
             return data_class(value.get("kind")).model_validate(value)
         except ValidationError as error:
             raise NestedError(*first_error(error)) from None
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _by_its_kind(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        kind = value.get("kind", "adamw")
+        if kind not in OPTIMIZERS:
+            raise NestedError(("kind",), f"{kind!r}; accepted: {', '.join(OPTIMIZERS)}")
+        try:
+            return OPTIMIZERS[kind].model_validate(value)
+        except ValidationError as error:
+            raise NestedError(*first_error(error)) from None
+
+    @model_validator(mode="after")
+    def _no_end_in_sight(self) -> Self:
+        if self.optimizer.kind == "schedule_free" and self.schedule.kind != "constant":
+            raise ValueError(
+                f"schedule.kind: {self.schedule.kind}; the optimiser averages in its place: accepted: constant"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_of_a_task(self) -> Self:

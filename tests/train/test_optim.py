@@ -9,7 +9,7 @@ import torch
 from assay.model.lm import build, weight_table
 from assay.train.optim.adamw import adamw, load_state, set_rate, state_tensors
 from assay.train.optim.groups import Group, groups
-from assay.train.recipe import AdamWSpec
+from assay.train.optim.specs import AdamWSpec
 from tests.train.small import model
 
 

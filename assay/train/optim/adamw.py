@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from assay.train.optim.groups import Group
-from assay.train.recipe import AdamWSpec
+from assay.train.optim.specs import AdamWSpec
+from assay.train.parallel.replicas import local
+
+if TYPE_CHECKING:
+    from assay.train.optim.base import Given
 
 FUSED = ("cpu", "cuda", "mps")
+TRAINED = "trained"
+"""State's name for a weight as it is trained, while the model has another one in its place (an average)."""
 
 
 def adamw(spec: AdamWSpec, found: Sequence[Group]) -> torch.optim.AdamW:
@@ -21,6 +28,10 @@ def adamw(spec: AdamWSpec, found: Sequence[Group]) -> torch.optim.AdamW:
         {"params": list(g.parameters.values()), "weight_decay": spec.weight_decay if g.decay else 0.0} for g in found
     ]
     return torch.optim.AdamW(settings, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
+
+
+def build(spec: AdamWSpec, given: Given) -> torch.optim.Optimizer:
+    return adamw(spec, given.groups)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -37,6 +48,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     }
 
 
+@torch.no_grad()
 def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `state_tensors` gave. ValueError for a weight that the model lacks, or one of another shape."""
     parameters = dict(model.named_parameters())
@@ -45,8 +57,12 @@ def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapp
         if name not in parameters:
             raise ValueError(f"state of {name!r}, which is no weight of this model")
         parameter = parameters[name]
-        if tensor.numel() != 1 and tensor.shape != parameter.shape:
+        if tensor.dim() == parameter.dim() and tensor.shape != parameter.shape:
             raise ValueError(f"{key}: shape {list(tensor.shape)}, the weight has {list(parameter.shape)}")
-        # The fused kernel counts its steps on the device, the others on the host.
-        place = parameter.device if tensor.numel() != 1 or optimizer.defaults.get("fused") else tensor.device
+        if what == TRAINED:
+            local(parameter).copy_(local(tensor))
+            continue
+        # Numbers stay on the host, but for the steps that the fused kernel counts.
+        on_host = tensor.dim() == 0 != parameter.dim() and not (what == "step" and optimizer.defaults.get("fused"))
+        place = tensor.device if on_host else parameter.device
         optimizer.state[parameter][what] = tensor.to(place, copy=True)

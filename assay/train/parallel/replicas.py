@@ -78,6 +78,24 @@ def gathered(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def all_rows(held: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
+    """The whole of what processes hold parts of as they do of this parameter: its rows, one process's after another's,
+    as many for each but the last ones."""
+    if not isinstance(parameter, DTensor):
+        return held
+    most = -(-parameter.shape[0] // mesh.size("shard"))
+    padded = torch.cat([held, held.new_zeros(most - held.shape[0], *held.shape[1:])])
+    return mesh.comm.all_gather(padded, mesh.group("shard")).flatten(0, 1)[: parameter.shape[0]]
+
+
+def own_rows(whole: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
+    """This process's part of what `all_rows` returned."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    most = -(-parameter.shape[0] // mesh.size("shard"))
+    return whole[most * mesh.rank("shard") : most * (mesh.rank("shard") + 1)]
+
+
 def like(whole: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor as the parameter is held: this process's part of it where that is cut along `shard`."""
     if not isinstance(parameter, DTensor):

@@ -169,6 +169,20 @@ class Team:
         """The whole weight or moment, from everybody's part; all processes have to ask."""
         return joined(replicas.gathered(held), self.deal.cuts.get(name), self.mesh)
 
+    def assembled(self, name: str, held: Tensor, dims: int) -> Tensor:
+        """All of what processes hold of a tensor that is cut as this weight is; of one with more dimensions than
+        `dims`, only along the last `dims`. Within an optimiser's step: every process asks, and it is counted."""
+        first, cut = held.dim() - dims, self.deal.cuts.get(name)
+        if first <= 0:
+            held = replicas.all_rows(held, self.parameters[name], self.mesh)
+        return joined(held, cut if cut is not None and cut.dim >= first else None, self.mesh)
+
+    def piece(self, name: str, whole: Tensor, dims: int) -> Tensor:
+        """This process's part of what `assembled` returned."""
+        first, cut = whole.dim() - dims, self.deal.cuts.get(name)
+        own = mine(whole, cut if cut is not None and cut.dim >= first else None, self.mesh)
+        return replicas.own_rows(own, self.parameters[name], self.mesh) if first <= 0 else own
+
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """The whole weights on the host of the first process; elsewhere nothing. All processes have to ask."""

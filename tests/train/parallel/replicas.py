@@ -54,6 +54,13 @@ MODELS: dict[str, ModelSpec] = {
 }  # fmt: skip
 
 HYBRID = MODELS["hybrid"]
+OPTIMIZED: dict[str, dict[str, Any]] = {
+    "data2": {"data": 2, "kinds": ["muon"]},
+    "shard2": {"shard": 2, "kinds": ["muon", "lion", "adafactor", "schedule_free"]},
+    "tensor2": {"tensor": 2, "kinds": ["muon", "adafactor"]},
+    "expert2": {"expert": 2, "kinds": ["muon", "adafactor"]},
+}
+"""Which optimisers are tried on which layouts of two processes."""
 
 
 def how(**changes: Any) -> Recipe:
@@ -76,7 +83,7 @@ def made(spec: ModelSpec, mesh: Mesh | None, dtype: torch.dtype = torch.float64,
 def steps(one: Learner, count: int = STEPS, first: int = 0) -> Found:
     """Losses and norms of the steps, then the whole weights and the optimiser's state."""
     taken = [one.step(number, 8) for number in range(first, first + count)]
-    state = {f"state/{name}": t for name, t in one.state()[0].items() if not name.startswith("rng")}
+    state = {f"state/{name}": t.clone() for name, t in one.state()[0].items() if not name.startswith("rng")}
     found: dict[str, Tensor] = {
         "loss": torch.stack([t.loss for t in taken]),
         "norm": torch.stack([t.norm for t in taken]),
@@ -107,11 +114,43 @@ def everything(rank: int, processes: int) -> Found:
         for kind in kinds(name):
             dtype = torch.float32 if kind == "float32" else torch.float64
             found |= under(f"{name}/{kind}", steps(made(MODELS.get(kind, MODELS["moe"]), mesh, dtype)))
+    found |= optimized() if processes == 2 else {}
     found |= sizes(rank, processes) | under("dealt", dealt(processes))
     one = made(HYBRID, split(processes), torch.float32)
     found |= under("saved", steps(one, 3))
     save(one, folder() / f"on{processes}")
     return found | under("resumed", resumed(rank, processes))
+
+
+def by(kind: str, mesh: Mesh | None) -> Learner:
+    """With this optimiser, a mixture of experts."""
+    constant = {"schedule": {"kind": "constant"}} if kind == "schedule_free" else {}
+    return made(MODELS["moe"], mesh, optimizer={"kind": kind}, **constant)
+
+
+def optimized() -> Found:
+    """Steps with other optimisers than AdamW, and the bytes that a step of Muon gathers."""
+    found: Found = {}
+    for layout, how in OPTIMIZED.items():
+        mesh = mesh_of(**{axis: n for axis, n in how.items() if axis != "kinds"})
+        for kind in how["kinds"]:
+            one = by(kind, mesh)
+            found |= under(f"{layout}/{kind}", steps(one))
+            if kind == "muon":
+                found |= under(f"gathered/{layout}", gathered_by(one))
+    turned = by("soap", mesh_of(data=2))
+    found["soap:loss"] = steps(turned)["loss"]
+    found["soap:held"] = torch.cat([p.detach().flatten() for p in turned.model.parameters()])
+    return found
+
+
+def gathered_by(one: Learner) -> Found:
+    """What the optimiser alone sends, when every weight has a gradient."""
+    for p in one.team.parameters.values():
+        p.grad = torch.zeros_like(p)
+    one.mesh.comm.reset()
+    one.optimizer.step()
+    return {kind: torch.tensor(size) for kind, size in one.mesh.comm.sent.items()}
 
 
 def dealt(processes: int) -> Found:

@@ -11,9 +11,12 @@ import torch
 
 from assay.cost.bill import Question, Sheet
 from assay.cost.parallel import Share, Spread, share
+from assay.model.lm import weight_table
+from assay.spec.shard import deal
 from assay.train.checkpoint import read_run, stored_weights
+from assay.train.optim.specs import OPTIMIZERS, is_hidden
 from tests.train.parallel.plans import Found, together
-from tests.train.parallel.replicas import HYBRID, LAYOUTS, MODELS, kinds, made, resumed, save, steps
+from tests.train.parallel.replicas import HYBRID, LAYOUTS, MODELS, OPTIMIZED, by, kinds, made, resumed, save, steps
 
 FOUR = ["data4", "data2-shard2"]
 
@@ -48,10 +51,16 @@ def four(place: Path) -> list[Found]:
     return together("tests.train.parallel.replicas:everything", 4, 300.0)
 
 
+@lru_cache(maxsize=8)
+def alone_by(optimizer: str) -> Found:
+    return steps(by(optimizer, None))
+
+
 def compare(found: Found, case: str) -> None:
     kind = case.rpartition("/")[2]
     own = {name.removeprefix(f"{case}:"): t for name, t in found.items() if name.startswith(f"{case}:")}
-    want, margin = alone(kind), 1e-5 if kind == "float32" else 1e-10
+    want = alone_by(kind) if kind in OPTIMIZERS else alone(kind)
+    margin = 1e-5 if kind == "float32" else 1e-10
     assert own.keys() == want.keys()
     for name, t in want.items():
         torch.testing.assert_close(own[name], t, rtol=margin, atol=margin, msg=lambda m, n=name: f"{case} {n}: {m}")
@@ -61,6 +70,33 @@ def compare(found: Found, case: str) -> None:
 def test_two_processes_compute_what_one_computes(two: list[Found], layout: str, kind: str) -> None:
     compare(two[0], f"{layout}/{kind}")
     assert torch.equal(two[0][f"{layout}/{kind}:loss"], two[1][f"{layout}/{kind}:loss"])
+
+
+@pytest.mark.parametrize(("layout", "kind"), [(name, kind) for name, how in OPTIMIZED.items() for kind in how["kinds"]])
+def test_two_processes_optimise_as_one_does(two: list[Found], layout: str, kind: str) -> None:
+    compare(two[0], f"{layout}/{kind}")
+
+
+def test_processes_with_soap_stay_together(two: list[Found]) -> None:
+    """To the bit, as their gradients do. With one process they agree less: where two eigenvalues are alike, as of an
+    expert that few tokens chose, any basis of theirs will do, and rounding picks one."""
+    assert torch.equal(two[0]["soap:held"], two[1]["soap:held"])
+    torch.testing.assert_close(two[0]["soap:loss"], alone_by("soap")["loss"], rtol=1e-3, atol=0)
+
+
+def test_what_muon_gathers_is_the_hidden_matrices_that_are_cut(two: list[Found]) -> None:
+    """Half of each on two processes, in float64. Of experts, that are cut by expert, nothing."""
+    table = weight_table(MODELS["moe"])
+    hidden = {name: w for name, w in table.items() if is_hidden(w)}
+    cuts = deal(MODELS["moe"], {"tensor": 2}).cuts
+    want = {
+        "data2": 0,
+        "shard2": sum(w.numel for w in hidden.values() if len(w.shape) == 2) * 8 // 2,
+        "tensor2": sum(w.numel for name, w in hidden.items() if name in cuts) * 8 // 2,
+        "expert2": 0,
+    }
+    for layout, size in want.items():
+        assert int(two[0].get(f"gathered/{layout}:all_gather", torch.tensor(0))) == size, layout
 
 
 @pytest.mark.slow
