@@ -14,7 +14,7 @@ from assay.cache import Cache, Paged, PageSize, Size, Slot, Swapped
 from assay.cache.coded import Quantised
 from assay.cache.size import Fields
 from assay.engine import steady
-from assay.engine.config import position_limit
+from assay.engine.config import Attention, position_limit
 from assay.engine.storage import Storage
 from assay.engine.tapes import Tapes
 from assay.model.lm import LM, Output, state_table
@@ -138,8 +138,15 @@ def made(fields: Fields, size: Size | PageSize, weight: Tensor, storage: Storage
 class Runner:
     """A model, its cache, and the horizon of each open sequence. Puts the model into evaluation mode."""
 
-    def __init__(self, model: LM, size: Size | PageSize, storage: Storage | None = None) -> None:
+    def __init__(
+        self,
+        model: LM,
+        size: Size | PageSize,
+        storage: Storage | None = None,
+        attention: Attention | None = None,
+    ) -> None:
         check_continues(model.spec)
+        self.attention = attention or Attention()
         weight = next(model.parameters())
         self.model, self.device = model.eval(), weight.device
         if self.device.type == "cpu":
@@ -238,7 +245,7 @@ class Runner:
             groups.setdefault(len(one.ids), []).append(one)
         pieces, first = [], 0
         for length in sorted(groups):
-            step = self._grid(groups[length]).with_(listen=listen)
+            step = self.grid(groups[length]).with_(listen=listen)
             pieces.append(Piece(first, step, self.cache.begin([w.slot for w in groups[length]], step)))
             first += step.tokens
         if len(pieces) == 1:
@@ -251,14 +258,15 @@ class Runner:
             self.sources.pop(one.slot, None)
         return out
 
-    def _grid(self, group: Sequence[Work]) -> Step:
-        """Works of one length as the rows of a grid."""
+    def grid(self, group: Sequence[Work]) -> Step:
+        """Works of one length as the rows of a grid. One token goes the way of replies, more that of prompts."""
         past = [self.cache.length(w.slot) for w in group]
         step = right_padded([w.ids for w in group], past, [self.horizons[w.slot] for w in group], self.device)
         if not all(w.emit for w in group):
             assert step.emit is not None
             step = step.with_(emit=step.emit[[i for i, w in enumerate(group) if w.emit]])
-        return step.with_(encode=self._unread([w.slot for w in group]))
+        backend = self.attention.decode if step.longest == 1 else self.attention.prefill
+        return step.with_(encode=self._unread([w.slot for w in group]), attention=backend)
 
     def _unread(self, slots: Sequence[Slot]) -> Step | None:
         """The sources that the encoder has yet to read; None where it has read them all."""
