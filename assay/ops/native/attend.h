@@ -2,11 +2,27 @@
 // into pieces that are merged at the end: Dao et al. 2023, Flash-Decoding; in pages: Kwon et al. 2023, arXiv 2309.06180.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "vectors.h"
 
 namespace {
 
+// As `load`, which GCC makes six instructions of for halves.
+inline Vec wide(const float* p) { return load(p); }
+inline Vec wide(const uint16_t* p) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(bits, 16));
+#else
+  return load(p);
+#endif
+}
+
 constexpr long PIECE = 64;  // keys of a piece: fixed, so that the order of a sum never changes
+constexpr long AHEAD = 16;  // entries that are asked for before they are wanted: heads lie in rows that no prefetcher guesses
 constexpr long WIDEST = 256;  // dimensions of a head
 
 // Keys or values in pages [_, page, groups, size]; strides of pages, entries and groups in elements (of the size: 1).
@@ -71,9 +87,10 @@ void products(const float* q, const T* k, long step, long count, long size, floa
   Vec sums[H][LANES];
   for (long n = 0; n < count; n++) {
     const T* row = k + n * step;
+    for (long j = 0; j < width * LANES; j += 64 / sizeof(T)) __builtin_prefetch(row + AHEAD * step + j);
     Vec sum[H] = {};
     for (long j = 0; j < width; j++) {
-      const Vec key = load(row + j * LANES);
+      const Vec key = wide(row + j * LANES);
       for (int h = 0; h < H; h++) sum[h] += load(q + h * size + j * LANES) * key;
     }
     for (int h = 0; h < H; h++) sums[h][n] = sum[h];
@@ -93,11 +110,13 @@ void mixture(const float* z, const uint8_t* seen, const T* v, long step, long co
   for (int h = 0; h < H; h++)
     for (long j = 0; j < vectors; j++) own[h][j] = load(acc + h * apart + j * LANES);
   for (long i = 0; i < count; i++, v += step)
-    if (seen[i])
+    if (seen[i]) {
+      for (long j = 0; j < vectors * LANES; j += 64 / sizeof(T)) __builtin_prefetch(v + AHEAD * step + j);
       for (long j = 0; j < vectors; j++) {
-        const Vec value = load(v + j * LANES);
+        const Vec value = wide(v + j * LANES);
         for (int h = 0; h < H; h++) own[h][j] += z[h * PIECE + i] * value;
       }
+    }
   for (int h = 0; h < H; h++)
     for (long j = 0; j < vectors; j++) *reinterpret_cast<Loose*>(acc + h * apart + j * LANES) = own[h][j];
 }
