@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from assay.ops.attend import decode, gathered, invariant, matmul, oracle, sdpa, tiled
+from assay.ops.attend.apart import Apart
 from assay.ops.attend.call import Call
 from assay.ops.attend.plan import BACKENDS, Plan, materialised
 from assay.ops.attend.plan import gathered as in_parts
@@ -91,6 +92,8 @@ def attend(
     names a backend that cannot serve these scores. What it looks at is published `here`, for who asks by name. In
     inference under `torch.use_deterministic_algorithms` a token's bits follow from its own sequence alone."""
     if here is None or not here.listen:
+        if isinstance(view, Apart) and (whole := view.attended(q, step, sees, scores, made)) is not None:
+            return whole
         if invariant.asked():
             return invariant.run(q, view, step, sees, scores, made)
         found = decode.run(q, view, scores, made)

@@ -1,8 +1,8 @@
 """Context parallelism: every rank has some columns of each row, and the state between parts is what crosses.
 
 Attention: keys and values (or whatever a part appends) are gathered from all ranks before they are read, and their
-gradients go back by a sum (Llama Team 2024, arXiv 2407.21783, section 3.3.2): the bytes of a ring of pieces (Liu et
-al. 2023, arXiv 2310.01889), with every mask, selector and packed document, since only layouts decide what is seen.
+gradients go back by a sum (Llama Team 2024, arXiv 2407.21783, section 3.3.2), with every mask, selector and packed
+document, since only layouts decide what is seen; or they go from rank to rank (`ring`).
 Recurrences: the state behind a rank's columns goes on to the next rank. Parts know neither: both are
 `State`s (`assay.ops.state`).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from assay.spec.model import ModelSpec
 from assay.train.parallel.exchange import Line, gathered
 from assay.train.parallel.mesh import Mesh
 from assay.train.parallel.plan import refuse_dropout
+from assay.train.parallel.ring import Around, Joined, Ring
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Now:
     last: Tensor
     goes_on: Tensor
     loose: list[Tensor]
+    around: Around | None = None
 
 
 def narrowed(step: Step, targets: Tensor | None, columns: Columns, rank: int, order: bool) -> Now:
@@ -150,6 +153,13 @@ class Spread:
         return self.now.layout
 
     def append(self, step: Step, **new: Tensor) -> View:
+        """With `ring`, what attention reads as it is stored goes from rank to rank; else all is gathered here."""
+        if self.now.around is None:
+            return View(self._gathered(step, new), self.now.layout)
+        joined = Joined(tuple(new), partial(self._gathered, step, new))
+        return Ring(joined, self.now.layout, new, self.line, self.now.around)
+
+    def _gathered(self, step: Step, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One exchange for all fields: their entries side by side."""
         assert step.grid is not None
         rows, own = step.grid
@@ -157,8 +167,7 @@ class Spread:
         every = gathered(flat, self.line).view(self.line.ranks, rows, own, -1)
         every = every.transpose(0, 1).reshape(rows, self.line.ranks * own, -1).index_select(1, self.now.back)
         cut = every.split([x[0].numel() for x in new.values()], -1)
-        fields = {n: c.view(*c.shape[:2], *x.shape[1:]) for (n, x), c in zip(new.items(), cut, strict=True)}
-        return View(fields, self.now.layout)
+        return {n: c.view(*c.shape[:2], *x.shape[1:]) for (n, x), c in zip(new.items(), cut, strict=True)}
 
     def view(self, step: Step) -> View:
         raise ValueError("cross-attention has a memory: parallel.context=1 is accepted")
@@ -210,8 +219,8 @@ class Spread:
 class Context:
     """Narrows what a model is called with, gives its parts their states, and puts its logits together."""
 
-    def __init__(self, line: Line, fields: Mapping[str, tuple[StateField, ...]]) -> None:
-        self.line, self.fields = line, fields
+    def __init__(self, line: Line, fields: Mapping[str, tuple[StateField, ...]], ring: bool) -> None:
+        self.line, self.fields, self.ring = line, fields, ring
         self.order = any(f.per == "sequence" for group in fields.values() for f in group)
         self._now: Now | None = None
 
@@ -223,7 +232,8 @@ class Context:
     def enter(self, module: object, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         step, *rest = args
         columns = Columns.of(step.grid[1], self.line.ranks, not self.order)
-        self._now = narrowed(step, given.get("targets"), columns, self.line.rank, self.order)
+        now = narrowed(step, given.get("targets"), columns, self.line.rank, self.order)
+        self._now = replace(now, around=Around.of(now.layout, columns.places)) if self.ring else now
         return (self._now.step, *rest), {**given, "targets": self._now.targets}
 
     def leave(self, module: object, args: Any, given: Any, out: Output) -> Output:
@@ -256,7 +266,7 @@ def apply(model: LM, mesh: Mesh) -> None:
     rank's tokens, and what it returns as logits is of all."""
     refuse(model.spec, mesh.size("context"))
     assert isinstance(model.blank, Forgetting)
-    plan = Context(Line.of(mesh, "context"), model.blank.fields)
+    plan = Context(Line.of(mesh, "context"), model.blank.fields, mesh.spec.ring)
     model.blank = plan
     model.register_forward_pre_hook(plan.enter, with_kwargs=True)
     model.register_forward_hook(plan.leave, with_kwargs=True)

@@ -25,7 +25,8 @@ class ParallelSpec(Spec):
     data: each has all weights and some rows. shard: weights, gradients and moments are cut as well, and gathered for
     each block (ZeRO-3: Rajbhandari et al. 2020, arXiv 1910.02054). tensor: cuts the products inside a part (Shoeybi et
     al. 2019, arXiv 1909.08053); sequence: and the tokens between them (Korthikanti et al. 2022, arXiv 2205.05198).
-    expert: experts. context: the tokens of a row (Liu et al. 2023, arXiv 2310.01889). pipeline: layers.
+    expert: experts. context: the tokens of a row; ring: their keys and values go from rank to rank and are not gathered
+    (Liu et al. 2023, arXiv 2310.01889). pipeline: layers.
     timeout_s: how long a process waits for another one before it gives up.
     """
 
@@ -36,12 +37,15 @@ class ParallelSpec(Spec):
     context: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     sequence: bool = False
+    ring: bool = False
     timeout_s: float = Field(60.0, gt=0.0)
 
     @model_validator(mode="after")
     def _something_to_spread_over(self) -> Self:
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence: true spreads tokens over the ranks of `tensor`, which is 1; accepted: false")
+        if self.ring and self.context == 1:
+            raise ValueError("ring: true passes keys round the ranks of `context`, which is 1; accepted: false")
         return self
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 from assay.model.lm import LM
 from assay.ops.sees import Sees
 from assay.train.evaluate import step_of
+from assay.train.memory import SavedForBackward
 from assay.train.parallel import context
 from assay.train.parallel.context import Columns
 from assay.train.parallel.mesh import Mesh
@@ -42,6 +43,10 @@ MIXERS = {
 }
 MODELS = {name: model(mixer) for name, mixer in MIXERS.items()} | {
     "hybrid": model(GQA, blocks={"a": {"mixer": GQA}, "d": {"mixer": MIXERS["gated_deltanet"]}}, pattern=["d", "a"]),
+    "biased": model(
+        {"kind": "gqa", "heads": 4, "position": "t"},
+        positions={"t": {"kind": "t5", "heads": 4, "buckets": 8, "max_distance": 12}},
+    ),
     "learned": model(
         {"kind": "gqa", "heads": 2}, positions={"p": {"kind": "learned"}}, head={"kind": "lm", "tie": True}
     ),
@@ -79,6 +84,44 @@ def cases(rank: int, processes: int) -> Found:
     return found
 
 
+RINGS = {2: ("gqa", "window", "biased"), 4: ("gqa", "window", "mla", "blocks", "hybrid", "learned", "biased")}
+"""By the number of ranks; two run every day."""
+
+
+def rings(rank: int, processes: int) -> Found:
+    """The same with `ring`, and what one call of a layer sends."""
+    found: Found = {}
+    mesh = mesh_of(context=processes, ring=True)
+    for name in RINGS[processes]:
+        made = built(MODELS[name])
+        context.apply(made, mesh)
+        losses, made = steps(made, mesh)
+        found |= {f"{name}/losses": losses} | {f"{name}/w/{n}": p.detach() for n, p in made.named_parameters()}
+    found["sent"] = torch.tensor(sent_by_a_step(mesh))
+    found["saved"] = torch.tensor([saved_by_a_step(mesh), saved_by_a_step(mesh_of(context=processes))])
+    return found
+
+
+def saved_by_a_step(mesh: Mesh) -> int:
+    """Bytes kept for the backward pass."""
+    made, read = built(MODELS["window"]), batch(0)
+    context.apply(made, mesh)
+    with SavedForBackward(made) as saved:
+        made(step_of(read), targets=read.targets)
+    return saved.bytes
+
+
+def sent_by_a_step(mesh: Mesh) -> list[int]:
+    """Forward, and in all; bytes that were gathered or summed."""
+    made, read = built(MODELS["window"]), batch(0)
+    context.apply(made, mesh)
+    mesh.comm.reset()
+    loss = made(step_of(read), targets=read.targets).loss["objective"]
+    forward = mesh.comm.sent["send"]
+    loss.backward()
+    return [forward, mesh.comm.sent["send"], mesh.comm.sent["all_gather"] + mesh.comm.sent["reduce_scatter"]]
+
+
 @pytest.fixture(scope="module")
 def found() -> list[Found]:
     return together("tests.train.parallel.test_plans_context:cases", 2)
@@ -94,6 +137,34 @@ def test_two_ranks_learn_what_one_process_learns(found: list[Found], name: str) 
     for rank in found:
         torch.testing.assert_close(rank[f"{name}/logits"], logits, rtol=1e-10, atol=1e-10)
     alike(found, name, losses, made, 1e-9)
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def rounds(request: pytest.FixtureRequest) -> list[Found]:
+    return together("tests.train.parallel.test_plans_context:rings", request.param)
+
+
+def test_a_ring_learns_what_one_process_learns(rounds: list[Found]) -> None:
+    for name in RINGS[len(rounds)]:
+        losses, made = steps(built(MODELS[name]), None)
+        alike(rounds, name, losses, made, 1e-9)
+
+
+def test_a_ring_sends_a_block_a_round_and_its_gradient_home(rounds: list[Found]) -> None:
+    """Two rows of 16 / n tokens, two key heads of 4 for keys and for values, in float64; two layers."""
+    n = len(rounds)
+    block = 2 * (16 // n) * 2 * (2 * 4) * 8
+    for rank in rounds:
+        assert rank["sent"].tolist() == [2 * (n - 1) * block, 2 * (3 * n - 2) * block, 0]
+
+
+def test_a_ring_keeps_no_scores_and_no_others_keys(rounds: list[Found]) -> None:
+    """At least, of two layers, the square of scores of two rows and four heads."""
+    n = len(rounds)
+    scores = 2 * 2 * 4 * (16 // n) * 16 * 8
+    for rank in rounds:
+        ring, gathered = rank["saved"].tolist()
+        assert ring < gathered - scores
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
