@@ -140,7 +140,8 @@ KINDS = {  # how a title begins, and the kind of all its mixers; the longest tha
     "Attention": "gqa", "Window of": "gqa", "Strided": "gqa", "Linear": "linear", "RetNet": "retnet", "GLA": "gla",
     "DeltaNet": "deltanet", "DeltaProduct": "deltanet", "Gated DeltaNet": "gated_deltanet", "Mamba": "mamba",
     "Kimi Delta Attention": "kda", "RWKV-7": "rwkv7", "Mamba-2": "mamba2", "RG-LRU": "rglru", "minGRU": "mingru",
-    "LSTM": "lstm", "Gated convolution": "gated_conv",
+    "LSTM": "lstm", "Gated convolution": "gated_conv", "Contextual positions": "cope",
+    "Relative keys and values": "relative_values", "Value residual": "value_residual",
 }  # fmt: skip
 NUMBERS: dict[str, Callable[[Any], Any]] = {  # a number in a title, and the field that has it
     r"Window of (\d+)": lambda m: m.sees.window,

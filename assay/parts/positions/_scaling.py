@@ -233,8 +233,53 @@ class ProportionalScaling(Scaling):
         return torch.where(turns, inv, torch.zeros_like(inv))
 
 
+class PowerScaling(Scaling):
+    """theta_i (1 - 2i / dim)^exponent: low frequencies are lowered most, the lowest nearly to zero, the highest stays.
+
+    Pal et al. 2023 (Giraffe), arXiv 2308.10882, section 3.3. Made for a model that is then tuned, or trained, with it.
+    """
+
+    kind: Literal["power"]
+    exponent: float = Field(default=0.1, gt=0.0)
+
+    def frequencies(self, theta: float, inv: Tensor, horizon: Tensor) -> Tensor:
+        pairs = torch.arange(inv.shape[-1], dtype=inv.dtype, device=inv.device)
+        return inv * (1 - pairs / inv.shape[-1]) ** self.exponent
+
+
+class TruncatedScaling(Scaling):
+    """Frequencies (radians a token) from `high` on stay, those up to `low` are 0, those between become `between`.
+
+    Pal et al. 2023 (Giraffe), arXiv 2308.10882, section 3.3: pairs that never complete a turn in training stand
+    still, and all angles of the others have been seen. A sensible `high` is 2 pi over the training length.
+    """
+
+    kind: Literal["truncated"]
+    low: float = Field(ge=0.0)
+    high: float = Field(gt=0.0)
+    between: float = Field(ge=0.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"`high` ({self.high}) is not above `low` ({self.low})")
+        return self
+
+    def frequencies(self, theta: float, inv: Tensor, horizon: Tensor) -> Tensor:
+        below = torch.where(inv <= self.low, torch.zeros_like(inv), torch.full_like(inv, self.between))
+        return torch.where(inv >= self.high, inv, below)
+
+
 AnyScaling = Annotated[
-    LinearScaling | NtkScaling | DynamicScaling | YarnScaling | Llama3Scaling | LongRopeScaling | ProportionalScaling,
+    LinearScaling
+    | NtkScaling
+    | DynamicScaling
+    | YarnScaling
+    | Llama3Scaling
+    | LongRopeScaling
+    | ProportionalScaling
+    | PowerScaling
+    | TruncatedScaling,
     Field(discriminator="kind"),
 ]
 

@@ -25,7 +25,9 @@ from assay.parts.positions._scaling import (
     Llama3Scaling,
     LongRopeScaling,
     NtkScaling,
+    PowerScaling,
     ProportionalScaling,
+    TruncatedScaling,
     YarnScaling,
     inverse,
 )
@@ -97,6 +99,8 @@ class Rope(PositionSpec):
         yield cls(
             dim=4, scaling=LongRopeScaling(kind="longrope", short=(1.0, 1.5), long=(2.0, 5.0), original=8, factor=4.0)
         )
+        yield cls(scaling=PowerScaling(kind="power", exponent=0.4))
+        yield cls(scaling=TruncatedScaling(kind="truncated", low=0.005, high=0.05, between=0.02))
 
 
 class Turns(NamedTuple):
@@ -267,6 +271,10 @@ def _reference_pair(theta: float, dim: int, i: int, s: Any, length: int) -> tupl
         return (plain if i < int(s.share * (dim // 2)) else 0.0), 1.0
     if s.kind == "linear":
         return plain / s.factor, 1.0
+    if s.kind == "power":
+        return plain * (1 - 2 * i / dim) ** s.exponent, 1.0
+    if s.kind == "truncated":
+        return (plain if plain >= s.high else 0.0 if plain <= s.low else s.between), 1.0
     if s.kind in ("ntk", "dynamic"):
         scale = s.factor if s.kind == "ntk" else max(1.0, s.factor * length / s.original - (s.factor - 1))
         return 1.0 / (theta * scale ** (dim / (dim - 2))) ** (2 * i / dim), 1.0

@@ -116,6 +116,23 @@ def test_yarn_parts() -> None:
     assert rope(**MINE_YARN).scaling.gain == pytest.approx(0.1 * math.log(8) + 1)  # type: ignore[union-attr]
 
 
+def test_giraffe_power_lowers_the_low_frequencies() -> None:
+    """The ratio to plain RoPE is (1 - 2i / dim)^k: 1 for the first pair and (2 / dim)^k for the last."""
+    ratio = frequencies(rope(kind="power", exponent=0.5)) / frequencies(rope())
+    assert float(ratio[0]) == 1.0 and float(ratio[DIM // 4]) == pytest.approx(0.5**0.5)
+    assert float(ratio[-1]) == pytest.approx((2 / DIM) ** 0.5)
+
+
+def test_giraffe_truncated_leaves_complete_turns_alone() -> None:
+    """What completes a turn in training stays, what is slower stands still or turns as it is told."""
+    high, low = 2 * math.pi / TRAINED, 2 * math.pi / (8 * TRAINED)
+    plain, cut = frequencies(rope()), frequencies(rope(kind="truncated", low=low, high=high, between=0.001))
+    kept, still = plain >= high, plain <= low
+    assert bool(kept.any()) and bool(still.any()) and not bool((kept | still).all())
+    assert torch.equal(cut[kept], plain[kept]) and not bool(cut[still].any())
+    assert set(cut[~kept & ~still].tolist()) == {0.001}
+
+
 def test_the_gain_scales_cos_and_sin() -> None:
     q = torch.randn(1, 1, 5, DIM, dtype=torch.float64)
     mine, _ = apply_rope(q, q, torch.arange(5), scaling=MINE_YARN)  # type: ignore[arg-type]
