@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,32 +11,76 @@ from jaxtyping import Float
 from torch import Tensor
 
 from assay.ops.lanes import Lanes
-from assay.ops.native import serving
+from assay.ops.native import Kernels, serving
+from assay.ops.native.scans import Act, Ends
+from assay.ops.precision import high
+from assay.ops.state import Rows
+
+PLAIN = Act()
 
 
 def short_conv(
     x: Float[Tensor, "L T C"],
     weight: Float[Tensor, "C K"],
     bias: Float[Tensor, "C"] | None,
-    past: Float[Tensor, "L K1 C"],
+    past: Float[Tensor, "L K1 C"] | Rows,
     lanes: Lanes,
-    silu: bool = False,
+    act: Act = PLAIN,
 ) -> tuple[Float[Tensor, "L T C"], Float[Tensor, "L K1 C"]]:
-    """y_t = sum_j w_j x_(t - K + 1 + j), K - 1 earlier inputs in `past`, then SiLU where asked; and the inputs at the
-    lane's end.
+    """y_t = sum_j w_j x_(t - K + 1 + j), K - 1 earlier inputs in `past`; and those at the lane's end.
 
     The last tap is on the token itself, as in torch's Conv1d with padding on the left. Nothing crosses from one
     document of a lane to the next. Where a lane has segments, nothing was before it. In inference on a CPU it is one
-    pass of a compiled kernel, with sums in float32.
+    pass of a compiled kernel, with sums in float32. act: SiLU behind it, and a result of float32 or better.
     """
-    taps, past = weight.shape[1], past.to(x.dtype)
-    native = serving(x) if lanes.segment is None else None
-    found = None if native is None else native.scans.conv(x, weight, bias, past, lanes.filled, silu)
+    (found,), tail = short_convs([x], [weight], [bias], past, lanes, act)
+    return found, tail
+
+
+def short_convs(
+    parts: Sequence[Float[Tensor, "L T _"]],
+    weights: Sequence[Float[Tensor, "_ K"]],
+    biases: Sequence[Tensor | None],
+    past: Float[Tensor, "L K1 C"] | Rows,
+    lanes: Lanes,
+    act: Act = PLAIN,
+) -> tuple[list[Float[Tensor, "L T _"]], Float[Tensor, "L K1 C"]]:
+    """`short_conv` of inputs whose channels stand side by side in the past and at the end."""
+    native = serving(parts[0]) if lanes.segment is None else None
+    found = None if native is None else walked(native, parts, weights, biases, lanes.rows(past), lanes, act)
     if found is not None:
         return found
-    whole = torch.cat([past, x], 1)
+    taps, widths = weights[0].shape[1], [p.shape[-1] for p in parts]
+    x, weight = (torch.cat(t, -1 if t is parts else 0) if len(t) > 1 else t[0] for t in (parts, weights))
+    bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+    whole = torch.cat([(past if isinstance(past, Tensor) else past.read()).to(x.dtype), x], 1)
     y = _ShortConv.apply(whole, weight, bias, near(lanes, taps, x.dtype))
-    return F.silu(y) if silu else y, lanes.tails(whole, taps - 1)
+    y = F.silu(y) if act.silu else y
+    y = high(y) if act.wide else y
+    return list(y.split(widths, -1)), lanes.tails(whole, taps - 1)
+
+
+def walked(
+    native: Kernels,
+    parts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    past: Rows,
+    lanes: Lanes,
+    act: Act,
+) -> tuple[list[Tensor], Tensor] | None:
+    """By the compiled kernel, which reads the past where it is stored; None where it does not serve."""
+    widths, taps = [p.shape[-1] for p in parts], weights[0].shape[1]
+    pools = Rows(past.pool.to(parts[0].dtype), past.index)
+    tail, ys, first = parts[0].new_empty(lanes.count, taps - 1, sum(widths)), list[Tensor](), 0
+    for x, weight, bias, width in zip(parts, weights, biases, widths, strict=True):
+        own = Rows(pools.pool[..., first : first + width], pools.index)
+        y = native.scans.conv(x, weight, bias, Ends(own, lanes.filled, tail[..., first : first + width]), act)
+        if y is None:
+            return None
+        ys.append(y)
+        first += width
+    return ys, tail
 
 
 def near(lanes: Lanes, taps: int, dtype: torch.dtype) -> Float[Tensor, "K1 L T 1"] | None:

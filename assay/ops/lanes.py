@@ -48,6 +48,16 @@ class Lanes:
         """[L, ...]: the state each lane starts from."""
         return rows.read() if self.segment is None else rows.pool[:1].expand(self.count, *rows.pool.shape[1:])
 
+    def rows(self, past: Tensor | Rows) -> Rows:
+        """Where each lane's past stands."""
+        if not isinstance(past, Tensor):
+            return past
+        return Rows(past, torch.arange(past.shape[0], device=past.device))
+
+    def stored(self, rows: Rows) -> Tensor | Rows:
+        """`start` for what reads it where it stands."""
+        return rows if self.segment is None else self.start(rows)
+
     def fresh(self) -> Bool[Tensor, "L T"] | None:
         """The places where a document begins behind another one in its lane; None: nowhere."""
         return None if self.segment is None else F.pad(self.segment.diff(dim=1) > 0, (1, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from assay.ops.native import serving
@@ -35,7 +36,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, w: Tensor | None, eps: float, shift: float = 0.0) -> Tensor:
     """[..., D] -> [..., D] in x's dtype, computed in float32 or better: x / sqrt(mean(x^2) + eps) * (w + shift).
-    Zhang and Sennrich 2019, eq. 4. In inference on a CPU a few rows take one pass of a compiled kernel."""
+    Zhang and Sennrich 2019, eq. 4. In inference on a CPU it is one pass of a compiled kernel."""
     native = serving(x)
     found = None if native is None else native.rms_norm(x, w, eps, shift)
     if found is not None:
@@ -44,3 +45,14 @@ def rms_norm(x: Tensor, w: Tensor | None, eps: float, shift: float = 0.0) -> Ten
     w = None if w is None else w.to(wide.dtype)
     w = w + shift if w is not None and shift else w
     return _RmsNorm.apply(wide, w, eps).to(x.dtype)
+
+
+def unit(x: Float[Tensor, "L T H K"], eps: float, scale: float = 1.0) -> Float[Tensor, "L T H K"]:
+    """scale x / sqrt(|x|^2 + eps) over the last axis, in float32 or better."""
+    native = serving(x)
+    found = None if native is None else native.scans.unit(x, eps, scale)
+    if found is not None:
+        return found
+    wide = high(x)
+    made = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+    return made if scale == 1.0 else made * scale

@@ -12,8 +12,9 @@ from torch import Tensor
 from assay.ops.conv import short_conv
 from assay.ops.lanes import Lanes
 from assay.ops.native import Kernels
-from assay.ops.native.scans import Streams
+from assay.ops.native.scans import Act, Ends, Streams
 from assay.ops.scan import decayed, delta
+from assay.ops.state import Rows
 from tests.ops.natives import DTYPES, ROUND, drawn
 
 SIZES = st.sampled_from([(1, 1), (3, 5), (16, 16), (20, 33), (64, 64), (5, 100), (130, 40)])
@@ -26,6 +27,15 @@ def logs(kind: str, lanes: int, length: int, heads: int, keys: int) -> Tensor | 
     shape = {"none": None, "head": (lanes, length, heads), "shared": (1, length, heads)}
     found = {**shape, "channel": (lanes, length, heads, keys), "rank": (lanes, length, heads, keys)}.get(kind)
     return None if found is None else -drawn(7, FLOAT, *found).abs()
+
+
+def stored(states: Tensor) -> Rows:
+    """In a pool with others between them, in another order."""
+    count = len(states)
+    pool = torch.full((2 * count, *states.shape[1:]), float("nan"), dtype=states.dtype)
+    index = torch.arange(2 * count - 1, 0, -2)
+    pool[index] = states
+    return Rows(pool, index)
 
 
 def near(found: Tensor, exact: Tensor) -> None:
@@ -43,7 +53,7 @@ def test_a_decayed_scan_is_the_recurrence_in_float64(
     q, k = drawn(1, FLOAT, lanes, length, groups, 2 * keys).split(keys, -1)
     v, past = drawn(2, FLOAT, lanes, length, heads, values), drawn(3, FLOAT, lanes, heads, keys, values)
     decay = logs(kind, lanes, length, heads, keys)
-    found = kernels.scans.scan(past, Streams(q, k, v, decay))
+    found = kernels.scans.scan(stored(past), Streams(q, k, v, decay))
     assert found is not None
     wide = [decayed.shared(t.double(), heads) for t in (q, k)]
     full = torch.zeros(()) if decay is None else decay if decay.dim() == 4 else decay[..., None]
@@ -61,7 +71,7 @@ def test_steps_and_values_that_pass_by(kernels: Kernels, lanes: int, length: int
     dt, skip = drawn(5, FLOAT, lanes, length, heads).abs(), drawn(6, FLOAT, heads)
     given = decayed.StateSpace(q, k, v, dt, -dt, skip)
     exact = decayed.state_space(decayed.StateSpace(*(t.double() for t in given)), past.double(), Lanes(lanes, length))
-    found = kernels.scans.scan(past, Streams(q, k, v, -dt, rate=dt, skip=skip[None, None]))
+    found = kernels.scans.scan(stored(past), Streams(q, k, v, -dt, rate=dt, skip=skip[None, None]))
     assert found is not None
     for mine, theirs in zip(found, exact, strict=True):
         assert theirs is not None
@@ -87,7 +97,7 @@ def test_a_correcting_scan_is_the_recurrence_in_float64(
     kernels: Kernels, rule: str, lanes: int, length: int, sizes: tuple[int, int]
 ) -> None:
     made, past = updates(rule, lanes, length, sizes), drawn(4, FLOAT, lanes, 4, *sizes)
-    found = kernels.scans.scan(past, made.streams(), made.late)
+    found = kernels.scans.scan(stored(past), made.streams(), made.late)
     assert found is not None
     exact = delta.recurrent(made.each(lambda t: t.double()), past.double())
     for mine, theirs in zip(found, exact, strict=True):
@@ -100,7 +110,7 @@ def test_a_scan_has_the_same_bits_however_it_is_cut(kernels: Kernels, rule: str)
     made, past = updates(rule, 3, 40, (64, 100)), drawn(4, FLOAT, 3, 4, 64, 100)
 
     def scanned(first: int, last: int, lane: slice, state: Tensor) -> tuple[Tensor, Tensor]:
-        found = kernels.scans.scan(state, made.each(lambda t: t[lane, first:last]).streams(), made.late)
+        found = kernels.scans.scan(stored(state), made.each(lambda t: t[lane, first:last]).streams(), made.late)
         assert found is not None
         return found
 
@@ -128,15 +138,29 @@ def test_a_convolution_is_torchs_in_float64(
     x, past = drawn(1, dtype, lanes, length, width + 3)[..., 1:-2], drawn(2, dtype, lanes, taps - 1, width)
     weight, bias = drawn(3, dtype, width, taps), drawn(4, dtype, width) if more else None
     filled = torch.arange(lanes) % length + 1 if more else None
-    found = kernels.scans.conv(x, weight, bias, past, filled, more)
-    assert found is not None
+    tail = torch.full((lanes, taps - 1, width + 2), -9.0, dtype=dtype)
+    ends = Ends(stored(past), filled, tail[..., 1:-1])
+    found = kernels.scans.conv(x, weight, bias, ends, Act(more, wide=width % 2 == 0))
+    assert found is not None and found.dtype == (dtype if width % 2 else FLOAT)
     whole = torch.cat([past, x], 1).double()
     exact = F.conv1d(whole.mT, weight.double()[:, None], None if bias is None else bias.double(), groups=width).mT
     exact = F.silu(exact) if more else exact
-    torch.testing.assert_close(found[0].double(), exact, rtol=ROUND[dtype] + 1e-6, atol=4e-6)
+    torch.testing.assert_close(found.double(), exact, rtol=ROUND[found.dtype] + 1e-6, atol=4e-6)
+    assert bool((tail[..., 0] == -9).all()) and bool((tail[..., -1] == -9).all())
     for lane in range(lanes):
         end = length if filled is None else int(filled[lane])
-        assert torch.equal(found[1][lane].double(), whole[lane, end : end + taps - 1])
+        assert torch.equal(tail[lane, :, 1:-1].double(), whole[lane, end : end + taps - 1])
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.sampled_from(DTYPES))
+def test_unit_vectors_are_the_formula_in_float64(
+    kernels: Kernels, lanes: int, heads: int, size: int, dtype: torch.dtype
+) -> None:
+    x = drawn(1, dtype, lanes, 5, 2 * heads, size)[:, :, heads:]
+    found = kernels.scans.unit(x, 1e-3, 0.7)
+    assert found is not None
+    exact = 0.7 * x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-7)
 
 
 @given(st.integers(1, 9), st.integers(1, 35), st.sampled_from(DTYPES), st.booleans())

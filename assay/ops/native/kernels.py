@@ -104,10 +104,10 @@ class Kernels:
         return found if x.dim() == 2 else [y.view(*x.shape[:-1], -1) for y in found]
 
     def rms_norm(self, x: Tensor, w: Tensor | None, eps: float, shift: float) -> Tensor | None:
-        """x / sqrt(mean(x^2) + eps) * (w + shift) over the last axis, computed in float32, for up to 32 tokens."""
+        """x / sqrt(mean(x^2) + eps) * (w + shift) over the last axis, computed in float32."""
         dtype = x.dtype
         half = dtype is torch.bfloat16
-        if x.shape[0] > ROWS or not (half or dtype is torch.float32) or not x.numel():
+        if not (half or dtype is torch.float32) or not x.numel():
             return None
         if w is not None and (w.dtype is not dtype or not w.is_contiguous()):
             return None
@@ -119,7 +119,7 @@ class Kernels:
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
         """x [N, H, K] turned by cos [N, 1, K] and sin [N, 1, K/2 or less] of float32, in half-split pairs."""
-        if x.dim() != 3 or x.shape[0] > ROWS or x.dtype not in TYPES or x.stride(2) != 1:
+        if x.dim() != 3 or x.dtype not in TYPES or x.stride(2) != 1 or not x.numel():
             return None
         rows, heads, size = x.shape
         half = sin.shape[-1]

@@ -23,8 +23,9 @@ struct Stream {
 struct Scan {
   long lanes, tokens, heads, keys, values, channels, late;
   Stream q, k, v, decay, a, b, s, rate, skip;
-  const float* past;  // [L, H, K, V], dense
-  float *y, *end;     // [L, T, H, V] and [L, H, K, V], dense
+  const float* past;    // [_, H, K, V], dense
+  const int64_t* rows;  // where each lane's past stands there
+  float *y, *end;       // [L, T, H, V] and [L, H, K, V], dense
 };
 
 // w [keys] of a token.
@@ -99,7 +100,7 @@ void walk(const Scan& s, long lane, long head, long first, long count) {
   float *own = buffer.data(), *w = own + s.keys * WIDE, *read = w + s.keys;
   const long place = (lane * s.heads + head) * s.keys * s.values + first;
   const bool whole = count == WIDE;
-  const float* from = s.past + place;
+  const float* from = s.past + (s.rows[lane] * s.heads + head) * s.keys * s.values + first;
   long step = s.values;
   if (!whole) {
     for (long k = 0; k < s.keys; k++) Columns<N>(from + k * s.values, count).put(own + k * WIDE, WIDE);
@@ -152,21 +153,23 @@ template <bool Corrects, bool Writes> void scan(const Scan& s) {
   }
 }
 
-// y_t = sum_j w_j x_(t - K + 1 + j) of each channel, and the last K - 1 inputs of each lane.
+// y_t = sum_j w_j x_(t - K + 1 + j) of each channel, and the last K - 1 inputs of each lane. wide: y is float32.
 struct Conv {
-  long lanes, tokens, channels, taps, silu;
+  long lanes, tokens, channels, taps, silu, wide;
   const void* x;  // [L, T, C], the last axis dense, with these strides
   long lane, time;
   const void *weight, *bias;  // [C, K] and [C] or null
-  const void* past;           // [L, K - 1, C], dense
-  const int64_t* filled;      // how many places of a lane hold tokens, or null: all
-  void *y, *tail;             // [L, T, C] and [L, K - 1, C], dense
+  const void* past;           // [_, K - 1, C], the last axis dense, with these strides
+  long past_lane, past_time;
+  const int64_t *rows, *filled;  // where each lane's past stands; how many places hold tokens, or null: all
+  void *y, *tail;                // [L, T, C], dense, and [L, K - 1, C] with these strides
+  long tail_lane, tail_time;
 };
 
 // The input `at` places behind the first one of the past.
 template <class T> const T* entered(const Conv& c, long lane, long at) {
   const long before = at - (c.taps - 1);
-  if (before < 0) return static_cast<const T*>(c.past) + (lane * (c.taps - 1) + at) * c.channels;
+  if (before < 0) return static_cast<const T*>(c.past) + c.rows[lane] * c.past_lane + at * c.past_time;
   return static_cast<const T*>(c.x) + lane * c.lane + before * c.time;
 }
 
@@ -181,16 +184,17 @@ template <class T, int N> void convolve(const Conv& c, long lane, long first, lo
   Vec bias[N] = {};
   for (int n = 0; n < N && c.bias && n * LANES < count; n++)
     bias[n] = some(static_cast<const T*>(c.bias) + first + n * LANES, count - n * LANES);
-  T* y = static_cast<T*>(c.y) + lane * c.tokens * c.channels + first;
-  for (long t = 0; t < c.tokens; t++, y += c.channels) {
+  long at = lane * c.tokens * c.channels + first;
+  for (long t = 0; t < c.tokens; t++, at += c.channels) {
     Vec sum[N] = {};
     for (long j = c.taps - 1; j >= 0; j--) {
       const T* x = entered<T>(c, lane, t + j) + first;
       for (int n = 0; n < N && n * LANES < count; n++) sum[n] += taps[j * N + n] * some(x + n * LANES, count - n * LANES);
     }
     for (int n = 0; n < N && n * LANES < count; n++) {
-      const Vec found = sum[n] + bias[n];
-      store(y + n * LANES, c.silu ? silu(found) : found, count - n * LANES);
+      const Vec plain = sum[n] + bias[n], found = c.silu ? silu(plain) : plain;
+      if (c.wide) store(static_cast<float*>(c.y) + at + n * LANES, found, count - n * LANES);
+      else store(static_cast<T*>(c.y) + at + n * LANES, found, count - n * LANES);
     }
   }
 }
@@ -205,7 +209,7 @@ template <class T> void conv(const Conv& c) {
     convolve<T, N>(c, lane, first, count);
     for (long j = 0; j < c.taps - 1; j++) {
       const long at = (c.filled ? c.filled[lane] : c.tokens) + j;
-      T* to = static_cast<T*>(c.tail) + (lane * (c.taps - 1) + j) * c.channels + first;
+      T* to = static_cast<T*>(c.tail) + lane * c.tail_lane + j * c.tail_time + first;
       std::memcpy(to, entered<T>(c, lane, at) + first, count * sizeof(T));
     }
   }
@@ -234,26 +238,43 @@ void rates(const T* x, long xs, long m, long heads, const T* bias, const T* a, f
     }
 }
 
+// y = scale x / sqrt(|x|^2 + eps) of each head of x [m, heads, size], with these strides of rows and heads; y is dense.
+template <class T>
+void unit(const T* x, long xs, long xh, long m, long heads, long size, float eps, float scale, float* y) {
+#pragma omp parallel for if (m * heads * size > ALONE)
+  for (long i = 0; i < m * heads; i++) {
+    const T* from = x + i / heads * xs + i % heads * xh;
+    Vec squares = {};
+    for (long j = 0; j < size; j += LANES) {
+      const Vec v = some(from + j, size - j);
+      squares += v * v;
+    }
+    const float factor = scale / std::sqrt(total(squares) + eps);
+    for (long j = 0; j < size; j += LANES) store(y + i * size + j, some(from + j, size - j) * factor, size - j);
+  }
+}
+
 inline Stream stream(const long* n) { return {(const float*)n[0], n[1], n[2], n[3], n[4]}; }
 
 }  // namespace
 
 extern "C" {
 
-// sizes, then q, k, v, decay, a, b, s, rate and skip (base or 0, strides, shared), then past, y and end.
+// sizes, then q, k, v, decay, a, b, s, rate and skip (base or 0, strides, shared), then past, rows, y and end.
 void assay_scan(const long* n) {
   const long* at = n + 7;
   const Scan s{n[0], n[1], n[2], n[3], n[4], n[5], n[6], stream(at), stream(at + 5), stream(at + 10), stream(at + 15),
                stream(at + 20), stream(at + 25), stream(at + 30), stream(at + 35), stream(at + 40),
-               (const float*)at[45], (float*)at[46], (float*)at[47]};
+               (const float*)at[45], (const int64_t*)at[46], (float*)at[47], (float*)at[48]};
   if (!s.a.base) scan<false, true>(s);
   else if (!s.k.base) scan<true, false>(s);
   else scan<true, true>(s);
 }
 
 void assay_conv(int half, const long* n) {
-  const Conv c{n[0], n[1], n[2], n[3], n[4], (const void*)n[5], n[6], n[7], (const void*)n[8], (const void*)n[9],
-               (const void*)n[10], (const int64_t*)n[11], (void*)n[12], (void*)n[13]};
+  const Conv c{n[0], n[1], n[2], n[3], n[4], n[5], (const void*)n[6], n[7], n[8], (const void*)n[9],
+               (const void*)n[10], (const void*)n[11], n[12], n[13], (const int64_t*)n[14], (const int64_t*)n[15],
+               (void*)n[16], (void*)n[17], n[18], n[19]};
   if (half) conv<uint16_t>(c);
   else conv<float>(c);
 }
@@ -264,8 +285,15 @@ void assay_rates(int half, const void* x, long xs, long m, long heads, const voi
   else rates((const float*)x, xs, m, heads, (const float*)bias, (const float*)a, low, high, step, decay);
 }
 
+void assay_unit(int half, const void* x, long xs, long xh, long m, long heads, long size, float eps, float scale,
+                float* y) {
+  if (half) unit((const uint16_t*)x, xs, xh, m, heads, size, eps, scale, y);
+  else unit((const float*)x, xs, xh, m, heads, size, eps, scale, y);
+}
+
 AGAIN(scan)
 AGAIN(conv)
 AGAIN(rates)
+AGAIN(unit)
 
 }  // extern "C"

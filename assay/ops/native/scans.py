@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
-Sizes, Taps = LONG * 55, LONG * 14
+Sizes, Taps = LONG * 56, LONG * 20
 NOTHING = (0, 0, 0, 0, 1)
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -34,6 +34,32 @@ class Streams(NamedTuple):
     skip: Tensor | None = None
 
 
+class Rows(Protocol):
+    """States: a pool of them, and the place of each lane's."""
+
+    @property
+    def pool(self) -> Tensor: ...
+
+    @property
+    def index(self) -> Tensor: ...
+
+
+class Ends(NamedTuple):
+    """What is before a convolution's lanes, in a pool [_, J - 1, C]; how many places of each hold tokens, None: all;
+    and where its end goes, [L, J - 1, C]."""
+
+    past: Rows
+    filled: Tensor | None
+    tail: Tensor
+
+
+class Act(NamedTuple):
+    """silu: a convolution ends in SiLU. wide: its result is of float32."""
+
+    silu: bool = False
+    wide: bool = False
+
+
 class Scans:
     """The kernels of `scans.h`; function: declares one by its name and the types of its arguments."""
 
@@ -42,42 +68,39 @@ class Scans:
         self._conv = function("conv", INT, Taps)
         sizes, ends = (LONG, LONG, LONG), (POINTER, POINTER)
         self._rates = function("rates", INT, POINTER, *sizes, *ends, FLOAT, FLOAT, *ends)
+        self._unit = function("unit", INT, POINTER, LONG, LONG, *sizes, FLOAT, FLOAT, POINTER)
 
-    def scan(self, past: Tensor, given: Streams, late: bool = False) -> tuple[Tensor, Tensor] | None:
+    def scan(self, past: Rows, given: Streams, late: bool = False) -> tuple[Tensor, Tensor] | None:
         """Outputs [L, T, H, V] and the states [L, H, K, V] behind the last token, all of float32.
 
         S_t = Diag(w) S_(t-1) + b p^T + k v^T and o = q S + skip v, with w = e^decay and p = s + a S_(t-1), where a
         reads Diag(w) S_(t-1) if `late`. With a rate p = rate (s - a S_(t-1)); without a it multiplies the v of k v^T.
         """
-        lanes, heads, keys, values = past.shape
-        tokens, decay = given.q.shape[1], given.decay
-        if any(t is not None and t.dtype != torch.float32 for t in (past, *given)):
+        (_, heads, keys, values), lanes, tokens, decay = past.pool.shape, len(past.index), given.q.shape[1], given.decay
+        if any(t is not None and t.dtype != torch.float32 for t in (past.pool, *given)):
             return None
-        past, kept = past.contiguous(), [t if t is None else dense(t) for t in given]
-        y, end = past.new_empty(lanes, tokens, heads, values), torch.empty_like(past)
+        pool, kept = past.pool.contiguous(), [t if t is None else dense(t) for t in given]
+        y, end = pool.new_empty(lanes, tokens, heads, values), pool.new_empty(lanes, heads, keys, values)
         told = [n for t in kept for n in (NOTHING if t is None else stream(t, heads))]
         channels = decay is not None and decay.dim() == 4 and decay.shape[3] == keys
         sizes = (lanes, tokens, heads, keys, values, channels, late)
-        self._scan(Sizes(*sizes, *told, past.data_ptr(), y.data_ptr(), end.data_ptr()))
+        ends = (t.data_ptr() for t in (pool, past.index, y, end))
+        self._scan(Sizes(*sizes, *told, *ends))
         return y, end
 
-    def conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, filled: Tensor | None, silu: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """`ops.conv.short_conv` of x [L, T, C], through SiLU where asked, and the last J - 1 inputs of what is filled;
-        sums in float32."""
-        dtype = x.dtype
-        if dtype not in TYPES or any(t is not None and t.dtype != dtype for t in (weight, bias, past)) or not x.numel():
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Ends, act: Act) -> Tensor | None:
+        """`ops.conv.short_conv` of x [L, T, C], with sums in float32; its end is written to `ends.tail`."""
+        past, tail, dtype = ends.past, ends.tail, x.dtype
+        if dtype not in TYPES or any(t is not None and t.dtype != dtype for t in (weight, bias, past.pool, tail)):
             return None
-        x, weight, past = dense(x), weight.contiguous(), past.contiguous()
+        x, weight, bias = dense(x), weight.contiguous(), None if bias is None else bias.contiguous()
         (lanes, tokens, width), taps = x.shape, weight.shape[1]
-        y, tail = x.new_empty(lanes, tokens, width), torch.empty_like(past)
-        bias = None if bias is None else bias.contiguous()
-        filled = None if filled is None else filled.contiguous()
-        ends = (place(t) for t in (weight, bias, past, filled, y, tail))
-        sizes = (lanes, tokens, width, taps, silu, x.data_ptr(), x.stride(0), x.stride(1))
-        self._conv(dtype is torch.bfloat16, Taps(*sizes, *ends))
-        return y, tail
+        y = x.new_empty(lanes, tokens, width, dtype=torch.float32 if act.wide else dtype)
+        numbers = (lanes, tokens, width, taps, act.silu, act.wide, x.data_ptr(), x.stride(0), x.stride(1))
+        before = (past.pool.data_ptr(), *past.pool.stride()[:2], past.index.data_ptr(), place(ends.filled))
+        behind = (y.data_ptr(), tail.data_ptr(), *tail.stride()[:2])
+        self._conv(dtype is torch.bfloat16, Taps(*numbers, weight.data_ptr(), place(bias), *before, *behind))
+        return y
 
     def rates(self, x: Tensor, bias: Tensor, a_log: Tensor, low: float, high: float) -> tuple[Tensor, Tensor] | None:
         """Of x [N, H]: softplus(x + bias) between the bounds, and -e^a_log times it, in float32."""
@@ -89,6 +112,16 @@ class Scans:
         given = (x.data_ptr(), x.stride(0), rows, heads, bias.data_ptr(), a_log.data_ptr(), low, high)
         self._rates(dtype is torch.bfloat16, *given, steps.data_ptr(), decay.data_ptr())
         return steps, decay
+
+    def unit(self, x: Tensor, eps: float, scale: float) -> Tensor | None:
+        """scale x / sqrt(|x|^2 + eps) over the last axis of x [L, T, H, K], in float32."""
+        if x.dtype not in TYPES or x.dim() != 4 or not x.numel():
+            return None
+        x = x if x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+        (lanes, tokens, heads, size), y = x.shape, x.new_empty(x.shape, dtype=torch.float32)
+        sizes = (x.stride(1), x.stride(2), lanes * tokens, heads, size)
+        self._unit(x.dtype is torch.bfloat16, x.data_ptr(), *sizes, eps, scale, y.data_ptr())
+        return y
 
 
 def dense(t: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from assay.ops.lanes import Lanes
 from assay.ops.native import serving
 from assay.ops.native.scans import Streams
+from assay.ops.state import Rows
 from assay.spec.values import Cost
 
 CHUNK = 64
@@ -34,7 +35,7 @@ def decayed(
     k: Float[Tensor, "L T G K"],
     v: Float[Tensor, "L T H V"],
     log_decay: Float[Tensor, "#L T H ..."] | None,
-    past: Float[Tensor, "L H K V"],
+    past: Float[Tensor, "L H K V"] | Rows,
     lanes: Lanes,
     chunk: int = CHUNK,
 ) -> tuple[Float[Tensor, "L T H V"], Float[Tensor, "L H K V"] | None]:
@@ -48,11 +49,12 @@ def decayed(
     """
     heads, length, dtype = v.shape[2], v.shape[1], v.dtype
     high = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    q, k, v, state = q.to(high), k.to(high), v.to(high), past.to(high)
+    q, k, v = q.to(high), k.to(high), v.to(high)
     decay = None if log_decay is None else log_decay.to(high)
-    found = walked(Streams(q, k, v, decay), state, lanes)
+    found = walked(Streams(q, k, v, decay), past, lanes)
     if found is not None:
         return found[0].to(dtype), found[1]
+    state = (past if isinstance(past, Tensor) else past.read()).to(high)
     channels = decay is not None and decay.dim() == 4
     groups = heads if channels or length == 1 else max(q.shape[2], k.shape[2])
     q, k = shared(q, groups), shared(k, groups)
@@ -75,10 +77,10 @@ def decayed(
     return out.to(dtype), last if lanes.segment is None else None
 
 
-def walked(given: Streams, past: Float[Tensor, "L H K V"], lanes: Lanes) -> tuple[Tensor, Tensor] | None:
+def walked(given: Streams, past: Float[Tensor, "L H K V"] | Rows, lanes: Lanes) -> tuple[Tensor, Tensor] | None:
     """By the compiled kernel, where it may serve."""
     native = serving(given.q) if lanes.segment is None else None
-    return None if native is None else native.scans.scan(past, given)
+    return None if native is None else native.scans.scan(lanes.rows(past), given)
 
 
 class StateSpace(NamedTuple):
@@ -94,13 +96,13 @@ class StateSpace(NamedTuple):
 
 
 def state_space(
-    given: StateSpace, past: Float[Tensor, "L H K V"], lanes: Lanes, chunk: int = CHUNK
+    given: StateSpace, past: Float[Tensor, "L H K V"] | Rows, lanes: Lanes, chunk: int = CHUNK
 ) -> tuple[Float[Tensor, "L T H V"], Float[Tensor, "L H K V"] | None]:
     """`decayed` of the values times dt, and D times the values beside it; in dt's dtype, float32 or better."""
     high = given.dt.dtype
     q, k, v, skip = (t.to(high) for t in (given.q, given.k, given.v, given.skip))
     streams = Streams(q, k, v, given.decay, rate=given.dt, skip=skip[None, None])
-    found = walked(streams, past.to(high), lanes)
+    found = walked(streams, past, lanes)
     if found is not None:
         return found
     y, end = decayed(q, k, v * given.dt[..., None], given.decay, past, lanes, chunk)

@@ -18,6 +18,7 @@ from torch import Tensor
 from assay.ops.native import serving
 from assay.ops.native.scans import Streams
 from assay.ops.scan.decayed import halves, segment_sums, shared
+from assay.ops.state import Rows
 
 CHUNK = 32
 """Tokens taken together: the fastest of 16, 32 and 64 for a training step with 64 channels on one core."""
@@ -95,7 +96,7 @@ def rank_one(
 
 def run(
     updates: Updates,
-    past: Float[Tensor, "L H K V"],
+    past: Float[Tensor, "L H K V"] | Rows,
     segment: Int[Tensor, "L T"] | None = None,
     keeps: bool = False,
     chunk: int = CHUNK,
@@ -107,13 +108,15 @@ def run(
     a CPU a compiled kernel takes one token after another, with the state in the nearest cache.
     """
     dtype = updates.q.dtype
-    high = past.dtype if dtype in (torch.bfloat16, torch.float16) else dtype
-    given, past = updates.each(lambda x: x.to(high)), past.to(high)
+    pool = past if isinstance(past, Tensor) else past.pool
+    high = pool.dtype if dtype in (torch.bfloat16, torch.float16) else dtype
+    given = updates.each(lambda x: x.to(high))
     native = serving(given.q) if segment is None else None
-    found = None if native is None else native.scans.scan(past, given.streams(), given.late)
+    rows = Rows(past, torch.arange(len(past))) if isinstance(past, Tensor) else past
+    found = None if native is None else native.scans.scan(rows, given.streams(), given.late)
     if found is None:
         form = recurrent if given.q.shape[1] == 1 else chunkwise
-        found = form(given, past, segment, chunk)
+        found = form(given, (past if isinstance(past, Tensor) else past.read()).to(high), segment, chunk)
     out, end = found
     return out.to(dtype), end if keeps else None
 

@@ -57,7 +57,7 @@ class DecayedMixer(Recurrent):
         """What queries [N, H, K] find behind keys [N, H, K] and values [N, H, V], and behind what is stored; the log
         decay is laid out in lanes (`ops.scan.decayed`)."""
         lanes = step.table(self)
-        past = lanes.start(here.state.load("s", step))
+        past = lanes.stored(here.state.load("s", step))
         q, k, v = (lanes.lay(t) for t in (here.tap("q", q), here.tap("k", k), v))
         mix, end = ops.decayed(q, k, v, decay, past, lanes, self.spec.chunk)
         if end is not None:

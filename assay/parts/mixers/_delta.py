@@ -11,8 +11,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.conv import short_conv
+from assay.ops.conv import Act, short_convs
 from assay.ops.here import Here
+from assay.ops.norm import unit
 from assay.ops.precision import high
 from assay.ops.scan.delta import CHUNK, Updates, executed, run
 from assay.ops.step import Step
@@ -117,18 +118,16 @@ class DeltaMixer(Recurrent):
         """Of what q, k and v made: unit queries and keys [L, T, G, K] and values [L, T, H, V], where a token with
         several rounds has as many heads of keys and values, those of one head side by side."""
         lanes, (key, value) = step.table(self), self.spec.sizes(self.site)
-        mixed = lanes.lay(torch.cat(parts, -1))
-        if self.spec.conv is not None:
-            past = lanes.start(here.state.load("tail", step))
-            weight = torch.cat([self.q_conv, self.k_conv, self.v_conv])
-            mixed, tail = short_conv(mixed, weight, None, past, lanes, silu=True)
+        parts = [lanes.lay(p) for p in parts]
+        if self.spec.conv is None:
+            parts = [high(F.silu(p)) for p in parts]
+        else:
+            past, weights = lanes.stored(here.state.load("tail", step)), (self.q_conv, self.k_conv, self.v_conv)
+            parts, tail = short_convs(parts, weights, (None,) * 3, past, lanes, Act(silu=True, wide=True))
             if here.state.keeps:
                 here.state.store(step, tail=lanes.ends(tail, step))
-        else:
-            mixed = F.silu(mixed)
-        q, k, v = high(mixed).split([p.shape[-1] for p in parts], -1)
-        q, k, v = (z.unflatten(-1, (-1, size)) for z, size in ((q, key), (k, key), (v, value)))
-        return unit(q) * key**-0.5, unit(k), v
+        q, k, v = (z.unflatten(-1, (-1, size)) for z, size in zip(parts, (key, key, value), strict=True))
+        return unit(q, UNIT_EPS, key**-0.5), unit(k, UNIT_EPS), v
 
     def rate(self, beta: Float[Tensor, "N H"], step: Step) -> Float[Tensor, "L T H"]:
         """How far what a key finds moves towards the value; 0 at places without a token."""
@@ -140,14 +139,9 @@ class DeltaMixer(Recurrent):
         """Each head's normed output; the state goes on from what is stored."""
         lanes, rounds = step.table(self), self.spec.rounds
         segment = lanes.segment if lanes.segment is None else lanes.segment.repeat_interleave(rounds, 1)
-        past = lanes.start(here.state.load("s", step))
+        past = lanes.stored(here.state.load("s", step))
         mix, end = run(updates, past, segment, here.state.keeps, self.spec.chunk)
         if end is not None:
             here.state.store(step, s=lanes.ends(end, step))
         normed: Tensor = self.norm(lanes.flat(mix[:, rounds - 1 :: rounds]))
         return normed
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + eps)."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from assay.ops.conv import short_conv
+from assay.ops.conv import Act, short_convs
 from assay.ops.here import Here
 from assay.ops.norm import rms_norm
 from assay.ops.scan import decayed as ops
@@ -135,7 +135,7 @@ class Mamba2Mixer(Recurrent):
         values, keys, queries, tail = self.convolved(parts, step, here)
         made = ops.steps(dt, self.dt_bias, self.A_log, spec.dt.at_least, spec.dt.at_most)
         dt, decay = (lanes.lay(t) for t in made)  # 0 where a place holds nothing: nothing decays, nothing is written
-        past = lanes.start(here.state.load("s", step))
+        past = lanes.stored(here.state.load("s", step))
         y, end = ops.state_space(ops.StateSpace(queries, keys, values, dt, decay, self.D), past, lanes, spec.chunk)
         y = here.tap("mix", lanes.flat(y).flatten(1))
         if end is not None:
@@ -145,11 +145,12 @@ class Mamba2Mixer(Recurrent):
     def convolved(self, parts: list[Tensor], step: Step, here: Here) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Values [L, T, H, P], keys and queries [L, T, G, N] in lanes, and the convolution's inputs at their ends."""
         spec, lanes = self.spec, step.table(self)
-        past = lanes.start(here.state.load("tail", step))
-        bias = self.conv_bias if spec.conv_bias else None
-        mixed, tail = short_conv(lanes.lay(torch.cat(parts, -1)), self.conv, bias, past, lanes, silu=True)
         inner, each = spec.inner(self.site), spec.groups * spec.state_size
-        values, keys, queries = mixed.split((inner, each, each), -1)
+        sizes, past = (inner, each, each), lanes.stored(here.state.load("tail", step))
+        biases = self.conv_bias.split(sizes) if spec.conv_bias else (None,) * 3
+        laid = [lanes.lay(p) for p in parts]
+        made, tail = short_convs(laid, self.conv.split(sizes), biases, past, lanes, Act(silu=True, wide=True))
+        values, keys, queries = made
         keys, queries = (t.unflatten(-1, (spec.groups, -1)) for t in (keys, queries))
         return values.unflatten(-1, (-1, spec.head_dim)), keys, queries, tail
 

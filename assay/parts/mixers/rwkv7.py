@@ -148,7 +148,7 @@ class Rwkv7Mixer(Recurrent):
         k = k * (1 + (rate - 1) * self.replace)
         laid = [lanes.lay(y) for y in (r, -removed, removed * rate, k, v, -SLOWEST * torch.sigmoid(decay))]
         updates = rank_one(laid[0], (laid[1], laid[2]), laid[3], laid[4], laid[5])
-        past = lanes.start(here.state.load("s", step))
+        past = lanes.stored(here.state.load("s", step))
         mix, end = run(updates, past, lanes.segment, here.state.keeps, self.spec.chunk)
         if end is not None:
             here.state.store(step, s=lanes.ends(end, step))

@@ -161,7 +161,7 @@ class TransMambaMixer(Placed):
         q, k, v = (where.lay(t) for t in qkv)
         made = decayed.steps(self.dt(x, step), self.dt_bias, self.A_log, rule.at_least, rule.at_most)
         dt, decay = (where.lay(t) for t in made)  # 0 where a place holds nothing: nothing decays, nothing is written
-        past = where.start(here.state.load("s", step))
+        past = where.stored(here.state.load("s", step))
         given = decayed.StateSpace(q, k, v, dt, decay, self.D)
         y, end = decayed.state_space(given, past, where, self.spec.chunk)
         if end is not None:
