@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import itertools
-import json
 import os
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +14,15 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from assay.data.cleaning import CleanSpec, cleaned
+from assay.data.documents import Documents as Documents
+from assay.data.documents import Piece, files
 from assay.data.draws import Draws
+from assay.data.hub import HubSpec
+from assay.data.jsonl import json_lines
 from assay.spec.base import Spec
 
-Kind = Literal["stdlib", "text", "jsonl", "generated"]
+Kind = Literal["stdlib", "text", "jsonl", "parquet", "warc", "hub", "generated", "mixture"]
 
 # Folders of the standard library that are left out: installed packages, tests (among them files that are invalid
 # on purpose), and the codec tables, which are generated data and not text.
@@ -30,8 +32,15 @@ USED_FIELDS: Mapping[str, frozenset[str]] = {
     "stdlib": frozenset(),
     "text": frozenset({"path", "separator", "errors"}),
     "jsonl": frozenset({"path", "field", "errors"}),
+    "parquet": frozenset({"path", "field", "errors"}),
+    "warc": frozenset({"path", "errors"}),
+    "hub": frozenset({"path", "field", "errors", "hub", "documents"}),
+    "mixture": frozenset({"parts"}),
     "generated": frozenset({"seed", "documents", "document_bytes"}),
 }
+
+
+ANYWHERE = frozenset({"kind", "valid_one_in", "clean"})
 
 
 class CorpusSpec(Spec):
@@ -40,10 +49,16 @@ class CorpusSpec(Spec):
     stdlib     the Python sources of the running interpreter's standard library: needs no download
     text       UTF-8 files at `path` (a file, a folder or a glob): a document a file, or more with `separator`
     jsonl      files of one JSON object a line; the document is the object's `field`
+    parquet    files of rows; the document is the row's `field`
+    warc       Common Crawl's files, packed or not: the plain text of WET, or the pages of WARC without their tags
+    hub        the first `documents` rows of a dataset of the Hugging Face hub (`path` is owner/name, or a folder of
+               such files), streamed once and kept; `hub` says which of its configurations and splits
     generated  sentences of a small seeded grammar, the same on every machine and interpreter
+    mixture    `parts`, each a corpus with a weight: its share of the rows that are trained on
 
     A document is for validation when sha256(name) % valid_one_in == 0. Where that leaves a side empty, one document
-    is moved; a corpus of one document is cut near its end. `valid_one_in: 0` keeps everything for training.
+    is moved; a corpus of one document is cut near its end. `valid_one_in: 0` keeps everything for training. In a
+    mixture each part is split by itself. clean: what is left out, before the split.
     """
 
     kind: Kind = "stdlib"
@@ -55,54 +70,46 @@ class CorpusSpec(Spec):
     seed: int = 0
     documents: int = Field(256, ge=1)
     document_bytes: int = Field(2048, ge=1)
+    hub: HubSpec = HubSpec()
+    clean: CleanSpec = CleanSpec()
+    parts: tuple[MixturePart, ...] = ()
 
     @model_validator(mode="after")
     def _only_what_counts(self) -> Self:
-        unused = self.model_fields_set - USED_FIELDS[self.kind] - {"kind", "valid_one_in"}
+        unused = self.model_fields_set - USED_FIELDS[self.kind] - ANYWHERE
         changed = sorted(name for name in unused if getattr(self, name) != type(self).model_fields[name].default)
         if changed:
-            accepted = ", ".join(sorted(USED_FIELDS[self.kind] | {"valid_one_in"}))
+            accepted = ", ".join(sorted(USED_FIELDS[self.kind] | ANYWHERE - {"kind"}))
             raise ValueError(f"corpus kind {self.kind!r} does not use {', '.join(changed)}; it uses {accepted}")
         if "path" in USED_FIELDS[self.kind] and not self.path:
             raise ValueError(f"corpus kind {self.kind!r} needs path: a file, a folder or a glob")
         if self.valid_one_in == 1:
             raise ValueError("valid_one_in: 1 leaves nothing to train on; accepted: 0 (no validation), 2 or more")
+        if self.kind == "mixture" and len(self.parts) < 2:
+            raise ValueError(
+                f"parts: {len(self.parts)} of them; accepted: two or more, each with a weight and a corpus"
+            )
+        if self.kind == "mixture" and self.clean != CleanSpec():
+            raise ValueError("clean: the parts of a mixture are cleaned one by one: say it in parts.N.corpus.clean")
+        if self.kind == "mixture" and self.valid_one_in != type(self).model_fields["valid_one_in"].default:
+            raise ValueError(f"valid_one_in: {self.valid_one_in}; the parts of a mixture say theirs: leave it out")
         return self
 
 
-class Documents:
-    """A list of texts that are read when asked for, each with a name."""
+class MixturePart(Spec):
+    """A corpus, and the share of rows that comes from it: its weight over the sum of all."""
 
-    def __init__(self, names: Sequence[str], read: Callable[[int], str]) -> None:
-        self.names = tuple(names)
-        self._read = read
+    weight: float = Field(gt=0.0)
+    corpus: CorpusSpec
 
-    @classmethod
-    def of(cls, texts: Sequence[str], names: Sequence[str] | None = None) -> Documents:
-        """Documents in memory, named by their place unless names are given."""
-        kept = tuple(texts)
-        return cls([str(i) for i in range(len(kept))] if names is None else names, kept.__getitem__)
+    @model_validator(mode="after")
+    def _no_mixture(self) -> Self:
+        if self.corpus.kind == "mixture":
+            raise ValueError("corpus.kind: mixture; accepted in a mixture: any other kind")
+        return self
 
-    def __len__(self) -> int:
-        return len(self.names)
 
-    def __getitem__(self, i: int) -> str:
-        return self._read(range(len(self))[i])
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._read(i) for i in range(len(self)))
-
-    def take(self, indices: Sequence[int]) -> Documents:
-        return Documents([self.names[i] for i in indices], lambda i: self._read(indices[i]))
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over the names and the UTF-8 texts, in order."""
-        total = hashlib.sha256()
-        for name, text in zip(self.names, self, strict=True):
-            total.update(hashlib.sha256(name.encode()).digest())
-            total.update(hashlib.sha256(text.encode()).digest())
-        return total.hexdigest()
+CorpusSpec.model_rebuild()
 
 
 @dataclass(frozen=True)
@@ -111,34 +118,34 @@ class Corpus:
 
     train: Documents
     valid: Documents
+    parts: tuple[tuple[float, int], ...] = ()
+    """Of a mixture: the weight of each part, and how many training documents are its own, in their order."""
 
     @cached_property
     def digest(self) -> str:
         return hashlib.sha256(f"{self.train.digest} {self.valid.digest}".encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Bytes start .. stop of a file; `where` is how a message names it."""
-
-    path: Path
-    start: int
-    stop: int | None
-    where: str
-
-    def read(self) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            return file.read() if self.stop is None else file.read(self.stop - self.start)
-
-
 def open_corpus(spec: CorpusSpec) -> Corpus:
     """The documents of a spec, split. ValueError where there are none, or (on reading) for one that is not text."""
+    if spec.kind == "mixture":
+        return _mixture(spec)
     openers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "generated": _generated}
-    documents = openers[spec.kind](spec)
+    documents = openers.get(spec.kind, _elsewhere)(spec)
     if not len(documents):
         raise ValueError(f"corpus {spec.path or spec.kind!r} holds no documents")
-    return split(documents, spec.valid_one_in)
+    return split(cleaned(documents, spec.clean), spec.valid_one_in)
+
+
+def _mixture(spec: CorpusSpec) -> Corpus:
+    """The parts one after another, their documents' names behind their numbers."""
+    opened = [open_corpus(part.corpus) for part in spec.parts]
+    train, valid = (
+        [Documents([f"{i}/{name}" for name in side.names], side.__getitem__) for i, side in enumerate(sides)]
+        for sides in ([corpus.train for corpus in opened], [corpus.valid for corpus in opened])
+    )
+    parts = tuple((part.weight, len(side)) for part, side in zip(spec.parts, train, strict=True))
+    return Corpus(Documents.joined(train), Documents.joined(valid), parts)
 
 
 def split(documents: Documents, valid_one_in: int) -> Corpus:
@@ -170,9 +177,9 @@ def _cut(documents: Documents, valid_one_in: int) -> Corpus:
 def _stdlib(spec: CorpusSpec) -> Documents:
     root = Path(sysconfig.get_path("stdlib"))
     kept = []
-    for folder, inside, files in os.walk(root):
+    for folder, inside, names in os.walk(root):
         inside[:] = [name for name in inside if name not in STDLIB_SKIPS]
-        kept += [Path(folder, name) for name in files if name.endswith(".py")]
+        kept += [Path(folder, name) for name in names if name.endswith(".py")]
     # _sysconfigdata describes how this interpreter was built.
     kept = [path for path in kept if not path.name.startswith("_sysconfigdata") and path.stat().st_size]
     if not kept:
@@ -190,12 +197,12 @@ def _source(path: Path) -> str:
 
 def _text(spec: CorpusSpec) -> Documents:
     named: list[tuple[str, Piece]] = []
-    for name, path in _files(spec, "*"):
+    for name, path in files(str(spec.path), "*"):
         if spec.separator is None:
             named.append((name, Piece(path, 0, None, str(path))))
         else:
             named += [(f"{name}:{i}", piece) for i, piece in enumerate(_parts(path, spec.separator.encode()))]
-    return Documents([name for name, _ in named], lambda i: _decode(named[i][1], spec.errors))
+    return Documents([name for name, _ in named], lambda i: named[i][1].text(spec.errors))
 
 
 def _parts(path: Path, separator: bytes) -> Iterator[Piece]:
@@ -207,57 +214,23 @@ def _parts(path: Path, separator: bytes) -> Iterator[Piece]:
 
 
 def _jsonl(spec: CorpusSpec) -> Documents:
-    named: list[tuple[str, Piece]] = []
-    for name, path in _files(spec, "*.jsonl"):
-        start = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    named.append((f"{name}:{number}", Piece(path, start, start + len(line), f"{path}, line {number}")))
-                start += len(line)
-    return Documents([name for name, _ in named], lambda i: _field(named[i][1], spec))
+    return json_lines(files(str(spec.path), "*.jsonl"), spec.field, spec.errors)
 
 
-def _field(piece: Piece, spec: CorpusSpec) -> str:
-    try:
-        row = json.loads(_decode(piece, spec.errors))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{piece.where}: not JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(row, dict) or spec.field not in row:
-        has = ", ".join(map(repr, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise ValueError(f"{piece.where}: no field {spec.field!r}; the line has {has or 'no fields'}")
-    if not isinstance(row[spec.field], str):
-        raise ValueError(f"{piece.where}: field {spec.field!r} is a {type(row[spec.field]).__name__}, not a string")
-    try:  # JSON can spell half of a surrogate pair, which no UTF-8 text holds
-        return row[spec.field].encode("utf-8", spec.errors).decode()
-    except UnicodeEncodeError:
-        message = f"{piece.where}: field {spec.field!r} holds a lone surrogate; errors: replace accepts such text"
-        raise ValueError(message) from None
+def _elsewhere(spec: CorpusSpec) -> Documents:
+    """Formats that a library reads."""
+    path = str(spec.path)
+    if spec.kind == "parquet":
+        from assay.data.parquet import rows
 
+        return rows(files(path, "*.parquet"), spec.field, spec.errors)
+    if spec.kind == "warc":
+        from assay.data.warc import records
 
-def _decode(piece: Piece, errors: str) -> str:
-    try:
-        return piece.read().decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        message = f"{piece.where}: byte {piece.start + error.start} is not UTF-8; errors: replace accepts such text"
-        raise ValueError(message) from None
+        return records(files(path, "*.warc", "*.warc.gz", "*.warc.wet", "*.warc.wet.gz"), spec.errors)
+    from assay.data.hub import fetched
 
-
-def _files(spec: CorpusSpec, pattern: str) -> list[tuple[str, Path]]:
-    """(name, path), sorted by name: relative to the folder, or to what stands before a glob's first wildcard."""
-    given = Path(str(spec.path)).expanduser()
-    if given.is_file():
-        return [(given.name, given)]
-    if given.is_dir():
-        root, found = given, list(given.rglob(pattern))
-    else:
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
-        found = [Path(match) for match in glob.glob(str(given), recursive=True)]
-    named = [(path.relative_to(root).as_posix(), path) for path in found if path.is_file()]
-    kept = sorted((name, path) for name, path in named if not any(part.startswith(".") for part in Path(name).parts))
-    if not kept:
-        raise ValueError(f"corpus path {str(spec.path)!r}: no such file, folder with {pattern} files, or glob match")
-    return kept
+    return fetched(path, spec.hub, spec.field, spec.documents, spec.errors)
 
 
 NAMES = ("mara", "odin", "lena", "tovi", "ruth", "amos", "ines", "bela")

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from assay.data.corpora import Corpus, CorpusSpec, open_corpus
 from assay.data.loader import Batch, Loader, Source, Stream, windows
+from assay.data.packing import BestFit, Blend, Epochs, Packing, Rowed
 from assay.data.shards import Shard, default_cache, encode_documents, locked
 from assay.data.tokenizers import Tokenizer, TokenizerSpec, build_tokenizer
 
@@ -35,12 +38,18 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and validation documents as ids; valid is None for a corpus without validation documents."""
+    """Training and validation documents as ids; valid is None for a corpus without validation documents.
+
+    packing: how training documents become rows (`assay.data.packing`); validation reads them one after another. parts:
+    of a mixture, the weight of each part and how many of the training documents are its own, in their order.
+    """
 
     train: Shard
     valid: Shard | None
     tokenizer: Tokenizer
     digest: str
+    packing: Packing = "concatenate"
+    parts: tuple[tuple[float, int], ...] = ()
 
     @property
     def validates(self) -> bool:
@@ -48,7 +57,17 @@ class Dataset:
 
     def stream(self, rows: int, length: int, seed: int, mix: Sequence[tuple[Source, float]] = ()) -> Loader:
         """Rows of the training documents; mix: `assay.data.loader.Loader`."""
-        return Loader(self.train, rows, length, seed, mix)
+        if self.packing == "concatenate" and not self.parts:
+            return Loader(self.train, rows, length, seed, mix)
+        return Loader(self.train, rows, length, seed, mix, self._rows(length, seed))
+
+    def _rows(self, length: int, seed: int) -> Rowed:
+        made = {"concatenate": Epochs, "best_fit": BestFit}[self.packing]
+        if not self.parts:
+            return made(self.train, length, seed)
+        ends = np.cumsum([count for _, count in self.parts]).tolist()
+        own = [self.train.part(end - count, end) for end, (_, count) in zip(ends, self.parts, strict=True)]
+        return Blend([made(shard, length, seed) for shard in own], [weight for weight, _ in self.parts], seed)
 
     def held_out(self, length: int, count: int) -> Batch:
         """Windows from all over the validation documents, packed as in training."""
@@ -62,7 +81,7 @@ def open_dataset(corpus: CorpusSpec, tokenizer: TokenizerSpec, cache: Path | Non
     opened = open_corpus(corpus)
     made = cached_tokenizer(tokenizer, opened, folder)
     valid = encode_documents(opened.valid, made, folder) if len(opened.valid) else None
-    return Dataset(encode_documents(opened.train, made, folder), valid, made, opened.digest)
+    return Dataset(encode_documents(opened.train, made, folder), valid, made, opened.digest, parts=opened.parts)
 
 
 def cached_tokenizer(spec: TokenizerSpec, corpus: Corpus, cache: Path) -> Tokenizer:

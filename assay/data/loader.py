@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.data.draws import Draws, permutation
-from assay.data.packing import Concatenation, Epochs, Rows, flatten
+from assay.data.packing import Concatenation, Epochs, Rowed, Rows, flatten
 from assay.data.shards import Shard
 
 
@@ -103,11 +103,18 @@ class Loader:
     """An endless iterator of batches: `rows` rows of `length` tokens, in an order fixed by the seed.
 
     mix: (source, share) pairs; a row is a document of the source with probability share, of the corpus otherwise.
-    The stream depends on nothing but the arguments, and `restore(state())` continues it bit for bit.
+    texts: the corpus as rows, where they are made otherwise than by `Epochs`. The stream depends on nothing but the
+    arguments, and `restore(state())` continues it bit for bit.
     """
 
     def __init__(
-        self, shard: Shard, rows: int, length: int, seed: int, mix: Sequence[tuple[Source, float]] = ()
+        self,
+        shard: Shard,
+        rows: int,
+        length: int,
+        seed: int,
+        mix: Sequence[tuple[Source, float]] = (),
+        texts: Rowed | None = None,
     ) -> None:
         shares = [share for _, share in mix]
         if rows < 1 or length < 1:
@@ -117,7 +124,7 @@ class Loader:
         if mix and not shard.is_bytes:
             raise ValueError("mix: synthetic documents are bytes; the corpus must be encoded by a byte tokenizer")
         self.shard, self.rows, self.length, self.seed, self.mix = shard, rows, length, seed, tuple(mix)
-        self._epochs = Epochs(shard, length, seed)
+        self._epochs: Rowed = Epochs(shard, length, seed) if texts is None else texts
         self._drawn = 0  # rows drawn so far, and of these the rows of the corpus
         self._read = 0
 
@@ -156,7 +163,8 @@ class Loader:
         self._drawn, self._read = int(state["drawn"]), int(state["read"])
 
     def _stream(self) -> str:
-        parts = (self.shard.digest, self.rows, self.length, self.seed, [(repr(s), share) for s, share in self.mix])
+        parts: tuple[Any, ...] = (self.shard.digest, self.rows, self.length, self.seed)
+        parts += ([(repr(s), share) for s, share in self.mix], *filter(None, [self._epochs.key]))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

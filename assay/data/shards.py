@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from assay.data.corpora import Documents
+from assay.data.documents import Documents
+from assay.data.documents import default_cache as default_cache
 from assay.data.tokenizers import Tokenizer
 
 FORMAT = "assay-tokens"
@@ -57,6 +58,12 @@ class Shard:
 
     def document(self, i: int) -> NDArray[np.int64]:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
+
+    def part(self, first: int, last: int) -> Shard:
+        """Documents first .. last - 1, on the same memory."""
+        offsets = self.offsets[first : last + 1]
+        tokens = self.tokens[offsets[0] : offsets[-1]]
+        return Shard(tokens, offsets - offsets[0], self.token_bytes, f"{self.digest} {first} {last}")
 
     @property
     def vocab_size(self) -> int:
@@ -190,9 +197,3 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def default_cache() -> Path:
-    """$ASSAY_CACHE, or assay/ in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
-    chosen = os.environ.get("ASSAY_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, characters or byte-level BPE, each a `tokenizers.Tokenizer` that Hugging Face libraries load."""
+"""Tokenizers: bytes, characters, words or pieces of words, each one that Hugging Face libraries load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -18,14 +18,15 @@ import numpy as np
 import tokenizers as hf
 from numpy.typing import NDArray
 from pydantic import model_validator
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models
 
+from assay.data import vocabularies
 from assay.data.bpe import byte_symbols
 from assay.data.corpora import Corpus
 from assay.data.settings import GENERATION, Generation, read_settings
+from assay.data.vocabularies import END_OF_TEXT as END_OF_TEXT
 from assay.spec.base import Spec
 
-END_OF_TEXT = "<|endoftext|>"
 BYTE_SEPARATOR = 0
 
 
@@ -34,18 +35,22 @@ class TokenizerSpec(Spec):
 
     byte  256 ids, id == byte, and no special token: byte 0 stands between documents, by convention
     char  an id for each character of the corpus, and `<|endoftext|>`; other characters are refused
-    bpe   byte-level BPE trained on the training documents: `vocab` ids in all, `<|endoftext|>` is id 0
+    bpe, wordpiece, unigram   pieces of words over bytes (`assay.data.vocabularies`), trained on the training documents:
+          `vocab` ids in all, `<|endoftext|>` is id 0
+    word  the most frequent words of the training documents: `vocab` ids in all; other words are unknown
     made  the one in the checkpoint (or folder of Hugging Face) `folder`
     """
 
-    kind: Literal["byte", "char", "bpe", "made"] = "byte"
+    kind: Literal["byte", "char", "bpe", "wordpiece", "unigram", "word", "made"] = "byte"
     vocab: int | None = None
     folder: str | None = None
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
-        if self.kind == "bpe" and (self.vocab is None or self.vocab < 257):
-            raise ValueError(f"vocab: {self.vocab}; a bpe tokenizer needs 257 or more (256 bytes and {END_OF_TEXT})")
+        if self.kind in vocabularies.TRAINED:
+            _, least, why = vocabularies.TRAINED[self.kind]
+            if self.vocab is None or self.vocab < least:
+                raise ValueError(f"vocab: {self.vocab}; a {self.kind} tokenizer needs {least} or more ({why})")
         if self.kind == "byte" and self.vocab not in (None, 256):
             raise ValueError(f"vocab: {self.vocab}; a byte tokenizer has 256 ids")
         if self.kind == "char" and self.vocab is not None:
@@ -192,7 +197,13 @@ class Tokenizer:
     @property
     def byte_level(self) -> bool:
         """Whether text is nothing but the bytes of its ids put together (no space is added or taken away)."""
-        return self._decoders <= {"ByteLevel", "Fuse"}
+        taken = {"Replace"} if self._inside and "ByteLevel" in self._decoders else set()
+        return self._decoders <= {"ByteLevel", "Fuse", *taken}
+
+    @cached_property
+    def _inside(self) -> str:
+        """What stands before a piece that does not begin a word; empty but for WordPiece."""
+        return json.loads(self._json)["model"].get("continuing_subword_prefix") or ""
 
     @cached_property
     def is_bytes(self) -> bool:
@@ -222,7 +233,7 @@ class Tokenizer:
             if i in added:
                 table[i] = b"" if added[i].special else added[i].content.encode()
             elif symbols:
-                table[i] = b"".join(symbols[char] for char in piece)
+                table[i] = b"".join(symbols[char] for char in piece.removeprefix(self._inside))
             else:
                 table[i] = _piece_bytes(piece)
         return tuple(table)
@@ -274,51 +285,18 @@ class Stream:
 
 
 def build_tokenizer(spec: TokenizerSpec, corpus: Corpus) -> Tokenizer:
-    """The tokenizer of a spec. BPE learns from the training documents alone; char knows every character of both."""
+    """The tokenizer of a spec. What is trained sees the training documents alone; char has every character of both."""
     if spec.kind == "byte":
-        return Tokenizer(_bytes())
+        return Tokenizer(vocabularies.from_bytes())
     if spec.folder is not None:
         return Tokenizer.load(Path(spec.folder))
     config = {"eos_token": END_OF_TEXT, "split_special_tokens": True, "clean_up_tokenization_spaces": False}
     if spec.kind == "char":
-        return Tokenizer(
-            _chars({char for part in (corpus.train, corpus.valid) for text in part for char in set(text)}), config
-        )
-    return Tokenizer(_bpe(corpus.train, spec.vocab or 0), config)
-
-
-def _bytes() -> hf.Tokenizer:
-    made = hf.Tokenizer(models.BPE(vocab={char: b for b, char in enumerate(byte_symbols())}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    return made
-
-
-def _chars(chars: Iterable[str]) -> hf.Tokenizer:
-    alphabet = sorted(chars)
-    if not alphabet:
-        raise ValueError("tokenizer kind char: the corpus has no characters")
-    made = hf.Tokenizer(models.WordLevel({char: i for i, char in enumerate(alphabet)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Split(hf.Regex(r"[\s\S]"), "isolated")
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens([END_OF_TEXT])
-    return made
-
-
-def _bpe(texts: Iterable[str], vocab: int) -> hf.Tokenizer:
-    made = hf.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(byte_symbols()),
-        show_progress=False,
-    )
-    made.train_from_iterator(texts, trainer)
-    if made.get_vocab_size() < vocab:
-        raise ValueError(f"vocab: {vocab}; the corpus has pairs for {made.get_vocab_size()} ids only")
-    return made
+        found = {char for part in (corpus.train, corpus.valid) for text in part for char in set(text)}
+        return Tokenizer(vocabularies.from_chars(found), config)
+    if spec.kind == "word":
+        config["unk_token"] = vocabularies.UNKNOWN
+    return Tokenizer(vocabularies.train(spec.kind, corpus.train, spec.vocab or 0), config)
 
 
 def _piece_bytes(piece: str) -> bytes:

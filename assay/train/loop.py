@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -122,7 +122,8 @@ def dataset(recipe: Recipe, cache: Path | None = None) -> Data:
     if isinstance(recipe.data, Task):
         return TaskRows(recipe.data)
     fixed = recipe.data.kind in ("stdlib", "generated")
-    return (_opened if fixed else open_dataset)(recipe.data, recipe.tokenizer, cache)
+    opened = (_opened if fixed else open_dataset)(recipe.data, recipe.tokenizer, cache)
+    return replace(opened, packing=recipe.batch.packing)
 
 
 _opened = lru_cache(maxsize=2)(open_dataset)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from assay.data.corpora import CorpusSpec
+from assay.data.packing import Packing
 from assay.data.tasks.base import Task, tasks
 from assay.data.tasks.passkey import Passkey
 from assay.data.tokenizers import TokenizerSpec
@@ -58,12 +59,14 @@ class ScheduleSpec(Spec):
 class BatchSpec(Spec):
     """One optimiser step: `rows` rows of `length` tokens, computed in `accumulate` pieces of equally many rows.
 
-    The pieces change how much memory a step takes, and nothing else.
+    The pieces change how much memory a step takes, and nothing else. packing: how documents become rows: one after
+    another and cut (concatenate), or whole as far as they fit, with padding (best_fit; `assay.data.packing.BestFit`).
     """
 
     rows: int = Field(4, ge=1)
     length: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1)
+    packing: Packing = "concatenate"
 
     @model_validator(mode="after")
     def _even_pieces(self) -> Self:
@@ -214,6 +217,8 @@ class Recipe(ConductSpec):
             return self
         if self.batch.length != self.data.length:
             raise ValueError(f"batch.length: {self.batch.length}; the rows of data have {self.data.length} symbols")
+        if self.batch.packing != "concatenate":
+            raise ValueError(f"batch.packing: {self.batch.packing}; a task brings its own rows: leave it out")
         for name in ("tokenizer", "mix"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: a task ({self.data.kind_name()}) brings its own symbols: leave it out")
