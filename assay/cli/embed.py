@@ -79,8 +79,8 @@ def read_texts(texts: list[str] | None, file: Path | None) -> list[str]:
 
 
 def load(folder: Path) -> tuple[LM, Tokenizer]:
-    from assay.data.tokenizers import Tokenizer
     from assay.hub.load import import_folder
+    from assay.hub.tokenizer import folder_tokenizer
     from assay.train.checkpoint import load_checkpoint
 
     if (folder / "model.yaml").is_file():
@@ -89,7 +89,7 @@ def load(folder: Path) -> tuple[LM, Tokenizer]:
     imported = import_folder(folder)
     for key in imported.unread:
         console().print(f"configuration key that nothing reads: {key}")
-    return imported.model, Tokenizer.load(folder)
+    return imported.model, folder_tokenizer(folder)
 
 
 def settings(path: Path, kind: type = dict) -> Any:

@@ -91,14 +91,14 @@ def run(
 
 def opened(path: Path, device: torch.device) -> tuple[LM, Tokenizer]:
     """The model and the tokenizer of a checkpoint, or of a Hugging Face folder."""
-    from assay.data.tokenizers import Tokenizer
     from assay.hub.load import CONFIG, import_folder
+    from assay.hub.tokenizer import folder_tokenizer
     from assay.train.checkpoint import MODEL, load_checkpoint
 
     if (path / MODEL).is_file() or not (path / CONFIG).is_file():
         model, tokenizer, _ = load_checkpoint(path, device)
         return model, tokenizer
-    tokenizer = Tokenizer.load(path)
+    tokenizer = folder_tokenizer(path)
     with progress() as bar:
         task = bar.add_task("reading tensors")
         imported = import_folder(path, told=lambda done, total: bar.update(task, completed=done, total=total))

@@ -72,13 +72,22 @@ class Placed:
         return total
 
 
+def remembers(spec: ModelSpec) -> bool:
+    """Whether anything is kept from one token to the next: a text goes on where a head names tokens and no layer sees
+    what comes later, but for a prefix, which comes whole. An encoder reads a text at once and keeps nothing."""
+    ahead = (p for _, p in spec.parts() if "chunking" in p.refusals())
+    whole = all(getattr(getattr(p, "sees", None), "prefix", False) for p in ahead)
+    return spec.head is not None and spec.head.names_tokens and whole
+
+
 def placed(spec: ModelSpec) -> Iterator[Placed]:
     """Every part of a model (not of its encoder)."""
     special = {"embed": embed_site(spec), "head": head_site(spec)}
     given: dict[str, tuple[StateField, ...]] = {}
+    keeps = remembers(spec)
     for found, part in spec.parts():
         site, layer = special.get(found.name, found), layer_of(found.name)
-        state = part.state(site)
+        state = part.state(site) if keeps else ()
         gives, takes = (getattr(part, key, None) for key in ("gives", "takes"))
         if isinstance(gives, str):
             given[gives] = state

@@ -140,7 +140,10 @@ class Config:
 
     def each_layer(self, name: str, layers: int, pattern: Callable[[int], str]) -> tuple[str, ...]:
         """What kind each layer is: listed under `name`, else by the family's own pattern from its older keys."""
-        given = self.listed(name, None, layers)
+        given = self._take(
+            name, None, f"a list of {layers} strings",
+            lambda v: isinstance(v, list) and len(v) == layers and all(isinstance(kind, str) for kind in v),
+        )  # fmt: skip
         return tuple(given) if given is not None else tuple(pattern(i) for i in range(layers))
 
     def rope(self, kind: str | None = None, theta: float = 10_000.0, share: float = 1.0, size: int = 0) -> Tree:
@@ -179,7 +182,10 @@ class Config:
         return given
 
     def head_size(self) -> int:
-        size: int = self.integer("head_dim", None) or self.integer("hidden_size") // self.integer("num_attention_heads")
+        width, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+        size: int = self.integer("head_dim", None) or width // heads
+        if not size:
+            raise ValueError(f"{self.where}: num_attention_heads: {heads}; at most hidden_size ({width}) is accepted")
         return size
 
     def scaling(self, rules: Mapping[str, Any]) -> Tree | None:

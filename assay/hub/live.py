@@ -89,9 +89,12 @@ class Live:
         return {"input_ids": ids, "decoder_input_ids": torch.cat([start, ids[:, : ids.shape[1] // 2]], 1)}
 
     def _logits(self, given: Mapping[str, Tensor]) -> Tensor:
-        """[R, T, V]; of a classifier [R, labels], and of a model without a head its features [R, T, D]."""
+        """[R, T, V]; of a classifier [R, labels], of a pooled head [R, D], and of a model without a head its features
+        [R, T, D]."""
         out = self.model(**given, **({} if self.form == "encoder" else {"use_cache": False}))
-        return out.logits if self.spec.head is not None else out.last_hidden_state
+        if task(self.spec) != "features":
+            return out.logits
+        return out.last_hidden_state if self.spec.head is None else out.pooler_output
 
     def _padded(self, ids: Tensor, side: str) -> dict[str, Tensor]:
         """Two rows of unequal length; padding is token 0."""
@@ -216,7 +219,7 @@ AUTO = {
 
 def task(spec: ModelSpec) -> str:
     """Which of `AUTO` has this model's head."""
-    if spec.head is None:
+    if spec.head is None or spec.head.kind_name() == "pooled":
         return "features"
     return form(spec) if spec.head.names_tokens else "label"
 

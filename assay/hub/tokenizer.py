@@ -6,7 +6,8 @@ written down here. Source: src/llama-vocab.cpp of github.com/ggml-org/llama.cpp,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from assay.hub.config import is_number
 
 SPACE = "\u2581"
 MAX_TEMPLATE = 1_000_000
+MAX_IDS = 1 << 22
+TRIAL = "a Z1\n\u00e9\U0001f600"
+"""Words, a number, spaces, and what hardly any vocabulary has."""
 MAX_PIECE = 512
 """Characters of a token in a vocabulary whose merges are found by cutting every token everywhere."""
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -62,7 +66,8 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: no tokenizer.json; --tokenizer names another folder, and transformers writes one: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    made = Tokenizer.load(folder)
+    with held(f"{folder / 'tokenizer.json'}"):
+        made = Tokenizer.load(folder)
     config = {**read_settings(folder / "special_tokens_map.json"), **read_settings(folder / "tokenizer_config.json")}
     older = read_settings(folder / "chat_template.json").get("chat_template")
     template = folder / "chat_template.jinja"
@@ -70,7 +75,32 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
         config["chat_template"] = _template(template)
     elif older is not None and "chat_template" not in config:
         config["chat_template"] = older
-    return replace(made, config=config)
+    return usable(replace(made, config=config), str(folder / "tokenizer.json"))
+
+
+@contextmanager
+def held(where: str) -> Iterator[None]:
+    """What the library makes of a file that is none: exceptions of any type, and panics, which are no `Exception`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, ValueError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{where}: not a tokenizer that encodes texts: {error}") from None
+
+
+def usable(words: Tokenizer, where: str) -> Tokenizer:
+    """The tokenizer, if a text can be encoded and decoded: what its parts say of each other is looked at late, when it
+    is used. ValueError says what does not fit."""
+    most = max(words.hf.get_vocab().values(), default=-1)
+    if not 0 <= most < MAX_IDS:
+        raise ValueError(f"{where}: the last token is {most}; 0 to {MAX_IDS - 1} are accepted")
+    with held(where):
+        ids = words.framed(TRIAL)
+        words.decode(ids)
+    if len(ids) and ids.max() > most:
+        raise ValueError(f"{where}: token {ids.max()} stands around a text, and the last is {most}")
+    return words
 
 
 def _template(path: Path) -> str:
@@ -114,7 +144,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         made.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, made.token_to_id(bos))]
         )
-    return Tokenizer(made, config, vocab.ends())
+    return usable(Tokenizer(made, config, vocab.ends()), where)
 
 
 class Vocabulary:
@@ -201,6 +231,9 @@ def _sentencepiece(vocab: Vocabulary, gemma: bool) -> hf.Tokenizer:
     ids = {SPACE * len(t) if gemma and t.strip(" ") == "" else t: i for t, i in vocab.ids.items()}
     if len(ids) != len(vocab.ids):
         raise vocab.wrong("tokens", f"a vocabulary without both spaces and {SPACE}")
+    for name in NAMES.values():
+        if (token := vocab.special(name)) is not None and token not in ids:
+            raise vocab.wrong(f"{name}_token_id", "a token that is no run of spaces")
     merges = vocab.merges() or implied_merges(_ranks(vocab, ids, gemma))
     model = models.BPE(vocab=ids, merges=merges, unk_token=vocab.special("unknown"), fuse_unk=True, byte_fallback=True)
     made = hf.Tokenizer(model)

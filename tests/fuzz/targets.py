@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,12 @@ from assay.hub.family import families, read
 from assay.hub.files import SINGLE, open_folder
 from assay.hub.gguf import read_gguf
 from assay.hub.gguf_config import source_of
-from assay.hub.load import planned
-from assay.hub.tokenizer import gguf_tokenizer
+from assay.hub.load import CONFIG, load, open_checkpoint, planned
+from assay.hub.tokenizer import folder_tokenizer, gguf_tokenizer
 from assay.spec.load import parse_yaml
+from tests.fuzz.seeds import LLAMA
+
+TEXT = "ab  a1 <s>\n\u00e9\U0001f600"
 
 
 def gguf(path: Path) -> None:
@@ -27,11 +31,15 @@ def gguf(path: Path) -> None:
         planned(source_of(file))
     for name in list(file.tensors)[:3]:
         file.read(name)
-    gguf_tokenizer(file.metadata, file.where)
+    gguf_tokenizer(file.metadata, file.where).encode(TEXT)
 
 
 def safetensors(path: Path) -> None:
+    """Every tensor, and the model that a configuration beside them says they are."""
     path.rename(path.with_name(SINGLE))
+    (path.parent / CONFIG).write_text(json.dumps(LLAMA))
+    with contextlib.suppress(ValueError), open_checkpoint(path.parent) as source:
+        load(source)
     with open_folder(path.parent) as tensors:
         for name in tensors.names:
             tensors.shape(name)
@@ -46,11 +54,28 @@ def config(path: Path) -> None:
             read({**values, "model_type": kind})
 
 
+def tokenizer(path: Path) -> None:
+    """A text to ids and back, as a whole and token by token."""
+    path.rename(path.with_name("tokenizer.json"))
+    words = folder_tokenizer(path.parent)
+    ids = words.framed(TEXT)
+    words.decode(ids)
+    stream = words.stream()
+    for token in ids.tolist():
+        stream.push(token)
+
+
 def yaml(path: Path) -> None:
     parse_yaml(path.read_bytes().decode("utf-8", "replace"), "a.yaml")
 
 
-TARGETS: dict[str, Callable[[Path], None]] = {"gguf": gguf, "safetensors": safetensors, "config": config, "yaml": yaml}
+TARGETS: dict[str, Callable[[Path], None]] = {
+    "gguf": gguf,
+    "safetensors": safetensors,
+    "config": config,
+    "tokenizer": tokenizer,
+    "yaml": yaml,
+}
 
 
 def holds(name: str, data: bytes) -> bool:

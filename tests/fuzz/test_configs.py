@@ -130,6 +130,26 @@ def test_counts_are_capped_before_anything_is_listed(kind: str) -> None:
     assert refused & counted or not counted, "Nemotron-H lists its layers and says no number of them"
 
 
+@pytest.mark.parametrize("odd", [0.5, [], {}, True, None])
+def test_kinds_of_layers_that_are_no_strings_are_refused(odd: Any) -> None:
+    """One of another type among them; of every family that lists them."""
+    for kind in families():
+        values = json.loads(written(kind))
+        for place in (place for place in places(values) if place[-1] in ("layer_types", "mlp_layer_types")):
+            changed = json.loads(written(kind))
+            above = changed["text_config"] if len(place) > 1 else changed
+            if isinstance(above[place[-1]], list):
+                above[place[-1]][0] = odd
+                assert not holds(changed), (kind, place)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_more_heads_than_numbers_to_share_are_refused(kind: str) -> None:
+    values = {**json.loads(written(kind)), "num_attention_heads": 10**6, "head_dim": None}
+    with pytest.raises(ValueError, match=r"num_attention_heads: 1000000; at most hidden_size \(\d+\) is accepted"):
+        read(values)
+
+
 @dataclass(frozen=True)
 class Nothing:
     """A checkpoint without a tensor."""

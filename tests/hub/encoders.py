@@ -132,5 +132,5 @@ def outputs(model: Any, ids: Tensor, **more: Any) -> dict[str, Tensor]:
     for prefix, (*hidden, final) in sides.items():
         found |= {f"{prefix}blocks.{i}.in": h.flatten(0, 1) for i, h in enumerate(hidden)}
         found[f"{prefix}final"] = final.flatten(0, 1)
-    logits = getattr(out, "logits", getattr(out, "prediction_logits", None))
+    logits = next((out[key] for key in ("logits", "prediction_logits", "pooler_output") if key in out), None)
     return found | ({"logits": logits.reshape(-1, logits.shape[-1])} if logits is not None else {})

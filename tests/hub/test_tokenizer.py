@@ -149,6 +149,16 @@ def test_vocabularies_that_do_not_fit_together_are_refused(changes: dict[str, An
         gguf_tokenizer(good | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}, "a.gguf")
 
 
+@pytest.mark.parametrize("role", ["unknown", "bos", "eos", "padding"])
+def test_a_run_of_spaces_has_no_role_where_it_is_respelt(role: str) -> None:
+    """Of Gemma's vocabulary, in which no token is called by the spaces any more."""
+    found = sentencepiece(True)
+    spaces = found["tokens"].index("  ")
+    metadata = {"general.architecture": "gemma2"} | {f"tokenizer.ggml.{k}": v for k, v in found.items()}
+    with pytest.raises(ValueError, match=rf"tokenizer\.ggml\.{role}_token_id: {spaces}; a token that is no run of"):
+        gguf_tokenizer({**metadata, f"tokenizer.ggml.{role}_token_id": spaces}, "a.gguf")
+
+
 def test_a_folders_template_is_found_wherever_it_is_kept(tmp_path: Path) -> None:
     Tokenizer(trained("gpt-2"), {"chat_template": "in the config", "eos_token": "<|im_end|>"}).save(tmp_path)
     assert chat_template(folder_tokenizer(tmp_path)) == "in the config"

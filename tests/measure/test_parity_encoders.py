@@ -50,7 +50,7 @@ def own_words(model: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
     told |= {f"{named}final": hidden[-1] for named, hidden in stacks.items()}
     padded = {name: found[f"rightpad.{name}"] for name in ("attention_mask", *names)}
     last = model(**padded)
-    told["rightpad.logits"] = last.logits if "logits" in out else last.last_hidden_state
+    told["rightpad.logits"] = next(last[k] for k in ("logits", "pooler_output", "last_hidden_state") if k in last)
     if two:
         said = torch.cat([found["decoder_input_ids"][:, :1], found["greedy_ids"][:, :-1]], 1)
         told["greedy_ids"] = model(input_ids=found["input_ids"], decoder_input_ids=said).logits.argmax(-1)

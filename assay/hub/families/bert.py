@@ -31,23 +31,25 @@ MASKED: Names = {
     "head.out.bias": "cls.predictions.bias",
     "head.bias": "cls.predictions.bias",
 }
-CLASSIFY: Names = {"head.dense.*": "bert.pooler.dense.*", "head.out.*": "classifier.*"}
+POOLED: Names = {"head.dense.*": "bert.pooler.dense.*"}
+CLASSIFY: Names = {**POOLED, "head.out.*": "classifier.*"}
 SAME = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 OLDER = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))  # TensorFlow's names, of 2018
 OTHERWISE = (("bert.", ""), *OLDER)
-POOLER = "BERT's pooled output, which nothing but a classifier reads"
+POOLER = "BERT's pooled output, which this head does not read"
+TANH: Tree = {"kind": "pooled", "pool": "first", "normalise": False, "act": "tanh"}
 
 
 def names(spec: ModelSpec) -> Names:
-    head = CLASSIFY if classifies(spec) else MASKED
+    head = {"classify": CLASSIFY, "pooled": POOLED}.get(kind_of(spec), MASKED)
     return {**{ours: f"bert.{theirs}" for ours, theirs in BODY.items()}, **head}
 
 
-def classifies(spec: ModelSpec) -> bool:
-    return spec.head is not None and spec.head.kind_name() == "classify"
+def kind_of(spec: ModelSpec) -> str:
+    return "none" if spec.head is None else spec.head.kind_name()
 
 
 def skip(spec: ModelSpec) -> dict[str, str]:
@@ -56,7 +58,7 @@ def skip(spec: ModelSpec) -> dict[str, str]:
         "embeddings.position_ids": "0, 1, 2, ...",
         "cls.seq_relationship.*": "next-sentence prediction, a task of the pre-training",
     }
-    if not classifies(spec):
+    if kind_of(spec) not in ("classify", "pooled"):
         found |= dict.fromkeys(("bert.pooler.dense.*", "pooler.dense.*"), POOLER)
     return found
 
@@ -64,11 +66,12 @@ def skip(spec: ModelSpec) -> dict[str, str]:
 def spec(c: Config) -> Tree:
     d, norm, act = c.integer("hidden_size"), layernorm(c), c.activation("hidden_act", "gelu")
     masked = {"kind": "mlm", "act": act, "norm": norm, "tie": c.flag("tie_word_embeddings", True)}
-    heads = {"mlm": masked, "classify": {"kind": "classify", "labels": labels(c)}, "none": None}
+    heads = {"mlm": masked, "classify": {"kind": "classify", "labels": labels(c)}, "pooled": TANH, "none": None}
+    found = purpose(c, "cls.predictions.bias", "classifier.weight")
     return {
         **body(c, c.integer("max_position_embeddings")),
         "d_model": d,
-        "head": heads[purpose(c, "cls.predictions.bias", "classifier.weight")],
+        "head": heads[pools(c, "bert") if found == "none" else found],
     }
 
 
@@ -121,6 +124,14 @@ def purpose(c: Config, masked: str, classifier: str) -> str:
     return "classify"
 
 
+def pools(c: Config, prefix: str) -> str:
+    """pooled or none, for a model without another head: as the tensors show, or, where a configuration stands alone, as
+    the class it names has a pooler, unless it says otherwise (in a key of ours, which transformers passes over)."""
+    wanted = c.flag("add_pooling_layer", True) and str((c.listed("architectures", None) or [""])[0]).endswith("Model")
+    shown = (f"{name}pooler.dense.weight" in c.tensors for name in ("", f"{prefix}.")) if c.tensors is not None else ()
+    return "pooled" if any(shown) or (c.tensors is None and wanted) else "none"
+
+
 def hugging_face(spec: ModelSpec) -> Tree:
     return {**body_outward(spec, "bert", "Bert"), "max_position_embeddings": spec.context}
 
@@ -139,15 +150,16 @@ def body_outward(spec: ModelSpec, model_type: str, name: str) -> Tree:
         "layer_norm_eps": outward.learned(spec).norm.eps,
         "type_vocab_size": max(1, outward.of_kind(embed, "embed", "token").types),
         **head_outward(spec, name),
+        **({"add_pooling_layer": False} if spec.head is None else {}),
     }
 
 
 def head_outward(spec: ModelSpec, name: str) -> Tree:
     """The class of transformers with this head, and what a configuration says of it."""
-    if spec.head is None:
+    if kind_of(spec) in ("none", "pooled"):
         return {"architectures": [f"{name}Model"]}
     head: Any = spec.head
-    if classifies(spec):
+    if kind_of(spec) == "classify":
         classes = {str(i): f"LABEL_{i}" for i in range(head.labels)}
         known = {"id2label": classes, "label2id": {label: int(i) for i, label in classes.items()}}
         return {"architectures": [f"{name}ForSequenceClassification"], **known}

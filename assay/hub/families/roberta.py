@@ -18,12 +18,8 @@ MASKED: Names = {
     "head.bias": "lm_head.bias",
 }
 CLASSIFY: Names = {"head.dense.*": "classifier.dense.*", "head.out.*": "classifier.out_proj.*"}
-SKIP = {
-    "roberta.embeddings.position_ids": "0, 1, 2, ...",
-    "embeddings.position_ids": "0, 1, 2, ...",
-    "roberta.pooler.dense.*": bert.POOLER,
-    "pooler.dense.*": bert.POOLER,
-}
+POOLED: Names = {"head.dense.*": "roberta.pooler.dense.*"}
+PLACES = dict.fromkeys(("roberta.embeddings.position_ids", "embeddings.position_ids"), "0, 1, 2, ...")
 SAME = {
     "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
     "lm_head.decoder.bias": "lm_head.bias",
@@ -32,16 +28,23 @@ OTHERWISE = (("roberta.", ""), *bert.OLDER)
 
 
 def names(spec: ModelSpec) -> Names:
-    head = CLASSIFY if bert.classifies(spec) else MASKED
+    head = {"classify": CLASSIFY, "pooled": POOLED}.get(bert.kind_of(spec), MASKED)
     own = {"positions.main.weight": Tail("roberta.embeddings.position_embeddings.weight", FIRST)}
     return {**{ours: f"roberta.{theirs}" for ours, theirs in bert.BODY.items()}, **own, **head}
+
+
+def skip(spec: ModelSpec) -> dict[str, str]:
+    pooler = dict.fromkeys(("roberta.pooler.dense.*", "pooler.dense.*"), bert.POOLER)
+    return PLACES | ({} if bert.kind_of(spec) == "pooled" else pooler)
 
 
 def spec(c: Config) -> Tree:
     d, norm = c.integer("hidden_size"), bert.layernorm(c)
     c.must_be("pad_token_id", FIRST - 1, why="positions begin after it")
     masked = {"kind": "mlm", "norm": norm, "tie": c.flag("tie_word_embeddings", True)}
-    heads = {"mlm": masked, "classify": {"kind": "classify", "labels": bert.labels(c)}, "none": None}
+    classify = {"kind": "classify", "labels": bert.labels(c)}
+    heads = {"mlm": masked, "classify": classify, "pooled": bert.TANH, "none": None}
+    found = bert.purpose(c, "lm_head.bias", "classifier.out_proj.weight")
     if "classifier.weight" in (c.tensors or ()):
         raise ValueError(
             f"{c.where}: a classifier of single tokens; accepted: ...ForMaskedLM, ...ForSequenceClassification"
@@ -49,7 +52,7 @@ def spec(c: Config) -> Tree:
     return {
         **bert.body(c, c.integer("max_position_embeddings", least=FIRST + 1) - FIRST),
         "d_model": d,
-        "head": heads[bert.purpose(c, "lm_head.bias", "classifier.out_proj.weight")],
+        "head": heads[bert.pools(c, "roberta") if found == "none" else found],
     }
 
 
