@@ -2,7 +2,7 @@
 
 MODEL is a shipped name, a YAML file or a checkpoint folder (its spec, not its weights); so is the recipe. Changes are
 dotted paths: model.layers=4 recipe.tokens=8192. Ctrl-C saves first, and --resume goes on bit for bit, also after a
-kill. metrics.jsonl in the folder has a line for every step.
+kill. metrics.jsonl in the folder has a line for every step; --track tells trackers the same.
 
 What was imported is trained further by `assay train CKPT --from CKPT`: its weights and its tokenizer are taken, and
 the optimiser is new. The shipped recipes' learning rates are for new weights; recipe.optimizer.lr sets a smaller one.
@@ -46,6 +46,9 @@ def run(
         typer.Option("--from", metavar="CKPT", help="Begin with another run's last save, or an import's weights."),
     ] = None,
     save_every: Annotated[float, typer.Option("--save-every", metavar="SECONDS", help="Time between saves.")] = 60.0,
+    track: Annotated[
+        str, typer.Option("--track", metavar="NAME,...", help="Tell tensorboard, wandb or mlflow every metric, too.")
+    ] = "",
     compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
     device: Device = "auto",
     part: Part = None,
@@ -66,13 +69,16 @@ def run(
     from assay.train.loop import Options, train
     from assay.train.precision import resolve
     from assay.train.recipe import load_recipe
+    from assay.train.tracking.base import kinds
 
     spec = load_model(model, {k: v for k, v in found.items() if k.startswith("model.")})
     how = load_recipe(recipe, {k: v for k, v in found.items() if k.startswith("recipe.")})
     how = adopted(how, start, out) if start is not None else how
     dtype = getattr(torch, resolve(how, place).precision)
     first = environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
-    options = Options(compile=compiled, save_s=save_every, flop_s=matmul_flop_s(dtype, place) if first else None)
+    options = Options(
+        track=kinds(track), compile=compiled, save_s=save_every, flop_s=matmul_flop_s(dtype, place) if first else None
+    )
     with Watch() if first else nullcontext() as watch:
         try:
             result = train(spec, how, out, start or resume, place, watch, options)
@@ -156,6 +162,7 @@ def summary(result: TrainResult, flop_s: float | None) -> dict[str, Any]:
     values: dict[str, Any] = {
         "loss_nats": found.loss_nats if found else None,
         "bits_per_byte": found.bits_per_byte if found else None,
+        **({"ema_loss_nats": result.averaged.loss_nats} if result.averaged else {}),
         "train_loss_nats": result.losses[-1][1] if result.losses else None,
         "steps": result.steps,
         "tokens": result.tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,31 @@ from assay.spec.load import digest, dump
 from assay.spec.model import ModelSpec
 from assay.train.checkpoint import MODEL, RECIPE, WEIGHTS, describe, load_spec, sync
 from assay.train.recipe import Recipe, load_recipe
+from assay.train.tracking.base import Tracker
 
 METRICS, LOCK = "metrics.jsonl", ".lock"
 
 
 class Metrics:
     """metrics.jsonl: a line for each step (`step, tokens, loss_nats, grad_norm, lr, tok_s`) and for each validation
-    (`step, tokens, valid_nats, valid_bits_per_byte`). A line that a kill tore in two is dropped by the next writer."""
+    (`step, tokens, valid_nats, valid_bits_per_byte`, with an average of the weights `valid_ema_nats`). A line that a
+    kill tore in two is dropped by the next writer."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Go on after the first `size` bytes; what stands behind them belongs to steps that will be taken again."""
+    def __init__(self, path: Path, size: int, also: Sequence[Tracker] = ()) -> None:
+        """Go on after the first `size` bytes; what stands behind them belongs to steps that will be taken again. also:
+        who is told every line too."""
         path.touch()
         if path.stat().st_size < size:
             raise ValueError(f"{path}: {path.stat().st_size} bytes; its run was saved when it had {size}")
         os.truncate(path, size)
-        self.path = path
+        self.path, self.also = path, tuple(also)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+        for tracker in self.also:
+            tracker.write(values)
 
     def size(self) -> int:
         """How many bytes there are, all of them on the disk."""
@@ -45,6 +50,8 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
+        for tracker in self.also:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

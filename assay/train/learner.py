@@ -18,6 +18,7 @@ from assay.parts.base import Part
 from assay.parts.heads.lm import LossOptions
 from assay.spec.model import ModelSpec
 from assay.spec.shard import deal
+from assay.train.ema import average_of
 from assay.train.evaluate import step_of
 from assay.train.memory import SavedForBackward, available_bytes, loss_piece
 from assay.train.objective import posed
@@ -79,6 +80,9 @@ class Learner:
         # What `shard` gathers is in the precision of the products already.
         self.precision = "float32" if self.team.casts else recipe.precision
         self.optimizer = build_optimizer(recipe.optimizer, self.model, table, self.team)
+        kept = dict(self.model.named_parameters())
+        own = recipe.optimizer.kind == "schedule_free"
+        self.average = average_of(recipe.evaluation.ema, kept, self.team.cuts, own)
         mix = [(recipe.mix.passkey, recipe.mix.share)] if recipe.mix.share else []
         self.loader = data.stream(recipe.batch.rows, recipe.batch.length, recipe.seed, mix)
         self.runner = Runner(self.model, self.precision, compiled)
@@ -107,6 +111,8 @@ class Learner:
         for part in self._after:
             place = f"{part.name}."
             part.after({k.removeprefix(place): v for k, v in stats.items() if k.startswith(place)})
+        if self.average is not None:
+            self.average.update()
         return Taken(stats[NLL] / total, norm, rate)
 
     def _pieces(self, batch: Batch) -> tuple[Batch, ...]:
@@ -188,7 +194,9 @@ class Learner:
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
-        return tensors, {"loader": self.loader.state()}
+        if self.average is None:
+            return tensors, {"loader": self.loader.state()}
+        return tensors | self.average.state(), {"loader": self.loader.state(), "ema_steps": self.average.steps}
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:
@@ -202,6 +210,8 @@ class Learner:
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         state = {k: v for k, v in state.items() if self.team.keeps(k.rpartition("/")[0])}
         load_state(self.optimizer, self.model, {k: self.team.own_moment(k, v) for k, v in state.items()})
+        if self.average is not None:
+            self.average.restore(tensors, values["ema_steps"])
         self.loader.restore(values["loader"])
         torch.set_rng_state(tensors["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in tensors:

@@ -17,8 +17,10 @@ from assay.data.task_rows import TaskRows
 from assay.data.tasks.base import Task
 from assay.model.lm import LM
 from assay.spec.model import ModelSpec
-from assay.train.checkpoint import Saved, load_spec, read_run, save_run, stored_weights
+from assay.train.checkpoint import Saved, load_spec, read_run, save_checkpoint, save_run, stored_weights
+from assay.train.ema import FOLDER as EMA
 from assay.train.evaluate import Evaluation, tally
+from assay.train.fit import check
 from assay.train.folder import METRICS, Metrics, claim, holds_run, in_use, read_metrics, same
 from assay.train.interrupt import Interrupt
 from assay.train.learner import Learner, Taken
@@ -28,6 +30,8 @@ from assay.train.outcome import Diverged, Status, TrainResult
 from assay.train.parallel.mesh import opened, own_device
 from assay.train.precision import resolve
 from assay.train.recipe import Recipe, load_recipe
+from assay.train.tracking.base import Kind
+from assay.train.tracking.open import opened as trackers
 from assay.train.utilisation import train_flops_per_token
 
 HELD = 16
@@ -40,6 +44,7 @@ class Options:
 
     save_s, report_s: seconds between saves, and between calls of on_progress. flop_s: the rate that MFU is a share of
     (`assay.measure.machine.matmul_flop_s`). cache: where token shards are kept; null is the user's cache folder.
+    track: what metrics are told to besides (`assay.train.tracking`).
     on_validation: called after every validation with the model as it is then, in evaluation mode, and `steps` the steps
     so far. It may draw random numbers and change no weight; its time is not the training's.
     """
@@ -49,6 +54,7 @@ class Options:
     report_s: float = 0.2
     flop_s: float | None = None
     cache: Path | None = None
+    track: tuple[Kind, ...] = ()
     on_validation: Callable[[Status, TrainResult], None] | None = None
 
 
@@ -123,34 +129,10 @@ def dataset(recipe: Recipe, cache: Path | None = None) -> Data:
         return TaskRows(recipe.data)
     fixed = recipe.data.kind in ("stdlib", "generated")
     opened = (_opened if fixed else open_dataset)(recipe.data, recipe.tokenizer, cache)
-    return replace(opened, packing=recipe.batch.packing)
+    return replace(opened, packing=recipe.batch.packing, unique=recipe.unique)
 
 
 _opened = lru_cache(maxsize=2)(open_dataset)
-
-
-def check(spec: ModelSpec, recipe: Recipe, data: Data) -> None:
-    """ValueError when the model cannot be trained with this recipe."""
-    length, ids = recipe.batch.length, data.tokenizer.vocab_size
-    if spec.head is None:
-        raise ValueError("model.head: null; a model that is trained needs a head")
-    if spec.encoder is not None:
-        raise ValueError("model.encoder: recipes train on running text; an encoder-decoder needs pairs of texts")
-    if ids > spec.vocab:
-        raise ValueError(f"model.vocab: {spec.vocab}; the recipe's tokenizer has {ids} ids: accepted: {ids} or more")
-    if length > spec.context:
-        raise ValueError(
-            f"recipe.batch.length: {length}; model.context is {spec.context}: accepted: up to {spec.context}"
-        )
-    if recipe.loss.hidden and not data.tokenizer.is_bytes:
-        raise ValueError(
-            f"recipe.loss.hidden: {recipe.loss.hidden}; tokens are hidden behind a byte, which only a tokenizer of "
-            "bytes has: accepted: recipe.tokenizer.kind=byte"
-        )
-    if recipe.evaluation.tokens and not data.validates:
-        raise ValueError(
-            "recipe.data.valid_one_in: 0 leaves nothing to validate on; recipe.evaluation.tokens=0 does without"
-        )
 
 
 class Run:
@@ -164,6 +146,7 @@ class Run:
         self.losses: list[tuple[int, float]] = []
         self.valid_losses: list[tuple[int, float]] = []
         self.evaluation: Evaluation | None = None
+        self.averaged: Evaluation | None = None
         self.folder: Path | None = None
         self.metrics: Metrics | None = None
         self.pending: list[Taken] = []
@@ -185,7 +168,8 @@ class Run:
         self.folder = folder
         if not self.learner.team.mesh.first:
             return
-        self.metrics = Metrics(folder / METRICS, saved.values["metrics_bytes"] if saved is not None else 0)
+        also = trackers(self.options.track or self.recipe.track, folder, self.learner.spec, self.recipe, self.step)
+        self.metrics = Metrics(folder / METRICS, saved.values["metrics_bytes"] if saved is not None else 0, also)
         for row in read_metrics(folder / METRICS):
             if "valid_nats" in row:
                 self.valid_losses.append((row["tokens"], row["valid_nats"]))
@@ -227,6 +211,9 @@ class Run:
             if self.metrics is not None:
                 values |= {"metrics_bytes": self.metrics.size(), "train_s": self.train_s}
                 save_run(self.folder, weights, Saved(self.step, tensors, values))
+        if self.metrics is not None and self.learner.average is not None:
+            with self.learner.average.shown():
+                save_checkpoint(self.folder / EMA, self.learner.model, self.data.tokenizer)
 
     def close(self) -> None:
         if self.metrics is not None:
@@ -255,7 +242,7 @@ class Run:
                 raise KeyboardInterrupt
         self._look()
         if self.recipe.evaluation.tokens and self.evaluation is None:
-            self.evaluation = self._evaluate()  # a run that was complete when it was taken up
+            self._judge()  # a run that was complete when it was taken up
         if unsaved:
             self.save()
         show(self.learner.optimizer)
@@ -296,10 +283,12 @@ class Run:
 
     def _validate(self) -> None:
         self._look()
-        self.evaluation = self._evaluate()
+        self._judge()
+        assert self.evaluation is not None
         self.valid_losses.append((self.tokens, self.evaluation.loss_nats))
         if self.metrics is not None:
             found = {"valid_nats": self.evaluation.loss_nats, "valid_bits_per_byte": self.evaluation.bits_per_byte}
+            found |= {"valid_ema_nats": self.averaged.loss_nats} if self.averaged is not None else {}
             self.metrics.write({"step": self.step, "tokens": self.tokens, **found})
         if self.options.on_validation is not None:
             self._show(self.options.on_validation)
@@ -309,6 +298,13 @@ class Run:
         with torch.random.fork_rng(devices=_cuda(self.learner.device)), shown(self.learner.optimizer):
             watch(self.status(), self._result())
         self.learner.model.train()
+
+    def _judge(self) -> None:
+        """Evaluate the weights, and their average where there is one."""
+        self.evaluation = self._evaluate()
+        if self.learner.average is not None:
+            with self.learner.average.shown():
+                self.averaged = self._evaluate()
 
     def _evaluate(self) -> Evaluation:
         """On the same rows every time, which are never trained on."""
@@ -346,4 +342,5 @@ class Run:
             tuple(self.valid_losses),
             self.train_s,
             self.flops * self.tokens,
+            self.averaged,
         )

@@ -37,7 +37,8 @@ class Status:
 class TrainResult:
     """A trained model, in evaluation mode, and how it came about. `losses`, `valid_losses`: (tokens, nats) pairs.
 
-    recipe: with its precision resolved. evaluation: the last validation; None when the recipe has none.
+    recipe: with its precision resolved. evaluation: the last validation; None when the recipe has none. averaged: that
+    of the weights' average; None where none is kept.
     """
 
     model: LM
@@ -50,6 +51,7 @@ class TrainResult:
     valid_losses: tuple[tuple[int, float], ...]
     train_s: float
     train_flops: float
+    averaged: Evaluation | None = None
 
     @property
     def tokens(self) -> int:

@@ -18,6 +18,7 @@ from assay.spec.base import NestedError, Spec, first_error
 from assay.spec.load import apply_changes, digest, dump, find, read_mapping, validate
 from assay.train.optim.specs import OPTIMIZERS, AdamWSpec, OptimizerSpec
 from assay.train.parallel.spec import ParallelSpec, Recompute
+from assay.train.tracking.base import Kind
 
 Precision = Literal["auto", "float32", "bfloat16"]
 CORPORA = get_args(CorpusSpec.model_fields["kind"].annotation)
@@ -61,12 +62,15 @@ class BatchSpec(Spec):
 
     The pieces change how much memory a step takes, and nothing else. packing: how documents become rows: one after
     another and cut (concatenate), or whole as far as they fit, with padding (best_fit; `assay.data.packing.BestFit`).
+    epochs: how often a run reads its text, which is cut down for it: to the run's tokens over this number; null: all of
+    the text is there to be read.
     """
 
     rows: int = Field(4, ge=1)
     length: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1)
     packing: Packing = "concatenate"
+    epochs: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _even_pieces(self) -> Self:
@@ -126,11 +130,13 @@ class MixSpec(Spec):
 class EvaluationSpec(Spec):
     """Validation on the same `tokens` tokens (at most) every time, `points` times, evenly spread, last at the end.
 
-    tokens: 0 leaves validation out.
+    tokens: 0 leaves validation out. ema: an average of the weights is kept beside them, which forgets at this rate a
+    step (`assay.train.ema`); it is evaluated too, and saved as a checkpoint in the run's folder, `ema`.
     """
 
     tokens: int = Field(65_536, ge=0)
     points: int = Field(4, ge=1)
+    ema: float | None = Field(None, gt=0.0, lt=1.0)
 
 
 def data_class(kind: Any) -> type[CorpusSpec | Task]:
@@ -148,11 +154,12 @@ class ConductSpec(Spec):
 
     parallel: over how many processes, and how. recompute: what is computed again in the backward pass, so that less is
     kept for it: nothing; all but the products of a block (selective); or all of a block but its input (full: Chen et
-    al. 2016, arXiv 1604.06174).
+    al. 2016, arXiv 1604.06174). track: what the metrics are told to besides the run's own file.
     """
 
     parallel: ParallelSpec = ParallelSpec()
     recompute: Recompute = "none"
+    track: tuple[Kind, ...] = ()
 
 
 class Recipe(ConductSpec):
@@ -217,8 +224,8 @@ class Recipe(ConductSpec):
             return self
         if self.batch.length != self.data.length:
             raise ValueError(f"batch.length: {self.batch.length}; the rows of data have {self.data.length} symbols")
-        if self.batch.packing != "concatenate":
-            raise ValueError(f"batch.packing: {self.batch.packing}; a task brings its own rows: leave it out")
+        if self.batch.packing != "concatenate" or self.batch.epochs is not None:
+            raise ValueError("batch.packing, batch.epochs: a task brings its own rows: leave them out")
         for name in ("tokenizer", "mix"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: a task ({self.data.kind_name()}) brings its own symbols: leave it out")
@@ -235,6 +242,15 @@ class Recipe(ConductSpec):
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
             raise ValueError(f"{value!r}; accepted: a whole number from 1 on, or {{per_param: number}}")
         return int(value)
+
+    @property
+    def unique(self) -> int | None:
+        """How many tokens of text the run's rows are cut from; null: all there are."""
+        if self.batch.epochs is None:
+            return None
+        if isinstance(self.tokens, PerParam):
+            raise ValueError("batch.epochs: how much text a run reads has to be said: accepted: tokens as a number")
+        return -(-self.tokens // self.batch.epochs)
 
     def steps(self, parameters: int) -> int:
         """Optimiser steps for a model of this many parameters: the tokens, rounded up to whole batches."""

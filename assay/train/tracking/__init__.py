@@ -1,0 +1,1 @@
+"""Metrics told to trackers: one file each, beside metrics.jsonl, which stands for itself."""
