@@ -25,6 +25,7 @@ NAMES = ("gguf", "safetensors", "config", "tokenizer", "yaml")
 WATCHED = ["assay.data", "assay.hub", "assay.spec", "assay.parts"]
 SECONDS, MEGABYTES, HANG, LIMIT, LONGEST = 2.0, 300, 120, 2048, 1 << 16
 """What a unit may take of the processor and of memory, after what time it hangs; the memory of all; bytes of a file."""
+LONGER = {"config": 20.0}  # it is read as each of some forty families, and thousands of layers take one half a second
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Watch:
                 raise
             self.told(data, "raises", kind_of(error), traceback.format_exc())
         took, grown = time.process_time() - began, peak() - before
-        if took > SECONDS:
+        if took > LONGER.get(self.name, SECONDS):
             self.told(data, "slow", f"{took:.0f} s", f"{took:.1f} s of the processor")
         if grown > MEGABYTES:
             self.told(data, "large", f"{grown // 100}00 MB", f"{grown} MB more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from assay.data.tokenizers import Tokenizer
 from assay.engine.template import chat_template
 from assay.hub.tokenizer import folder_tokenizer, gguf_tokenizer
+from tests.fuzz import seeds
 
 TEXT = Path(string.__file__).read_text("utf-8")
 PROBES = (
@@ -157,6 +159,46 @@ def test_a_run_of_spaces_has_no_role_where_it_is_respelt(role: str) -> None:
     metadata = {"general.architecture": "gemma2"} | {f"tokenizer.ggml.{k}": v for k, v in found.items()}
     with pytest.raises(ValueError, match=rf"tokenizer\.ggml\.{role}_token_id: {spaces}; a token that is no run of"):
         gguf_tokenizer({**metadata, f"tokenizer.ggml.{role}_token_id": spaces}, "a.gguf")
+
+
+def at(tree: Any, path: str) -> tuple[Any, str | int]:
+    """What stands above a dotted path, and its last key."""
+    *above, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+    for key in above:
+        tree = tree[key]
+    return tree, last
+
+
+WORDS, PIECES, BYTES = range(3)  # of `seeds.tokenizers`
+
+
+@pytest.mark.parametrize(
+    ("which", "path", "value", "message"),
+    [
+        (WORDS, "model/unk_token", "nowhere", "not a tokenizer that encodes texts: .*"),
+        (PIECES, "model/unk_token", "nowhere", "not a tokenizer that encodes texts: .*Missing"),
+        (PIECES, "post_processor/single/0/SpecialToken/id", "[2LS]", "encodes texts: no entry found"),
+        (PIECES, "post_processor/special_tokens/[CLS]/ids", [(1 << 31) - 1], "token 2147483647 stands around a text"),
+        (WORDS, "model/vocab/[CLS]", 1 << 31, "the last token is 2147483648; 0 to 4194303 are accepted"),
+        (BYTES, "model/continuing_subword_prefix", "<s>", "not a tokenizer that encodes texts: range end index"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(
+    which: int, path: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    """Files that the library reads, and panics, fails or takes gigabytes over when they are used."""
+    (tmp_path / "tokenizer.json").write_bytes(good := list(seeds.tokenizers())[which])
+    assert folder_tokenizer(tmp_path).encode("ab").tolist()
+    tree = json.loads(good)
+    above, last = at(tree, path)
+    above[last] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{message}"):
+        folder_tokenizer(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_a_folders_template_is_found_wherever_it_is_kept(tmp_path: Path) -> None:
