@@ -14,7 +14,8 @@ import transformers as hf
 import yaml
 
 from assay.cli.main import main
-from assay.data.tokenizers import Tokenizer, _bytes
+from assay.data.tokenizers import Tokenizer
+from assay.data.vocabularies import from_bytes
 from assay.engine.engine import generate
 from assay.engine.request import Request, SamplingParams
 from assay.hub.export import export_hf
@@ -85,7 +86,7 @@ def test_a_family_is_written_as_transformers_reads_it(name: str, tmp_path: Path)
     """From its own files in and out again: the first family that has it is its own, and transformers says the same."""
     tiny.save(name, tmp_path / "in")
     got, x = import_folder(tmp_path / "in"), ids(2, 14)
-    done = export_hf(got.model, Tokenizer(_bytes()), tmp_path / "out")
+    done = export_hf(got.model, Tokenizer(from_bytes()), tmp_path / "out")
     assert done.family == got.family.__name__.rpartition(".")[2]
     theirs, report = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -141,7 +142,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[LM, Any]:
     """A model that no family has (alibi beside a learned table, gated heads, a layer without an ffn, shared weights),
     and transformers' view of it."""
     folder, model = tmp_path_factory.mktemp("own") / "model", drawn(spec(ODD))
-    assert export_hf(model, Tokenizer(_bytes()), folder).family is None
+    assert export_hf(model, Tokenizer(from_bytes()), folder).family is None
     theirs, report = hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     return model, theirs.eval()
@@ -207,14 +208,14 @@ RECURRENT: dict[str, Any] = {
 def test_a_cache_has_states_and_windows_and_beams(tmp_path: Path) -> None:
     """A recurrence and a window: greedy tokens are the engine's; beams and drawn tokens are those without a cache."""
     model = drawn(spec(RECURRENT))
-    assert export_hf(model, Tokenizer(_bytes()), tmp_path / "out").family is None
+    assert export_hf(model, Tokenizer(from_bytes()), tmp_path / "out").family is None
     theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     x = ids(2, 6)
     usual = {"attention_mask": torch.ones_like(x), "max_new_tokens": 9, "eos_token_id": None, "pad_token_id": 0}
     greedy = theirs.generate(x, do_sample=False, **usual)
     asked = [Request(prompt=tuple(row), max_new=9, sampling=SamplingParams(temperature=0.0)) for row in x.tolist()]
     engine: list[list[int]] = [[], []]
-    for token in generate(model, Tokenizer(_bytes()), asked):
+    for token in generate(model, Tokenizer(from_bytes()), asked):
         engine[token.request] += [] if token.id is None else [token.id]
     assert greedy[:, 6:].tolist() == engine
     for how in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 9, "num_return_sequences": 2}):
@@ -235,7 +236,7 @@ def test_a_model_of_its_own_is_saved_again_by_transformers(own: tuple[LM, Any], 
 
 def test_a_head_that_the_code_does_not_carry_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="head: the modelling code is for decoders"):
-        export_hf(drawn(spec(ODD, head=None)), Tokenizer(_bytes()), tmp_path / "out")
+        export_hf(drawn(spec(ODD, head=None)), Tokenizer(from_bytes()), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -263,7 +264,7 @@ def test_a_trained_model_goes_out_and_comes_back(tmp_path: Path, capsys: pytest.
 def test_bfloat16_halves_the_file(tmp_path: Path) -> None:
     model = drawn(spec())
     sizes = [
-        export_hf(model, Tokenizer(_bytes()), tmp_path / dtype, dtype).bytes["model.safetensors"]
+        export_hf(model, Tokenizer(from_bytes()), tmp_path / dtype, dtype).bytes["model.safetensors"]
         for dtype in ("f32", "bf16")
     ]
     assert 1.7 < sizes[0] / sizes[1] < 2.0
@@ -275,7 +276,7 @@ def test_bfloat16_halves_the_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    save_checkpoint(tmp_path / "ckpt", build(small.model()), Tokenizer(_bytes()))
+    save_checkpoint(tmp_path / "ckpt", build(small.model()), Tokenizer(from_bytes()))
     return tmp_path / "ckpt"
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers as hf
 
-from assay.data.tokenizers import Tokenizer, _bytes
+from assay.data.tokenizers import Tokenizer
+from assay.data.vocabularies import from_bytes
 from assay.hub import live
 from assay.hub.config import Config
 from assay.hub.export import export_hf
@@ -71,11 +72,11 @@ SAVE |= {"roberta": relu, "mamba2-endless": endless}
 
 
 def said(model: Any, form: str) -> torch.Tensor:
-    """Of the class with this head: logits, or the features of a model without one."""
+    """Of the class with this head: logits, the pooled output, or the features of a model without either."""
     x = ids(2, 14).clamp(min=2)
     more: dict[str, Any] = {"decoder": {"use_cache": False}, "both": {"decoder_input_ids": x[:, :9]}, "encoder": {}}
     out = model.eval()(input_ids=x, **more[form])
-    found: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    found: torch.Tensor = next(out[key] for key in ("logits", "pooler_output", "last_hidden_state") if key in out)
     return found
 
 
@@ -84,7 +85,7 @@ def said(model: Any, form: str) -> torch.Tensor:
 def test_what_goes_out_is_what_came_in(name: str, tmp_path: Path) -> None:
     SAVE[name](tmp_path / "in")
     got = import_folder(tmp_path / "in")
-    done = export_hf(got.model, Tokenizer(_bytes(), starts=(2,)), tmp_path / "out")
+    done = export_hf(got.model, Tokenizer(from_bytes(), starts=(2,)), tmp_path / "out")
     assert done.family == FIRST.get(name, got.family.__name__.rpartition(".")[2]), done.why_not
     auto = getattr(hf, live.AUTO[live.task(got.spec)])
     first = auto.from_pretrained(tmp_path / "in", attn_implementation="eager")
@@ -124,7 +125,7 @@ def test_a_shipped_hybrid_is_its_namesake(family: str, tmp_path: Path) -> None:
     own = {"head.tie": False} if family == "kimi_linear" else {}  # transformers does not tie this one
     model: Any = build(load_model(f"lab-64-{family.replace('_', '-')}", own))
     randomised(model, 3)
-    assert export_hf(model, Tokenizer(_bytes()), tmp_path / "out").family == family
+    assert export_hf(model, Tokenizer(from_bytes()), tmp_path / "out").family == family
     loader: Any = hf.AutoModelForCausalLM
     theirs, report = loader.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["unexpected_keys"] and not report["missing_keys"]
