@@ -6,7 +6,7 @@ Legend: B sequences of the step, S entries of a view, n the place of the new tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -21,6 +21,8 @@ from assay.cache.tables import ROUND, Entries, Saves, Saving, Writing
 from assay.ops.state import State
 from assay.ops.step import Step
 
+AT_ONCE = 64  # tokens that are looked ahead at most
+
 
 class Field(Protocol):
     """Token fields of one kind: entries in rows, or in pages."""
@@ -30,6 +32,15 @@ class Field(Protocol):
 
     def write(self, lengths: Sequence[int]) -> None:
         """Enter them."""
+
+    def room(self, lengths: Sequence[int]) -> int:
+        """How many tokens each sequence can take after these before the view is another one."""
+
+    def foretell(self, lengths: Sequence[int]) -> None:
+        """As if the next tokens were there, in the step's tensors alone."""
+
+    @property
+    def view(self) -> View: ...
 
 
 class View:
@@ -42,6 +53,10 @@ class View:
     def enter(self, i: int, entry: int, n: int, place: int) -> None:
         self.place[i] = place
         self.seq[i, entry], self.index[i, entry], self.positions[i, entry] = i, n, n
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return [self.place, self.seq, self.index, self.positions]
 
 
 class InRows:
@@ -63,6 +78,14 @@ class InRows:
             self.entries.low[row] = max(self.entries.low[row], n + 1 - capacity)
             self.index[row, entry] = self.positions[row, entry] = n
             self.view.enter(i, entry, n, row * capacity + entry)
+
+    def room(self, lengths: Sequence[int]) -> int:
+        width = self.view.index.shape[1]
+        return AT_ONCE if width == self.entries.capacity and self.entries.keep else width - max(lengths)
+
+    def foretell(self, lengths: Sequence[int]) -> None:
+        for i, n in enumerate(lengths):
+            self.view.enter(i, n % self.entries.capacity, n, 0)
 
 
 class InPages:
@@ -113,6 +136,20 @@ class InPages:
             number = self.group.tables[row].pages[n // page - base]
             self.positions[number, inside] = n
             self.view.enter(i, n - base * page, n, number * page + inside)
+
+    def room(self, lengths: Sequence[int]) -> int:
+        group, width, found = self.group, self.view.index.shape[1], AT_ONCE
+        for i, n in enumerate(lengths):
+            base = self.known[i][0]
+            found = min(found, base * group.page + width - n)
+            if group.keep is not None:  # until the next page leaves the window
+                kept = (group.first(max(0, k - group.chunk)) for k in range(n + 1, n + 1 + found))
+                found = next((k for k, first in enumerate(kept) if first > base), found)
+        return found
+
+    def foretell(self, lengths: Sequence[int]) -> None:
+        for i, n in enumerate(lengths):
+            self.view.enter(i, n - self.known[i][0] * self.group.page, n, 0)
 
 
 def needs_pages(group: Group, row: int, n: int) -> bool:
@@ -180,6 +217,23 @@ class Onward:
             for row, token in zip(self.rows, ids, strict=True):
                 self.store.texts[row].tokens.append(token)
         return True
+
+    def foretold(self, count: int) -> Iterator[None]:
+        """The step's tensors as they will be for each of the next tokens, of up to `count`; then as they were. The
+        cache stays as it is."""
+        arrays = [self.index, self.past, *(a for field in self.fields for a in field.view.arrays)]
+        kept = [(a, a.copy()) for a in arrays]
+        room = min((field.room(self.left) for field in self.fields), default=count)
+        try:
+            for further in range(max(0, min(count, room))):
+                lengths = [n + further for n in self.left]
+                self.index[:], self.past[:] = lengths, lengths
+                for field in self.fields:
+                    field.foretell(lengths)
+                yield
+        finally:
+            for a, was in kept:
+                a[:] = was
 
 
 def _moves(state: Stored) -> bool:
