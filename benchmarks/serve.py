@@ -30,7 +30,9 @@ from typing import Any
 import torch
 from subjects import Answer, Ask, InProcess, OverHttp, Subject, Transformers
 
+from assay.cache.onward import Onward
 from assay.data.tokenizers import Tokenizer
+from assay.engine.course import Recorded
 from assay.measure.load import Process, summary
 from assay.measure.machine import environment
 from assay.model.lm import LM
@@ -58,43 +60,53 @@ def alike(count: int, new: int, vocab: int, seed: int, shared: tuple[int, ...]) 
 
 
 class Clocks:
-    """Seconds inside of methods, by name; `of` puts a clock around one."""
+    """Seconds inside of methods, by name; `of` puts a clock around one. What is called by another that is counted under
+    the same name is counted once."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.inside = set[str]()
 
     def of(self, owner: Any, method: str, name: str) -> None:
         call: Callable[..., Any] = getattr(owner, method)
 
         def clocked(*args: Any, **kwargs: Any) -> Any:
+            if name in self.inside:
+                return call(*args, **kwargs)
+            self.inside.add(name)
             began = time.perf_counter()
             try:
                 return call(*args, **kwargs)
             finally:
                 self.seconds[name] += time.perf_counter() - began
+                self.inside.remove(name)
 
         setattr(owner, method, clocked)
 
 
 def overhead(model: LM, words: Tokenizer, asks: Sequence[Ask], warm: Sequence[Ask]) -> dict[str, float]:
-    """Shares of the engine's steps: the model, the scheduler, the chooser, the cache's tables, and everything else."""
+    """Shares of the engine's steps: the model (run by tapes, or entered in Python), the scheduler, the chooser, the
+    cache's tables (its own, and those that a tape moves on), and everything else."""
     made = InProcess(model, words, max_running=len(asks))
     made(warm)
-    engine, clocks, forward = made.engine, Clocks(), model.forward
-    clocks.of(engine, "step", "step")
-    for owner, method, name in (
-        (engine.scheduler, "plan", "scheduler"),
-        (engine.scheduler, "ran", "scheduler"),
-        (engine.chooser, "choose", "chooser"),
-        (engine.runner.cache, "begin", "cache"),
-        (engine.runner.cache, "settle", "cache"),
-        (model, "forward", "model"),
-    ):
-        clocks.of(owner, method, name)
-    try:
+    engine, clocks = made.engine, Clocks()
+    with ExitStack() as stack:
+        for owner, method, name in (
+            (engine, "step", "step"),
+            (engine.scheduler, "plan", "scheduler"),
+            (engine.scheduler, "ran", "scheduler"),
+            (engine.chooser, "choose", "chooser"),
+            (engine.runner.cache, "begin", "cache"),
+            (engine.runner.cache, "settle", "cache"),
+            (Onward, "move", "cache"),
+            (Recorded, "play", "model by tape"),
+            (LM, "forward", "model"),
+            (LM, "prepared", "model"),
+            (LM, "stacked", "model"),
+        ):
+            stack.callback(setattr, owner, method, getattr(owner, method))
+            clocks.of(owner, method, name)
         made(asks)
-    finally:
-        model.forward = forward  # type: ignore[method-assign]
     whole = clocks.seconds.pop("step")
     shares = {name: seconds / whole for name, seconds in clocks.seconds.items()}
     return {**shares, "else": 1 - sum(shares.values())}
