@@ -57,5 +57,6 @@ class Stored:
     def store(self, step: Step, **rows: Tensor) -> None:
         assert self.saving is not None
         for name, value in rows.items():
-            pool = self.pools[name]
-            pool.index_copy_(0, self.saving.place, value.detach().index_select(0, self.saving.chosen).to(pool.dtype))
+            pool, chosen = self.pools[name], self.saving.chosen
+            kept = value.detach() if chosen is None else value.detach().index_select(0, chosen)
+            pool.index_copy_(0, self.saving.place, kept.to(pool.dtype))

@@ -177,7 +177,7 @@ class Saving:
     """What `load` and `store` need in one step: the saved state each sequence starts from, and where new ones go."""
 
     start: Int[Tensor, "B"]
-    chosen: Int[Tensor, "m"]  # which of step.saves are kept
+    chosen: Int[Tensor, "m"] | None  # which of step.saves are kept; None: all, in their order
     place: Int[Tensor, "m"]
 
 
@@ -217,7 +217,8 @@ class Saves:
             for number, length in found[-self.depth :]:
                 chosen.append(number)
                 place.append(self._enter(rows[seq], length))
-        return Saving(*(torch.tensor(t, dtype=torch.long, device=self.device) for t in (start, chosen, place)))
+        made = [torch.tensor(t, dtype=torch.long, device=self.device) for t in (start, chosen, place)]
+        return Saving(made[0], None if chosen == list(range(len(places))) else made[1], made[2])
 
     def _enter(self, row: int, length: int) -> int:
         self.cursor[row] = (self.cursor[row] + 1) % self.depth

@@ -38,7 +38,8 @@ def rms_norm(x: Tensor, w: Tensor | None, eps: float, shift: float = 0.0) -> Ten
     """[..., D] -> [..., D] in x's dtype, computed in float32 or better: x / sqrt(mean(x^2) + eps) * (w + shift).
     Zhang and Sennrich 2019, eq. 4. In inference on a CPU it is one pass of a compiled kernel."""
     native = serving(x)
-    found = None if native is None else native.rms_norm(x, w, eps, shift)
+    own = w.to(x.dtype) if w is not None and x.dtype is torch.float32 else w  # of less precision: the same numbers
+    found = None if native is None else native.rms_norm(x, own, eps, shift)
     if found is not None:
         return found
     wide = high(x)

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from assay.ops.grouped import backend, grouped
+from assay.ops.native import Kernels
+from tests.ops.natives import DTYPES, ROUND
+from tests.ops.natives import drawn as drawn_at
 
 
 def drawn(counts: list[int], d: int, f: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,3 +61,48 @@ def test_gradients(dtype: torch.dtype, d: int, name: str, error: float, expanded
     for p, q in zip(mine, theirs, strict=True):
         assert torch.allclose(p.double(), q, rtol=0, atol=error * max(1.0, float(q.abs().max())))
     assert torch.equal(mine[1][1], torch.zeros_like(mine[1][1])), "an expert without tokens learns nothing"
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.integers(1, 150),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+)
+def test_each_head_has_its_own_matrix(
+    kernels: Kernels, rows: int, count: int, size: int, out: int, along: bool, dtype: torch.dtype
+) -> None:
+    """Of which every second row is not for it, as it is stored or transposed, beside one product a head in float64."""
+    w = drawn_at(1, dtype, count, 2 * (size if along else out), out if along else size)[:, 1::2]
+    w, x = w.mT if along else w, drawn_at(2, dtype, rows, count, size + 3)[..., 2:-1]
+    exact = torch.einsum("nhk,hok->nho", x.double(), w.double())
+    margin = torch.einsum("nhk,hok->nho", x.double().abs(), w.double().abs())
+    found = kernels.experts.heads(x, w.mT if along else w, along)
+    assert found is not None and bool(
+        ((found.double() - exact).abs() <= ROUND[dtype] * exact.abs() + 1e-6 * margin).all()
+    )
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.booleans(), st.booleans(), st.sampled_from(DTYPES))
+def test_what_each_row_chose_is_one_product_an_expert(
+    kernels: Kernels, rows: int, k: int, apart: bool, biased: bool, dtype: torch.dtype
+) -> None:
+    """Two maps at once, of a row for all its choices or for each of them, with no bit from the rows beside it."""
+    experts, size = 4, 21
+    choice = torch.rand(rows, experts, generator=torch.Generator().manual_seed(rows)).topk(k).indices
+    x = drawn_at(1, dtype, *((rows, k, size) if apart else (rows, size)))
+    maps = [
+        (drawn_at(2 + i, dtype, experts, f, size), drawn_at(9, dtype, experts, f) if biased else None)
+        for i, f in enumerate((6, 19))
+    ]
+    found = kernels.experts.chosen(x, maps, choice)
+    assert found is not None
+    wide = (x if apart else x[:, None].expand(rows, k, size)).double()
+    for (w, b), y in zip(maps, found, strict=True):
+        exact = torch.einsum("nkd,nkfd->nkf", wide, w.double()[choice])
+        exact = exact if b is None else exact + b.double()[choice]
+        torch.testing.assert_close(y.double(), exact, rtol=ROUND[dtype], atol=1e-5)
+    alone = kernels.experts.chosen(x[:1], maps, choice[:1])
+    assert alone is not None and all(torch.equal(a, y[:1]) for a, y in zip(alone, found, strict=True))

@@ -1,4 +1,5 @@
-// A few rows, each with some of the matrices of a mixture: what is chosen is read once, where it stands.
+// A few rows with matrices of their own: some of a mixture's, chosen for each row, or one for each head. What is used is
+// read once, where it stands.
 #pragma once
 
 #include "linear.h"
@@ -45,9 +46,59 @@ template <class T> void chosen(const Chosen& c, const T* x, const long* numbers,
     if (!rows[e].empty()) expert(c, x, maps.data(), count, e, rows[e]);
 }
 
+// y[i, h] = W_h x[i, h] for rows of heads, W_h [out, size] with these strides of heads and rows; along: y = W_h^T x, then
+// with W_h [size, out]. y is dense.
+template <class T> struct Heads {
+  const T* x;
+  long xs, xh, m, heads, size;
+  const T* w;
+  long wh, wr, out;
+  T* y;
+};
+
+template <class T> void across_rows(const Heads<T>& a, long h, long i) {
+  const T* x = a.x + i * a.xs + h * a.xh;
+  for (long o = 0; o < a.out; o++) {
+    const T* w = a.w + h * a.wh + o * a.wr;
+    Vec sum = {};
+    for (long j = 0; j < a.size; j += LANES) sum += some(w + j, a.size - j) * some(x + j, a.size - j);
+    put(a.y + (i * a.heads + h) * a.out + o, total(sum));
+  }
+}
+
+template <class T> void along_rows(const Heads<T>& a, long h, long i) {
+  constexpr int N = 8;
+  const T* x = a.x + i * a.xs + h * a.xh;
+  for (long first = 0; first < a.out; first += N * LANES) {
+    const long count = std::min<long>(N * LANES, a.out - first);
+    Vec sum[N] = {};
+    for (long j = 0; j < a.size; j++) {
+      const T* w = a.w + h * a.wh + j * a.wr + first;
+      const float factor = get(x + j);
+      for (int n = 0; n < N && n * LANES < count; n++) sum[n] += factor * some(w + n * LANES, count - n * LANES);
+    }
+    T* y = a.y + (i * a.heads + h) * a.out + first;
+    for (int n = 0; n < N && n * LANES < count; n++) store(y + n * LANES, sum[n], count - n * LANES);
+  }
+}
+
+template <class T> void heads(const Heads<T>& a, bool along) {
+#pragma omp parallel for if (a.m * a.heads * a.size * a.out > ALONE)
+  for (long h = 0; h < a.heads; h++)
+    for (long i = 0; i < a.m; i++) along ? along_rows(a, h, i) : across_rows(a, h, i);
+}
+
 }  // namespace
 
 extern "C" {
+
+void assay_heads(int half, int along, const void* x, long xs, long xh, long m, long heads_, long size, const void* w,
+                 long wh, long wr, long out, void* y) {
+  typedef const uint16_t* Halves;
+  typedef const float* Floats;
+  if (half) heads<uint16_t>({Halves(x), xs, xh, m, heads_, size, Halves(w), wh, wr, out, (uint16_t*)y}, along);
+  else heads<float>({Floats(x), xs, xh, m, heads_, size, Floats(w), wh, wr, out, (float*)y}, along);
+}
 
 // maps: of each weight w, b, y, out and a zero.
 void assay_experts(int half, const void* x, const int64_t* choice, long each, long rows, long k, long experts,
@@ -58,5 +109,6 @@ void assay_experts(int half, const void* x, const int64_t* choice, long each, lo
 }
 
 AGAIN(experts)
+AGAIN(heads)
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-"""The compiled product of a few rows with the experts that each of them chose."""
+"""Compiled products of a few rows with matrices of their own: the experts that each chose, or one for each head."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Experts:
     def __init__(self, function: Callable[..., Callable[..., None]], rows: int) -> None:
         sizes = (LONG, LONG, LONG, LONG)
         self._chosen, self.rows = function("experts", INT, POINTER, POINTER, *sizes, POINTER, INT), rows
+        self._heads = function("heads", INT, INT, POINTER, *sizes, LONG, POINTER, LONG, LONG, LONG, POINTER)
 
     def chosen(self, x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], choice: Tensor) -> list[Tensor] | None:
         """Of each map, w [E, F, D] and b [E, F] or None, [N, k, F]: row i of x [N, D] or [N, k, D] with the experts
@@ -40,3 +41,15 @@ class Experts:
         given = (x.data_ptr(), choice.data_ptr(), *sizes, (LONG * len(told))(*told), len(maps))
         self._chosen(dtype is torch.bfloat16, *given)
         return found
+
+    def heads(self, x: Tensor, w: Tensor, along: bool) -> Tensor | None:
+        """[N, H, O]: each head of x [N, H, K] with its matrix of w [H, O, K], or where `along` [H, K, O]; up to 32 rows
+        all float32 or all bfloat16, summed in float32."""
+        (rows, heads, size), dtype, out = x.shape, x.dtype, w.shape[2 if along else 1]
+        if not 0 < rows <= self.rows or dtype not in TYPES or w.dtype != dtype or w.stride(2) != 1 or x.stride(2) != 1:
+            return None
+        y = x.new_empty(rows, heads, out)
+        given = (x.data_ptr(), x.stride(0), x.stride(1), rows, heads, size)
+        own = (w.data_ptr(), w.stride(0), w.stride(1), out, y.data_ptr())
+        self._heads(dtype is torch.bfloat16, along, *given, *own)
+        return y

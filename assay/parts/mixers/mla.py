@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from assay.ops import attend as ops
+from assay.ops.grouped import heads
 from assay.ops.here import Here
 from assay.ops.sees import Sees
 from assay.ops.state import State
@@ -250,9 +251,9 @@ class MlaMixer(Placed):
             [spec.nope_dim, spec.value_dim], 1
         )
         q_nope, q_rope = q.split([spec.nope_dim, spec.rope_dim], -1)
-        q = torch.cat([torch.einsum("nhk,hkc->nhc", q_nope, up_k), q_rope], -1)
+        q = torch.cat([heads(q_nope, up_k.mT), q_rope], -1)
         mix = self.mixed(q, View(self.entries(view), view.layout), asked)
-        return torch.einsum("nhc,hvc->nhv", mix, up_v)
+        return heads(mix, up_v)
 
     def entries(self, view: View) -> Mapping[str, Tensor]:
         """Latents as the keys of one head, and as its values without their end; in pages where they stand in pages."""
