@@ -69,7 +69,7 @@ class HyperResidual(Residual):
     def open(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N n D"]:
         return x[:, None].expand(-1, self.spec.streams, -1)
 
-    def wrap(self, h: Float[Tensor, "N n D"], f: Callable[[Tensor], Tensor], step: Step) -> Float[Tensor, "N n D"]:
+    def wrap(self, h: Tensor, f: Callable[[Tensor], Tensor], step: Step) -> Tensor:
         if h.dim() != 3 or h.shape[1] != self.spec.streams:
             raise ValueError(
                 f"{self.name}: a stream of shape {tuple(h.shape)}; accepted: [N, {self.spec.streams}, D], which all "
