@@ -18,6 +18,7 @@ from assay.engine.config import Attention, position_limit
 from assay.engine.storage import Storage
 from assay.engine.tapes import Tapes
 from assay.model.lm import LM, Output, state_table
+from assay.ops.heap import keep_freed
 from assay.ops.native import kernels
 from assay.ops.step import Piece, Step, joined
 from assay.spec.model import ModelSpec
@@ -87,7 +88,7 @@ def check_source(spec: ModelSpec, source: Ids) -> None:
 
 def right_padded(rows: Sequence[Ids], past: Sequence[int], horizon: Sequence[int], device: torch.device) -> Step:
     """A grid with a sequence a row, padded at its end; a row without tokens rests. `emit`: the last token of each
-    row that has one."""
+    row that has one; a grid of single tokens leaves it out, since it is all of them."""
     width, count = max(len(ids) for ids in rows), len(rows)
     lengths = torch.tensor([len(ids) for ids in rows], device=device)
     ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows], device=device)
@@ -110,7 +111,7 @@ def right_padded(rows: Sequence[Ids], past: Sequence[int], horizon: Sequence[int
         count if full and width == 1 else 0,
         width,
         saves=last,
-        emit=last if full else last[lengths > 0],
+        emit=None if full and width == 1 else last if full else last[lengths > 0],
     )
 
 
@@ -151,6 +152,7 @@ class Runner:
         self.model, self.device = model.eval(), weight.device
         if self.device.type == "cpu":
             kernels()  # compiled now, where there are none yet, and not in the first request
+            keep_freed()
         self.width = steady.width(model)
         self.cache = made(state_table(model.spec, model.prefix), size, weight, storage or Storage())
         self.tapes = Tapes(self.model)
@@ -263,8 +265,8 @@ class Runner:
         past = [self.cache.length(w.slot) for w in group]
         step = right_padded([w.ids for w in group], past, [self.horizons[w.slot] for w in group], self.device)
         if not all(w.emit for w in group):
-            assert step.emit is not None
-            step = step.with_(emit=step.emit[[i for i, w in enumerate(group) if w.emit]])
+            assert step.saves is not None
+            step = step.with_(emit=step.saves[[i for i, w in enumerate(group) if w.emit]])
         backend = self.attention.decode if step.longest == 1 else self.attention.prefill
         return step.with_(encode=self._unread([w.slot for w in group]), attention=backend)
 

@@ -103,7 +103,7 @@ class Tapes:
         return plain and few and _alone()
 
     def _weights(self) -> list[int]:
-        found = list(chain.from_iterable(map(dict.values, self._held)))
+        found: list[Tensor | None] = list(chain.from_iterable(map(dict.values, self._held)))
         if len(found) != len(self._known) or not all(map(is_, found, self._known)):
             self._known = found
             self._stored = [p if type(p) is nn.Parameter else getattr(p, "codes", p) for p in found if p is not None]

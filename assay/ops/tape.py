@@ -165,6 +165,7 @@ class Recorder(TorchDispatchMode):
 
     def _as_kernel(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
         """Simple operations join the kernels beside them: the same bits, without a call of torch between."""
+        given: tuple[Any, ...]
         if func in MAPPED and not kwargs and alike(*args, out):
             x, y = args
             given = (out.dtype is torch.bfloat16, x.data_ptr(), y.data_ptr(), out.data_ptr(), out.numel())
