@@ -22,7 +22,7 @@ from assay.data.hub import HubSpec
 from assay.data.jsonl import json_lines
 from assay.spec.base import Spec
 
-Kind = Literal["stdlib", "text", "jsonl", "parquet", "warc", "hub", "generated", "mixture"]
+Kind = Literal["stdlib", "text", "jsonl", "parquet", "warc", "hub", "generated", "mixture", "store"]
 
 # Folders of the standard library that are left out: installed packages, tests (among them files that are invalid
 # on purpose), and the codec tables, which are generated data and not text.
@@ -36,6 +36,7 @@ USED_FIELDS: Mapping[str, frozenset[str]] = {
     "warc": frozenset({"path", "errors"}),
     "hub": frozenset({"path", "field", "errors", "hub", "documents"}),
     "mixture": frozenset({"parts"}),
+    "store": frozenset({"path"}),
     "generated": frozenset({"seed", "documents", "document_bytes"}),
 }
 
@@ -55,6 +56,7 @@ class CorpusSpec(Spec):
                such files), streamed once and kept; `hub` says which of its configurations and splits
     generated  sentences of a small seeded grammar, the same on every machine and interpreter
     mixture    `parts`, each a corpus with a weight: its share of the rows that are trained on
+    store      tokens in the parts of `path`, any folder that fsspec reaches, streamed (`assay.data.store`)
 
     A document is for validation when sha256(name) % valid_one_in == 0. Where that leaves a side empty, one document
     is moved; a corpus of one document is cut near its end. `valid_one_in: 0` keeps everything for training. In a
@@ -91,6 +93,8 @@ class CorpusSpec(Spec):
             )
         if self.kind == "mixture" and self.clean != CleanSpec():
             raise ValueError("clean: the parts of a mixture are cleaned one by one: say it in parts.N.corpus.clean")
+        if self.kind == "store" and (self.clean != CleanSpec() or self.valid_one_in != 10):
+            raise ValueError("clean, valid_one_in: a store was cleaned and split when it was written: leave them out")
         if self.kind == "mixture" and self.valid_one_in != type(self).model_fields["valid_one_in"].default:
             raise ValueError(f"valid_one_in: {self.valid_one_in}; the parts of a mixture say theirs: leave it out")
         return self

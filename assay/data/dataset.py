@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from assay.data.corpora import Corpus, CorpusSpec, open_corpus
+from assay.data.documents import Documents
+from assay.data.draws import permutation
 from assay.data.loader import Batch, Loader, Source, Stream, windows
 from assay.data.packing import BestFit, Blend, Epochs, Packing, Rowed
 from assay.data.shards import Shard, default_cache, encode_documents, locked
+from assay.data.store import StoredData
 from assay.data.tokenizers import Tokenizer, TokenizerSpec, build_tokenizer
 
 
@@ -41,7 +44,8 @@ class Dataset:
     """Training and validation documents as ids; valid is None for a corpus without validation documents.
 
     packing: how training documents become rows (`assay.data.packing`); validation reads them one after another. parts:
-    of a mixture, the weight of each part and how many of the training documents are its own, in their order.
+    of a mixture, the weight of each part and how many of the training documents are its own, in their order. unique:
+    rows are cut from few documents, of so many tokens together, again and again; null: from all.
     """
 
     train: Shard
@@ -50,6 +54,7 @@ class Dataset:
     digest: str
     packing: Packing = "concatenate"
     parts: tuple[tuple[float, int], ...] = ()
+    unique: int | None = None
 
     @property
     def validates(self) -> bool:
@@ -57,12 +62,17 @@ class Dataset:
 
     def stream(self, rows: int, length: int, seed: int, mix: Sequence[tuple[Source, float]] = ()) -> Loader:
         """Rows of the training documents; mix: `assay.data.loader.Loader`."""
+        if self.unique is not None:
+            few = replace(self, train=some(self.train, self.unique), unique=None)
+            if self.parts:
+                raise ValueError("batch.epochs: a mixture repeats each part as its weight says: accepted: null")
+            return few.stream(rows, length, seed, mix)
         if self.packing == "concatenate" and not self.parts:
             return Loader(self.train, rows, length, seed, mix)
         return Loader(self.train, rows, length, seed, mix, self._rows(length, seed))
 
     def _rows(self, length: int, seed: int) -> Rowed:
-        made = {"concatenate": Epochs, "best_fit": BestFit}[self.packing]
+        made: type[Epochs] | type[BestFit] = BestFit if self.packing == "best_fit" else Epochs
         if not self.parts:
             return made(self.train, length, seed)
         ends = np.cumsum([count for _, count in self.parts]).tolist()
@@ -75,8 +85,24 @@ class Dataset:
         return windows(self.valid, length, count)
 
 
-def open_dataset(corpus: CorpusSpec, tokenizer: TokenizerSpec, cache: Path | None = None) -> Dataset:
-    """Open, tokenize and map a corpus; tokenizers and shards are kept in `cache` (default: the user's cache folder)."""
+def some(shard: Shard, tokens: int) -> Shard:
+    """The first documents of at least so many tokens together, in an order drawn once: fewer are among more. ValueError
+    where all of them have less."""
+    if tokens > len(shard.tokens):
+        raise ValueError(f"batch.epochs: {tokens} tokens are to be read again; the documents have {len(shard.tokens)}")
+    order = permutation(len(shard), "unique")
+    count = int(np.searchsorted(np.cumsum(np.diff(shard.offsets)[order]), tokens)) + 1
+    return Shard.of([shard.document(int(i)) for i in order[:count]], shard.token_bytes.tolist())
+
+
+def open_dataset(corpus: CorpusSpec, tokenizer: TokenizerSpec, cache: Path | None = None) -> Dataset | StoredData:
+    """Open, tokenize and map a corpus; tokenizers and shards are kept in `cache` (default: the user's cache folder). A
+    store is tokens already. ValueError there for a tokenizer that is made from text."""
+    if corpus.kind == "store":
+        if tokenizer.kind not in ("byte", "made"):
+            raise ValueError(f"tokenizer.kind: {tokenizer.kind}; a store holds no text: accepted: byte, made")
+        none = Documents.of([])
+        return StoredData.open(str(corpus.path), build_tokenizer(tokenizer, Corpus(none, none)))
     folder = default_cache() if cache is None else cache
     opened = open_corpus(corpus)
     made = cached_tokenizer(tokenizer, opened, folder)

@@ -31,9 +31,11 @@ def empty(weight: Weight) -> nn.Parameter:
 
 class Part(nn.Module):
     """A built mechanism. `name` is its site's name; `spec` the data it was built from. by_piece: it mixes tokens or
-    remembers them, so that it takes the pieces of a step one by one."""
+    remembers them, so that it takes the pieces of a step one by one. piece: (rank, ranks) where weights were dealt out
+    (`parts.cut`)."""
 
     by_piece = False
+    piece = (0, 1)
 
     def __init__(self, spec: Any, site: Site) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class Unbiased(DenseLinear):
 def cut(part: Part, dims: Mapping[str, int], rank: int, ranks: int) -> None:
     """Leave of each named parameter piece `rank` of `ranks` equal ones along its dimension; in place, before an
     optimiser knows the parameters. ValueError for a dimension that is no multiple of `ranks`."""
+    part.piece = (rank, ranks)
     for name, dim in dims.items():
         parameter = part.get_parameter(name)
         if parameter.shape[dim] % ranks:

@@ -59,7 +59,8 @@ def refuse(part: PartSpec, site: Site, axis: str, ranks: int) -> None:
         return
     what = f"{site.name}: {part.slot[:-1]} {part.kind_name()}: {axis}={ranks} is not supported"
     if axis not in part.pieces(site):
-        raise ValueError(f"{what}; accepted: {axis}=1")
+        reason = part.refusals().get("split") if axis == "tensor" else None
+        raise ValueError(f"{what}{f', since {reason}' if reason else ''}; accepted: {axis}=1")
     count = part.pieces(site)[axis]
     if count % ranks:
         accepted = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)

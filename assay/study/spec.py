@@ -16,7 +16,7 @@ from assay.study.claims import TRAINING, Test, metrics, parse
 from assay.study.claims import arms as arms_named
 
 BASE_ARM = "base"
-OPEN = ("recipe.optimizer", "recipe.schedule", "recipe.data")
+OPEN = ("recipe.optimizer", "recipe.schedule", "recipe.batch.epochs", "recipe.tokenizer", "recipe.batch.packing")
 """What an arm may change of a recipe: how it is trained, and on what."""
 
 
@@ -55,7 +55,7 @@ class ArmSpec(Spec):
     def _only_what_is_open(self) -> Self:
         _check_paths(self.changes, ("model", "recipe"), "changes")
         for path in self.on("recipe"):
-            if ".".join(path.split(".")[:2]) not in OPEN:
+            if not any(f"{path}.".startswith(f"{name}.") for name in OPEN):
                 raise ValueError(f"changes: {path!r}; of the recipe an arm may change {', '.join(OPEN)}")
         return self
 

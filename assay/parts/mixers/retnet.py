@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -46,6 +46,9 @@ class RetNet(Retention):
     def value_size(self, site: Site) -> int:
         return self.value_dim if self.value_dim is not None else 2 * self.size(site)
 
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {"tensor": self.heads}
+
     def check(self, site: Site) -> None:
         whole_heads(self.heads, self.head_dim, site)
         token_by_token("norm", self.norm)
@@ -85,7 +88,8 @@ class RetNetMixer(Placed, DecayedMixer):
         if self.scheme:
             q, k = self.scheme[0].on_qk(q, k, step)
         v = self.v(x, step).unflatten(-1, (-1, spec.value_size(self.site)))
-        numbers = torch.arange(spec.heads, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        numbers = torch.arange(q.shape[-2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        numbers = numbers + self.piece[0] * q.shape[-2]  # among all heads
         decay = ops.constant(torch.log1p(-torch.exp2(-5 - numbers)), step.table(self))
         return self.closed(self.recall(q, k * size**-0.5, v, decay, step, here), x, step)
 
