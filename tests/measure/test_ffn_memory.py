@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from assay.data.loader import windows
 from assay.measure import ffn_memory
@@ -50,7 +51,7 @@ def test_every_number_of_a_layer_by_hand() -> None:
     made = subject(spec())
     rows = ffn_memory.measure(made, tokens=256, keys=24, triggers=5, grams=2)
     text = windows(made.text, 16, 16, join=True)
-    ids, block, caught = text.inputs.view(16, 16), made.model.blocks[1], {}
+    ids, block, caught = text.inputs.view(16, 16), made.model.blocks[1], dict[str, Tensor]()
     hook = block.ffn.register_forward_pre_hook(lambda _, args: caught.update(x=args[0]))
     made.model(rows_step(ids))
     hook.remove()

@@ -15,6 +15,7 @@ from assay.cache.size import Size
 from assay.model.lm import LM, state_table
 from assay.ops.step import rows_step
 from assay.parts.mixers import value_residual
+from assay.passes.quantise import quantise
 from tests.model.small import VOCAB, ids, logits, made, packed
 from tests.parts.small import D, close, part, put, rows, x
 
@@ -74,7 +75,7 @@ def test_a_stack_of_them_is_any_chunking_and_packing(block: dict[str, Any], more
         step = rows_step(tokens[None, past : past + n], past, horizon=32)
         said.append(lm(step, cache.begin(slots, step)).logits)
         past += n
-    close(torch.cat(said), whole, 1e-10)  # type: ignore[arg-type]
+    close(torch.cat(said), whole, 1e-10)
     both = logits(lm, packed(torch.cat([ids(5, 1), tokens]), [[5, 12]]))
     close(both[5:], whole, 1e-10)
 
@@ -92,7 +93,7 @@ def test_values_of_another_shape_are_refused() -> None:
 @torch.no_grad()
 def test_hyper_connections_begin_as_the_plain_residual(streams: int, dynamic: str | None) -> None:
     """The sum of n streams that are each the plain one."""
-    wide = {"final_norm": None, "layers": 3}
+    wide: dict[str, Any] = {"final_norm": None, "layers": 3}
     plain = made({}, **wide)
     hyper = made({"residual": {"kind": "hyper", "streams": streams, "dynamic": dynamic}}, **wide)
     step = rows_step(ids(7)[None])
@@ -142,6 +143,7 @@ def test_ngpt_lives_on_the_sphere() -> None:
     """The stream has length 1 after every block, the logits of a token stay within its gain, and neither the size of
     the embedding nor that of any map matters."""
     lm = shaken(made(UNITS, layers=3, **NGPT))
+    assert lm.head is not None
     step = rows_step(ids(9)[None], listen=frozenset(["*.in", "*.out"]))
     out = lm(step)
     for h in out.taps.values():
@@ -172,11 +174,19 @@ def test_after_a_step_the_maps_are_of_unit_vectors() -> None:
     block = lm.blocks[0]
     for layer in lm.blocks:
         for name in ("mixer.q", "mixer.k", "mixer.v", "mixer.out", "ffn.gate", "ffn.up", "ffn.down"):
-            layer.get_submodule(name).after({})
+            layer.get_submodule(name).after({})  # type: ignore[operator]
     assert torch.allclose(block.ffn.up.weight.norm(dim=1), torch.ones(24, dtype=torch.float64))
     assert torch.allclose(block.ffn.down.weight.norm(dim=0), torch.ones(24, dtype=torch.float64))
     assert torch.allclose(block.mixer.out.weight.norm(dim=0), torch.ones(16, dtype=torch.float64))
     close(logits(lm, rows_step(ids(6)[None])), before, 1e-10)
+
+
+def test_what_unit_maps_cannot_do_is_refused() -> None:
+    lm = made(UNITS, d_model=32, **NGPT).float()
+    with pytest.raises(ValueError, match=r"weights in 8 or 4 bits are not normalised; accepted dtypes: f32, bf16"):
+        logits(quantise(lm, "int8"), rows_step(ids(4)[None]))
+    with pytest.raises(ValueError, match="`unit` map onto the stream has no bias"):
+        made(UNITS | {"ffn": {"kind": "ngpt", "width": 24, "bias": True}}, **NGPT)
 
 
 def test_only_the_values_that_are_read_learn() -> None:

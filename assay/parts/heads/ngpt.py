@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, Self
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from assay.ops.linear import linear
 from assay.ops.precision import high
 from assay.ops.step import Step
 from assay.parts.heads.lm import LmHeadPart
+from assay.parts.linears.unit import normalised
 from assay.spec.base import Cost, HeadSpec, Init, Site, Weight
 
 
@@ -50,6 +50,6 @@ class NgptHeadPart(LmHeadPart):
         return None
 
     def logits(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N v"]:
-        rows = F.normalize(high(table if self.spec.tie else self.weight), dim=-1)
+        rows = normalised(table if self.spec.tie else self.weight, 1, self.name)
         scaled = rows * (high(self.gain) * self.site.d_in**0.5)[:, None]
         return linear(features, scaled.to(features.dtype), None)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.ops.linear import linear
+from assay.ops.packed import Packed
 from assay.ops.precision import high
 from assay.ops.step import Step
 from assay.parts.linears.dense import Dense, DenseLinear
@@ -26,6 +27,8 @@ class Unit(Dense):
     kind: Literal["unit"] = "unit"  # type: ignore[assignment]
 
     def build_fan(self, fan: Fan, site: Site, name: str) -> UnitLinear:
+        if fan.bias and fan.split == 1:
+            raise ValueError(f"{site.name}.{name}: a `unit` map onto the stream has no bias; accepted: dense with one")
         return UnitLinear(self, fan, site, name)
 
     @classmethod
@@ -41,7 +44,7 @@ class UnitLinear(DenseLinear):
         self.along = 0 if fan.out else 1
 
     def unit(self) -> Tensor:
-        return F.normalize(high(self.weight), dim=self.along).to(self.weight.dtype)
+        return normalised(self.weight, self.along, self.name).to(self.weight.dtype)
 
     def forward(self, x: Tensor, step: Step | None) -> Tensor:
         return linear(x, self.unit(), self.bias)
@@ -49,3 +52,11 @@ class UnitLinear(DenseLinear):
     @torch.no_grad()
     def after(self, taps: Mapping[str, Tensor]) -> None:
         self.weight.copy_(self.unit())
+
+
+def normalised(weight: Tensor, along: int, name: str) -> Tensor:
+    """The weight with vectors of length 1 along a dimension, in float32 or better. ValueError for a packed one, whose
+    codes were made of other lengths."""
+    if isinstance(weight, Packed):
+        raise ValueError(f"{name}: weights in 8 or 4 bits are not normalised; accepted dtypes: f32, bf16")
+    return F.normalize(high(weight), dim=along)

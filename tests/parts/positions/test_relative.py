@@ -137,7 +137,7 @@ def test_scores_do_not_move_with_the_text(kind: str) -> None:
     model = build(validate(ModelSpec, tree(SCHEMES[kind]), "test")).double()
     step = rows_step(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]]))
     plain = model(step).logits
-    close(model(step.with_(positions=step.positions + 1000)).logits, plain, 1e-10)  # type: ignore[arg-type]
+    close(model(step.with_(positions=step.positions + 1000)).logits, plain, 1e-10)
     assert not torch.allclose(model(step.with_(positions=step.positions * 0)).logits, plain, atol=1e-4)
 
 
