@@ -63,7 +63,7 @@ def run(
         int | None, typer.Option(help="Tokens in each sequence; the model's own context if absent.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bf16, f16, f32.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="Of the weights: bf16, f16, f32, int8, int4.")] = "bf16",
     kv_dtype: Annotated[str, typer.Option(help="Of the state: bf16, f16, f32, int8, int4.")] = "bf16",
     page: Annotated[int, typer.Option(help="Tokens a page: reserved bytes are whole pages.")] = 16,
     memory: Annotated[int, typer.Option(help="Encoder tokens that cross-attention reads.")] = 0,
@@ -99,7 +99,7 @@ def run(
     ask = Question(1 if context is None else context, batch, dtype, kv_dtype, page, memory)
     read = {name: spec_of(name, changes) for name in dict.fromkeys(configs)}
     how = spread(parallel, accumulate) if parallel is not None else None
-    machines = {name: machine(name, dtype) for name in dict.fromkeys(hardware or ())}
+    machines = {name: machine(name, ask.floats.dtype) for name in dict.fromkeys(hardware or ())}
     accounts = {name: account(spec, unread, ask, context, machines, how) for name, (spec, unread) in read.items()}
     if plot is not None:
         draw({name: a.sheet for name, a in accounts.items()}, plot, ask, machines)

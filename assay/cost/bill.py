@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from assay.model.lm import embed_site, head_site
+from assay.ops.packed import TILE, packed_bytes
 from assay.spec.base import DTYPE_BYTES, Cost, PartSpec, PositionSpec, Site, StateField, Weight
 from assay.spec.model import ModelSpec
 
@@ -17,13 +18,14 @@ KvDtype = Literal["bf16", "f32", "int8", "int4"]
 DTYPES = {"bf16": "bfloat16", "f32": "float32", "f16": "float16"}
 # Quantised entries carry a scale and a zero of 2 bytes each for every vector of the last dimension.
 BITS, OVERHEAD = {"int8": 8, "int4": 4}, 4
+TABLE = 8  # bits of what stands over the vocabulary where weights are packed
 MOST = 1 << 30  # tokens: no longer context is tried
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: `context` tokens in each of `batch` sequences, weights in `dtype`, state in `kv_dtype`, pages of
-    `page` tokens, `memory` tokens of an encoder."""
+    """What is asked: `context` tokens in each of `batch` sequences, weights in `dtype` (int8 and int4: as the engine
+    packs them, and bf16 for all else), state in `kv_dtype`, pages of `page` tokens, `memory` tokens of an encoder."""
 
     context: int
     batch: int = 1
@@ -36,10 +38,15 @@ class Question:
         for name, least in (("context", 1), ("batch", 1), ("page", 1), ("memory", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)}; at least {least} is accepted")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: {self.dtype!r}; accepted: {', '.join(DTYPES)}")
+        if self.dtype not in (*DTYPES, *BITS):
+            raise ValueError(f"dtype: {self.dtype!r}; accepted: {', '.join((*DTYPES, *BITS))}")
         if self.kv_dtype not in (*DTYPES, *BITS):
             raise ValueError(f"kv_dtype: {self.kv_dtype!r}; accepted: {', '.join((*DTYPES, *BITS))}")
+
+    @property
+    def floats(self) -> Question:
+        """The same where no weight is packed: of training, of arithmetic, and of what stays float."""
+        return self if self.dtype in DTYPES else replace(self, dtype="bf16")
 
 
 def layer_of(name: str) -> int | None:
@@ -102,7 +109,7 @@ def field_bytes(field: StateField, entries: int, question: Question) -> int:
     if field.dtype == "model" and field.per != "sequence" and question.kv_dtype in BITS:
         width = math.ceil(shape[-1] * BITS[question.kv_dtype] / 8) + OVERHEAD
         return entries * math.prod(shape[:-1]) * width
-    kv = question.kv_dtype if question.kv_dtype in DTYPES else question.dtype
+    kv = question.kv_dtype if question.kv_dtype in DTYPES else question.floats.dtype
     one = StateField(field.name, "sequence", shape, field.dtype).bytes(1, DTYPES[kv])
     return entries * one
 
@@ -115,6 +122,18 @@ def stored(fields: Iterable[StateField], ask: Question) -> int:
 def reserved(fields: Iterable[StateField], ask: Question) -> int:
     """Bytes of the whole pages that hold it."""
     return ask.batch * sum(field_bytes(f, f.slots(ask.context, ask.page, ask.memory), ask) for f in fields)
+
+
+def packed(part: PartSpec, site: Site, prefix: str = "") -> Iterator[str]:
+    """The weights of a part that are held in 8 or 4 bits (`passes.quantise`): of its linear maps and those of the parts
+    inside it with as many outputs as a tile, but for maps that decide where to look; and a token table."""
+    if part.slot in ("routers", "selectors"):
+        return
+    if part.slot == "embeds":
+        yield from (f"{prefix}{name}" for name in ("weight",) if name in part.own(site))
+    yield from (f"{prefix}{name}.weight" for name, fan in part.linears(site).items() if fan.d_out >= TILE)
+    for name, (child, place) in part.children(site).items():
+        yield from packed(child, place, f"{prefix}{name}.")
 
 
 def params(weights: dict[str, Weight]) -> dict[str, int]:
@@ -197,6 +216,17 @@ class Sheet:
     def weights(self) -> dict[str, Weight]:
         return {name: w for p in self.parts for name, w in p.own_weights.items()}
 
+    def held(self, ask: Question) -> dict[str, int]:
+        """Bytes of each weight of the decoder."""
+        width, bits = DTYPE_BYTES[DTYPES[ask.floats.dtype]], BITS.get(ask.dtype)
+        found = {name: w.numel * width for name, w in self.weights().items()}
+        for one in self.parts if bits is not None else ():
+            for name in packed(one.part, one.site) if one.owns else ():
+                table = one.part.slot in ("embeds", "heads")
+                out, size = one.weights[name].shape
+                found[f"{one.site.name}.{name}"] = packed_bytes(out, size, TABLE if table else bits)
+        return found
+
     def bill(self, ask: Question) -> Bill:
         self._check_limits(ask.context)
         layers = tuple(self._layer(name, ask) for name in self.groups)
@@ -206,7 +236,7 @@ class Sheet:
             total = {key: total[key] + first.params[key] for key in total}
         return Bill(
             total,
-            total["total"] * DTYPE_BYTES[DTYPES[ask.dtype]],
+            sum(self.held(ask).values()) + (first.weight_bytes if first is not None else 0),
             sum(x.state_bytes_per_token for x in layers),
             sum(x.state_bytes for x in layers),
             sum(x.reserved_bytes for x in layers),

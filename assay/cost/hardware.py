@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from assay.cost.bill import DTYPES, Bill, Question, Sheet
+from assay.cost.bill import Bill, Question, Sheet
 from assay.model.lm import weight_table
-from assay.spec.base import DTYPE_BYTES, Spec
+from assay.spec.base import Spec
 from assay.spec.load import find, read_mapping, validate
 from assay.spec.model import ModelSpec
 
@@ -67,13 +67,13 @@ class Roofline:
 def roofline(sheet: Sheet, told: Bill, machine: Hardware) -> Roofline:
     """Every weight that is used is read once a step, and the state of every sequence; arithmetic goes on meanwhile."""
     ask = Question(**told.question)
-    flop_s, width = machine.rate(ask.dtype), DTYPE_BYTES[DTYPES[ask.dtype]]
-    weights = weights_read(sheet.spec, ask.batch) * width
+    flop_s, sizes = machine.rate(ask.floats.dtype), sheet.held(ask)
+    weights = weights_read(sheet.spec, ask.batch, sizes)
     reading = (weights + told.state_bytes_read) / machine.memory_byte_s
     working = ask.batch * told.flops["decode_per_token"] / flop_s
     needed = told.weight_bytes + told.reserved_bytes
     step = max(reading, working)
-    every = weights_read(sheet.spec, ask.batch * ask.context) * width
+    every = weights_read(sheet.spec, ask.batch * ask.context, sizes)
     return Roofline(
         machine.name,
         needed,
@@ -91,8 +91,8 @@ def roofline(sheet: Sheet, told: Bill, machine: Hardware) -> Roofline:
 
 def decode_seconds(sheet: Sheet, ask: Question, machine: Hardware) -> float:
     """The least time of one decode step of the batch, as in `roofline`."""
-    read = weights_read(sheet.spec, ask.batch) * DTYPE_BYTES[DTYPES[ask.dtype]] + sheet.state_bytes_read(ask)
-    return max(read / machine.memory_byte_s, ask.batch * sheet.decode_flops(ask) / machine.rate(ask.dtype))
+    read = weights_read(sheet.spec, ask.batch, sheet.held(ask)) + sheet.state_bytes_read(ask)
+    return max(read / machine.memory_byte_s, ask.batch * sheet.decode_flops(ask) / machine.rate(ask.floats.dtype))
 
 
 def longest(sheet: Sheet, ask: Question, room: float) -> int | None:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from assay.cost.bill import DTYPES, Bill, Question, Sheet
-from assay.spec.base import DTYPE_BYTES
 from assay.spec.load import dump
 from assay.spec.model import ModelSpec
 
@@ -45,10 +44,10 @@ def largest(sheet: Sheet, told: Bill) -> Largest:
     if told.state_bytes >= told.weight_bytes:
         found = tuple(state_levers(sheet, ask, told.state_bytes))
         return Largest("state", told.state_bytes, total, None, None, by_saving(found))
-    width = DTYPE_BYTES[DTYPES[ask.dtype]]
+    width = told.weight_bytes / told.params["total"]
     part = max(told.params_by, key=told.params_by.__getitem__)
     found = tuple(weight_levers(sheet, told.params["total"], width))
-    return Largest("weights", told.weight_bytes, total, part, told.params_by[part] * width, by_saving(found))
+    return Largest("weights", told.weight_bytes, total, part, round(told.params_by[part] * width), by_saving(found))
 
 
 def by_saving(levers: tuple[Lever, ...]) -> tuple[Lever, ...]:
@@ -65,13 +64,13 @@ def state_levers(sheet: Sheet, ask: Question, now: int) -> Iterator[Lever]:
             yield Lever(change, now - sheet.state_bytes(replace(ask, kv_dtype=smaller)))
 
 
-def weight_levers(sheet: Sheet, now: int, width: int) -> Iterator[Lever]:
+def weight_levers(sheet: Sheet, now: int, width: float) -> Iterator[Lever]:
     """A narrower feed-forward layer, half the experts, a tied head, half the bytes. now: parameters; width: bytes of
     each."""
     for change, spec in (*halved(sheet.spec, "width"), *halved(sheet.spec, "experts"), *tied(sheet.spec)):
-        yield Lever(change, width * (now - sum(Sheet(spec).params_by().values())))
+        yield Lever(change, round(width * (now - sum(Sheet(spec).params_by().values()))))
     if width > 2:
-        yield Lever("weights in bf16 instead of f32", (width - 2) * now)
+        yield Lever("weights in bf16 instead of f32", round((width - 2) * now))
 
 
 def mapped(node: Any, key: str, new: Callable[[Tree], Any]) -> tuple[Any, list[tuple[Any, Any]]]:

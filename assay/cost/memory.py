@@ -96,6 +96,7 @@ class Training:
 def training(sheet: Sheet, ask: Question) -> Training:
     """float32 weights with AdamW; for bf16 and f16, copies of weights and gradients beside them. Norms keep float32.
     An encoder reads `memory` tokens."""
+    ask = ask.floats
     table, width = sheet.weights(), 4 if ask.dtype == "f32" else 2
     blocks = kept_by_block(sheet, ask.batch, ask.context, ask.dtype)
     scores = sum(score_values(p, ask.context, ask.memory) for p in sheet.parts)

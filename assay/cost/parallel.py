@@ -60,7 +60,7 @@ class Share:
 
 def share(sheet: Sheet, ask: Question, how: Spread) -> Share:
     """A step on `ask.batch` rows of `ask.context` tokens. ValueError, by name, for a model that cannot be spread so."""
-    found = deal(sheet.spec, how.sizes)
+    ask, found = ask.floats, deal(sheet.spec, how.sizes)
     table = {name: found.local(name, w, how.sizes) for name, w in sheet.weights().items()}
     units = list(gathered_units(sheet, table))
     own = sum(w.numel for w in held(sheet.weights(), found, how).values()) * FLOAT
