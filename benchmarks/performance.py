@@ -1,7 +1,7 @@
 """docs/PERFORMANCE.md: what this machine allows, what assay reaches, and its peers in the same run.
 
-    python benchmarks/performance.py [--sections single,families,training] [--checkpoint FOLDER] [--llama FOLDER]
-        [--threads N] [--out runs/performance]
+    python benchmarks/performance.py [--sections single,families,contexts,training] [--checkpoint FOLDER]
+        [--llama FOLDER] [--threads N] [--out runs/performance]
 
 A section measures, writes `SECTION.json` to the folder, and the page is made of all that are there (and of
 `serve.json`, from benchmarks/serve.py, where it is given with --serve). --sections "" only writes the page. llama.cpp
@@ -122,8 +122,14 @@ def training(given: argparse.Namespace) -> dict[str, Any]:
     return {"rows": [beside(*size, given.rounds) for size in SIZES.values()]}
 
 
+def contexts(given: argparse.Namespace) -> dict[str, Any]:
+    from contexts import measured
+
+    return measured((256, 1024, 4096))
+
+
 SECTIONS: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "single": single, "families": families, "training": training,
+    "single": single, "families": families, "contexts": contexts, "training": training,
 }  # fmt: skip
 
 
@@ -187,6 +193,17 @@ def told_families(found: Mapping[str, Any]) -> str:
     return table(head, rows) + "\n"
 
 
+def told_contexts(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, times in found["seconds"].items():
+        read, took = found["state_bytes_read"][name], times[-1] - times[0]
+        rate = (read[-1] - read[0]) / took / 1e9 if read[-1] > read[0] and took > 0 else None
+        rows.append([name, *(1e3 * t for t in times), *(n / 1e6 for n in (read[0], read[-1])), rate])
+    first, last = found["contexts"][0], found["contexts"][-1]
+    heads = [f"ms at {n:,}" for n in found["contexts"]]
+    return table(["", *heads, f"state, MB at {first:,}", f"MB at {last:,}", "more state, GB/s"], rows) + "\n"
+
+
 def told_training(found: Mapping[str, Any]) -> str:
     rows = [
         [r["model"], r["assay_tok_s"], r["plain_tok_s"], r["ratio"], r["assay_mfu"], r["plain_mfu"], r["spread"]]
@@ -206,6 +223,7 @@ TITLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "single": (f"One sequence: SmolLM2-135M, a prompt of {PROMPT} and {NEW} new tokens", told_single),
     "serve": ("Sixteen requests at once", told_serving),
     "families": ("Families beside transformers: 6 layers of 512, one sequence", told_families),
+    "contexts": ("A decoded token against the context, 4 layers of 384, float32", told_contexts),
     "training": ("Training beside a plain PyTorch GPT, float32", told_training),
 }
 
