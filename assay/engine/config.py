@@ -127,4 +127,5 @@ def scheduling(config: EngineConfig, capacity: int, border: int | None) -> Sched
         capacity=capacity,
         reserve="full" if config.preempt == "never" else "none",
         preempt="recompute" if config.preempt == "never" else config.preempt,
+        fairness="vtc",  # of one tenant's requests alone it changes nothing
     )

@@ -171,7 +171,7 @@ class Engine:
                 self.chooser.leave(job)
             raise
         for choice, job in enumerate(jobs):
-            reply = Reply(self.tokenizer, request.stop)
+            reply = Reply(self.tokenizer, request.stop, request.min_new)
             self.jobs[job] = Running(number, choice, request, list(request.prompt), reply, now)
         self._requests, self._ids = number + 1, jobs.stop
         self._add(jobs[0])
@@ -205,7 +205,7 @@ class Engine:
         check_request(self.spec, request, self.tokens)
         given = handed.fitted(self.runner.cache)
         self.chooser.enter(job, request, handed.choice, said)
-        reply, known = Reply(self.tokenizer, request.stop), [*request.prompt, *said]
+        reply, known = Reply(self.tokenizer, request.stop, request.min_new), [*request.prompt, *said]
         for token in said:
             reply.push(token)
         number, self._requests, self._ids = self._requests, self._requests + 1, job + 1

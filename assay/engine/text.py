@@ -8,15 +8,22 @@ from assay.data.tokenizers import Tokenizer
 
 
 class Reply:
-    """`push` returns the text that is certain; `stopped` says that a stop text has come. Its pieces make the reply."""
+    """`push` returns the text that is certain; `stopped` says that a stop text has come. Its pieces make the reply.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._stream, self._stop = tokenizer.stream(), tuple(stop)
+    least: stop texts are looked for behind the text of so many tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), least: int = 0) -> None:
+        self._stream, self._stop, self._least = tokenizer.stream(), tuple(stop), least
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        return self._release(self._stream.push(token))
+        text = self._stream.push(token)
+        if self._least:
+            self._least -= 1
+            return text
+        return self._release(text)
 
     def finish(self) -> str:
         """The rest, once no more tokens come."""

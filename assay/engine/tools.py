@@ -105,20 +105,25 @@ class Hermes(Reader):
     form = "hermes"
     opens = "<tool_call>"
     also = ("</tool_call>",)
+    _tried = 0  # where to look on: before it each marker stands inside an argument, and is not tried again
 
     def _read(self, text: str, last: bool) -> tuple[Found, str] | None:
-        close, at = self.also[0], text.find(self.also[0])
+        close = self.also[0]
+        at = text.find(close, self._tried)
         while at >= 0:
             try:
                 call = self._call(_json(text[:at]))
             except ValueError as error:
                 if "Unterminated string" in str(error):  # the marker stands inside an argument
-                    at = text.find(close, at + 1)
+                    self._tried = at + 1
+                    at = text.find(close, self._tried)
                     continue
                 call = None
+            self._tried = 0
             end = "" if close in self._silent.values() else close
             return [call] if call else self._raw(text[:at] + end), text[at + len(close) :]
         if not last:
+            self._tried = max(self._tried, len(text) - len(close) + 1)
             return None
         try:
             call = self._call(_json(text))  # a reply may end without the marker

@@ -24,7 +24,7 @@ from assay.engine.runner import Runner, Token
 from assay.engine.storage import Storage, kv_formats
 from assay.model.lm import LM, state_table
 from tests.cache.models import model, tokens
-from tests.engine.test_runner import TEXT, alone
+from tests.engine.test_runner import TEXT, alone, logits
 
 BACKENDS = ("auto", "auto", "matmul", "tiled", "sdpa")
 LAYERS = (("full",), ("full", "window"), ("window", "linear"), ("first", "full", "linear"))
@@ -263,3 +263,32 @@ def test_storage_that_cannot_be_is_refused() -> None:
     storage = Storage(kv_formats("int8", state_table(model(("full",)).spec)))
     with pytest.raises(ValueError, match="rows are kept in the model's dtype"):
         Engine(model(("full",)), TEXT, EngineConfig(tokens=64, page=None), storage=storage)
+
+
+def test_no_end_before_the_least_tokens_in_any_company() -> None:
+    """Against single tokens, each the likeliest of a full pass of those that may come."""
+    lm, least, new = model(("full", "window")), 5, 9
+    prompts = [tokens(1, 6 + i, 40 + i)[0].tolist() for i in range(4)]
+
+    def one(known: list[int], out: tuple[int, ...]) -> int:
+        last = logits(lm, torch.tensor([known]))[0, -1]
+        return int(last.index_fill(0, torch.tensor(out, dtype=torch.long), float("-inf")).argmax())
+
+    engine = Engine(lm, TEXT, EngineConfig(max_running=3, tokens=48, page=4, chunk=5, border=1))
+    replies: dict[int, list[int]] = {}
+    for prompt in prompts:
+        free = [one(prompt, ())]  # what it would say first ends it, so that it counts
+        ends, said = (free[0], 3), list[int]()
+        while len(said) < new and not (said and said[-1] in ends):
+            said.append(one([*prompt, *said], ends if len(said) < least else ()))
+        asks = SamplingParams(temperature=0.0)
+        request = Request(
+            prompt=tuple(prompt), max_new=new, min_new=least, sampling=asks, stop_tokens=frozenset((*ends, 99999))
+        )
+        replies[engine.submit(request)] = said
+    found: dict[int, list[int]] = {number: [] for number in replies}
+    while engine.busy:
+        for token in engine.step():
+            assert token.id is not None
+            found[token.request].append(token.id)
+    assert found == replies and all(len(said) >= least for said in found.values())

@@ -120,3 +120,12 @@ def test_what_is_left_of_a_reply_spells_no_special_token_either() -> None:
     told = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x<|e<|end|>nd|>y"}]
     plain = [told[0], {"role": "assistant", "content": "xy"}]
     assert encode(told, TEMPLATE, chatty()) == encode(plain, TEMPLATE, chatty())
+
+
+def test_a_stop_text_counts_behind_the_least_tokens() -> None:
+    """As vLLM has it: one that ends within them, or begins there, is text."""
+    for least, expected in ((0, "a"), (2, "aENDb"), (4, "aENDb"), (5, "aENDb"), (6, "aENDbENDc")):
+        reply = Reply(tokenizer(), ["END"], least)
+        pieces = [reply.push(byte) for byte in b"aENDbENDc"] + [reply.finish()]
+        assert "".join(pieces) == expected, least
+        assert reply.stopped == (least < 6)

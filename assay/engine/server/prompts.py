@@ -86,7 +86,9 @@ class Desk:
         self.check_model(body.model)
         rest = self._shared(body, tenant) | {"logprobs": body.logprobs}
         new = body.max_tokens if body.max_tokens is not None else COMPLETION_TOKENS
-        return [self._request(ids, new, "prompt", rest) for ids in self._prompts(body)]
+        prompts = self._prompts(body)
+        self._check_told(body.logprobs, new * body.choices * len(prompts))
+        return [self._request(ids, new, "prompt", rest) for ids in prompts]
 
     def chat(self, body: ChatBody, tenant: str) -> Request:
         self.check_model(body.model)
@@ -105,7 +107,9 @@ class Desk:
         new = body.max_completion_tokens or body.max_tokens
         self._check_prompt(prompt, "messages")
         known = len(self.starts) if self.source else len(prompt)
-        return self._request(prompt, new or max(1, self.context - known), "messages", rest)
+        new = new or max(1, self.context - known)
+        self._check_told(rest.get("logprobs"), new * body.choices)
+        return self._request(prompt, new, "messages", rest)
 
     def conversation(self, messages: Iterable[Message], tools: list[Json] | None = None) -> Ids:
         """The ids that ask for the next reply."""
@@ -144,6 +148,13 @@ class Desk:
         if max(prompt) >= self.vocab:
             raise ApiError(400, f"{param}: token {max(prompt)}; this model has ids 0 to {self.vocab - 1}", param)
 
+    def _check_told(self, top: int | None, tokens: int) -> None:
+        """They are kept until the client has read them, and each is many times as large as its token."""
+        wanted = 0 if top is None else tokens * (1 + top)
+        if wanted > self.limits.told:
+            message = f"logprobs: {wanted} of them in one call; accepted: up to {self.limits.told}"
+            raise ApiError(400, message, "logprobs")
+
     def _request(self, prompt: Ids, new: int, param: str, rest: Mapping[str, Any]) -> Request:
         self._check_prompt(prompt, param)
         if self.source:
@@ -163,6 +174,9 @@ class Desk:
         limits = self.limits
         if len(body.stops) > limits.stops:
             raise ApiError(400, f"stop: {len(body.stops)} texts; accepted: up to {limits.stops}", "stop")
+        longest = max(map(len, body.stops), default=0)
+        if longest > limits.stop_chars:
+            raise ApiError(400, f"stop: {longest} characters; accepted: up to {limits.stop_chars}", "stop")
         if body.choices > limits.choices:
             raise ApiError(400, f"n: {body.choices}; accepted: 1 to {limits.choices}", "n")
         return {

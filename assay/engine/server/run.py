@@ -8,12 +8,14 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
 
 from assay.engine.server.app import create_app
 from assay.engine.server.config import ServerConfig
+from assay.engine.server.connection import Connection
 from assay.engine.server.errors import ApiError
 from assay.engine.server.guard import Gate
 from assay.engine.server.logs import Log, Uvicorn
@@ -53,6 +55,8 @@ class Server:
             log_config=None,
             server_header=False,
             timeout_keep_alive=IDLE_S,
+            http=partial(Connection, head_s=self.config.limits.head_s),  # type: ignore[arg-type]
+            ws="none",
         )
         http = _Http(config)
         serving = asyncio.create_task(http.serve(sockets=[listener]))

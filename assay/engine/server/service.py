@@ -78,7 +78,7 @@ class Service:
         if body.tokens and max(body.tokens) >= size:
             message = f"tokens: {max(body.tokens)}; this tokenizer has ids 0 to {size - 1}"
             raise ApiError(400, message, "tokens")
-        return _json({"prompt": desk.tokenizer.decode(body.tokens)})
+        return _json({"prompt": await asyncio.to_thread(desk.tokenizer.decode, body.tokens)})
 
     def _answer(
         self, desk: Desk, kinds: tuple[str, str, str], writers: Sequence[Writer], requests: Sequence[Request]
@@ -94,7 +94,8 @@ class Service:
         facts = http.state.log
         facts |= {"prompt_tokens": answer.usage.prompt, "choices": len(answer.writers), "stream": bool(body.stream)}
         try:
-            call = await self.worker.submit(requests)
+            several = len(self.config.keys or ()) > 1
+            call = await self.worker.submit(requests, http.state.tenant if several else "")
         except ApiError as error:
             if str(error).startswith("grammar"):
                 error.param = grammar_param(body)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -26,6 +27,7 @@ T = TypeVar("T")
 Served = Engine | Cluster
 Status = Literal["loading", "ready", "failed", "stopped"]
 Ending = Literal["cancelled", "error"]
+FAILED = "the engine has failed"
 LOOK_S = 0.05  # seconds between two reports of a busy engine: one goes over all pools of the cache
 
 
@@ -50,12 +52,12 @@ class Observer(Protocol):
 class Call:
     """Requests that one client made together: what they say, in the order in which it was said."""
 
-    def __init__(self, worker: Worker, requests: Sequence[Request]) -> None:
-        self.requests, self.began = tuple(requests), time.monotonic()
+    def __init__(self, worker: Worker, requests: Sequence[Request], tenant: str = "") -> None:
+        self.requests, self.tenant, self.began = tuple(requests), tenant, time.monotonic()
         self.left = sum(request.n for request in requests)
         self._worker = worker
         self._events: asyncio.Queue[Said | ApiError] = asyncio.Queue()
-        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.accepted: asyncio.Future[None] = worker.promise()
 
     def put(self, event: Said | ApiError) -> None:
         self._events.put_nowait(event)
@@ -94,6 +96,8 @@ class Worker:
         self.status: Status = "loading"
         self.stats: Mapping[str, Any] = {}
         self.under_way, self.limit = 0, limit
+        self.owned = Counter[str]()  # of `under_way`, by tenant
+        self._promised: set[asyncio.Future[Any]] = set()  # what the engine's thread has yet to answer
         self._make, self._observer, self._log = make, observer, log
         self._inbox: SimpleQueue[Callable[[Served], None]] = SimpleQueue()
         self._open: dict[int, _Open] = {}
@@ -119,17 +123,27 @@ class Worker:
         self._inbox.put(self._quit)
         await asyncio.to_thread(self._thread.join, patience)
 
-    async def submit(self, requests: Sequence[Request]) -> Call:
-        """A call under way. ApiError 429 when too much is; 400 for what the engine refuses of it."""
-        if self.status == "failed":
-            raise ApiError(503, "the engine has failed")
+    async def submit(self, requests: Sequence[Request], tenant: str = "") -> Call:
+        """A call under way. ApiError 429 when too much is; 400 for what the engine refuses of it.
+
+        A tenant, where there are several, may have as many replies under way as places stay free: nobody takes them
+        all (the dynamic threshold of Choudhury and Hahne 1998).
+        """
+        self._check_well()
         size = sum(request.n for request in requests)
-        if size > self.limit:
-            raise ApiError(400, f"n: {size} replies in one call; accepted: up to {self.limit} in all", "n")
-        if self.under_way + size > self.limit:
+        most = self.limit // 2 if tenant else self.limit
+        if size > most:
+            raise ApiError(400, f"n: {size} replies in one call; accepted: up to {most} in all", "n")
+        free = self.limit - self.under_way - size
+        if free < 0:
             raise ApiError(429, f"{self.under_way} replies are under way, and {self.limit} may be", retry=1)
-        call = Call(self, requests)
+        if tenant and self.owned[tenant] + size > free:
+            raise ApiError(
+                429, f"{self.owned[tenant]} replies of this key are under way; {free} more are free", retry=1
+            )
+        call = Call(self, requests, tenant)
         self.under_way += size
+        self.owned[tenant] += size
         self._inbox.put(lambda engine: self._submit(engine, call))
         try:
             await call.accepted
@@ -145,7 +159,8 @@ class Worker:
 
     async def ask(self, question: Callable[[Served], T]) -> T:
         """The answer of the engine's own thread, between two steps."""
-        answer: asyncio.Future[T] = self._loop.create_future()
+        self._check_well()
+        answer: asyncio.Future[T] = self.promise()
         self._inbox.put(lambda engine: self._tell(_settle, answer, _answer(question, engine)))
         return await answer
 
@@ -153,9 +168,23 @@ class Worker:
         """End every call under way with this error."""
         self._inbox.put(lambda engine: self._drop_all(engine, error))
 
+    def promise(self) -> asyncio.Future[Any]:
+        """What the engine's thread will answer, or be found to have failed before."""
+        made = self._loop.create_future()
+        self._promised.add(made)
+        made.add_done_callback(self._promised.discard)
+        return made
+
+    def _check_well(self) -> None:
+        if self.status == "failed":
+            raise ApiError(503, FAILED)
+
     def _release(self, call: Call, count: int) -> None:
         call.left -= count
         self.under_way -= count
+        self.owned[call.tenant] -= count
+        if not self.owned[call.tenant]:
+            del self.owned[call.tenant]
 
     def _receive(self, batch: Sequence[tuple[Call, Said]]) -> None:
         for call, said in batch:
@@ -167,6 +196,12 @@ class Worker:
         for call in calls:
             self._release(call, call.left)
             call.put(error)
+
+    def _break(self, calls: Iterable[Call], error: ApiError) -> None:
+        """Nobody answers any more."""
+        self._fail(calls, error)
+        for promised in list(self._promised):
+            _settle(promised, ApiError(503, FAILED))
 
     # From here on: the engine's thread.
 
@@ -191,7 +226,7 @@ class Worker:
         except BaseException as error:  # nothing is known of the engine any more: better none than a wrong one
             self._log("engine", error=error)
             self.status = "failed"
-            self._tell(self._fail, self._calls(), ApiError(500, "the engine has failed"))
+            self._tell(self._break, self._calls(), ApiError(500, FAILED))
 
     def _look(self, engine: Served, now: bool) -> None:
         """Take the engine's report; while it works, only from time to time."""
@@ -217,6 +252,8 @@ class Worker:
             self._log("engine", error=error)
             self._drop_all(engine, ApiError(500, "the engine failed in the middle of this reply"))
             return
+        if isinstance(engine, Cluster) and engine.failed:
+            self.status = "failed"  # before a client hears of it
         at = time.monotonic()
         self._note_starts(engine, tokens, began)
         self._look(engine, any(token.finish for token in tokens))  # before a client hears that it has ended

@@ -1,0 +1,153 @@
+"""Clients that mean harm: connections that are held, places that one key would take, work without bounds."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from assay.engine.server.config import Limits
+from assay.engine.tools import Call, call_reader
+from tests.engine.test_text import chatty
+from tests.server.live import Live, until
+from tests.server.test_guard import KEYS, bearer
+from tests.server.test_refusals import refusal
+
+ASK = {"prompt": "a", "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+LONG = {**ASK, "max_tokens": 400, "stream": True}
+HEAD = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Live]:
+    """A second for the headers; and of everything else little."""
+    with Live(limits=Limits(head_s=1.0, stop_chars=3, told=40)) as server:
+        yield server
+
+
+def connected(server: Live) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=8)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(b"", b""), (b"", HEAD + b"x-slow: "), (HEAD + b"\r\n", b""), (HEAD + b"\r\n", HEAD)],
+    ids=["silent", "slow", "asks and rests", "asks and is slow then"],
+)
+def test_who_connects_and_does_not_ask_is_let_go(strict: Live, first: bytes, then: bytes) -> None:
+    """Whoever is answered may rest between two requests, and not in the middle of one."""
+    rests = bool(first) and not then
+    with connected(strict) as client:
+        if first:
+            client.sendall(first)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        client.sendall(then)
+        client.settimeout(3.0)
+        try:
+            assert client.recv(1 << 16) == b"" and not rests
+        except TimeoutError:
+            assert rests
+
+
+def test_a_header_without_end_is_cut_off(strict: Live) -> None:
+    with connected(strict) as client, pytest.raises(OSError):
+        client.sendall(HEAD + b"x: ")
+        for _ in range(64):
+            client.sendall(b"y" * (1 << 20))
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 400")
+        raise OSError
+
+
+def test_another_protocol_is_not_spoken(strict: Live) -> None:
+    with connected(strict) as client:
+        upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+        client.sendall(HEAD + upgrade + b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+        assert not client.recv(1 << 16).startswith(b"HTTP/1.1 101")
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "message"),
+    [
+        ({"stop": ["b", "abcd"]}, "stop", "4 characters; accepted: up to 3"),
+        ({"logprobs": 9, "max_tokens": 5}, "logprobs", "50 of them in one call; accepted: up to 40"),
+        ({"logprobs": 1, "max_tokens": 7, "n": 3}, "logprobs", "42 of them"),
+        ({"logprobs": 1, "max_tokens": 7, "prompt": ["a", "b", "c"]}, "logprobs", "42 of them"),
+    ],
+)
+def test_what_would_take_too_much_is_refused(strict: Live, more: dict[str, Any], param: str, message: str) -> None:
+    error = refusal(strict.post("/v1/completions", {**ASK, **more}))
+    assert error["param"] == param and message in error["message"]
+    assert strict.ok("/v1/completions", {**ASK, "stop": "abc", "logprobs": 9, "max_tokens": 4})
+
+
+def test_one_key_does_not_take_all_places() -> None:
+    """Of 9 places it gets 4, since 5 then stay free, and who comes with another key gets 2 of those."""
+    with Live(keys=KEYS, limits=Limits(waiting=8), max_running=1) as server, ExitStack() as held:
+
+        def begin(key: str) -> None:
+            answer = server.client.stream("POST", "/v1/completions", json=LONG, headers=bearer(key))
+            held.enter_context(answer)
+
+        begin(KEYS[0])
+        threads = [threading.Thread(target=begin, args=(KEYS[0],), daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: server.server.worker.owned.total() == 4)
+        told = refusal(server.post("/v1/completions", ASK, headers=bearer(KEYS[0])), 429)
+        assert told["message"] == "4 replies of this key are under way; 4 more are free"
+        assert server.ok("/v1/completions", {**ASK, "prompt": ["a", "b"]}, headers=bearer(KEYS[1]))
+        assert server.server.worker.owned.total() >= 3, "the other key's replies were waited for"
+
+
+def test_where_the_engine_fails_nobody_waits_for_ever() -> None:
+    """Neither who is in its thread, nor who stands before it, nor who comes then."""
+    with Live() as server:
+        begun, go = threading.Event(), threading.Event()
+
+        def fail(_: Any) -> int:
+            begun.set()
+            go.wait(10)
+            raise RuntimeError("planted")
+
+        server.ask(lambda engine: setattr(engine, "submit", fail))
+        found: list[int] = []
+
+        def ask() -> None:
+            found.append(server.post("/v1/completions", ASK).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert begun.wait(10)
+        until(lambda: server.server.worker.under_way == 2)
+        go.set()
+        for thread in threads:
+            thread.join(10)
+        assert found == [503, 503]
+        assert server.client.get("/health").status_code == 503
+        refusal(server.post("/v1/completions", ASK), 503)
+        assert server.server.worker.under_way == 0 and not server.server.worker._promised
+
+
+def test_markers_inside_an_argument_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply may hold thousands of them (a client may ask for any text), and comes in as many pieces."""
+    from assay.engine import tools
+
+    tries, read = [0], tools._json
+
+    def counted(text: str) -> Any:
+        tries[0] += 1
+        return read(text)
+
+    monkeypatch.setattr(tools, "_json", counted)
+    reader = call_reader("hermes", chatty(), ["f"])
+    inside = "</tool_call>" * 50
+    pieces = [f'<tool_call>{{"name": "f", "arguments": {{"a": "{inside}', *("x" * 60), '"}}', "</tool_call>", "end"]
+    found = [one for piece in pieces for one in reader.push(piece)] + reader.finish()
+    assert found == [Call("f", f'{{"a": "{inside}{"x" * 60}"}}'), "end"]
+    assert tries[0] == 51
