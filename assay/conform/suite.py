@@ -12,6 +12,7 @@ from assay.conform import laws, stored
 from assay.conform.cases import Case, Refusal, case
 from assay.conform.fields import law_fields
 from assay.conform.sharding import law_sharding
+from assay.conform.steady import law_deterministic
 from assay.spec.base import PartSpec
 
 Law = Callable[[Case], None]
@@ -32,6 +33,7 @@ LAWS: Mapping[str, Law] = MappingProxyType(
         "prefix": stored.law_prefix,
         "swap": stored.law_swap,
         "quantised": stored.law_quantised,
+        "deterministic": law_deterministic,
         "split": laws.law_split,
         "sharding": law_sharding,
         "checkpoint": laws.law_checkpoint,

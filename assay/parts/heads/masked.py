@@ -12,6 +12,7 @@ from torch import Tensor
 
 from assay.ops.activations import Activation, activate
 from assay.ops.step import Step
+from assay.parts.base import Head
 from assay.parts.heads.lm import LmHeadPart
 from assay.spec.base import Cost, Fan, HeadSpec, Init, NormSpec, PartSpec, Site, Weight
 
@@ -53,6 +54,9 @@ class MaskedLm(HeadSpec):
 
 class MaskedLmHead(LmHeadPart):
     """The loss is that of the language-model head: over the tokens with a target."""
+
+    def mingles(self) -> str | None:
+        return Head.mingles(self)
 
     def logits(self, features: Float[Tensor, "N D"], step: Step, table: Tensor) -> Float[Tensor, "N v"]:
         x = self.norm(activate(self.spec.act, self.dense(features, step)), step)
