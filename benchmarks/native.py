@@ -1,7 +1,9 @@
 """What the compiled kernels gain: each against torch, and a model's whole decode step with and without them. Weights
 of 8 and 4 bits stand beside torch's product of the same numbers in float32, since torch has none like theirs.
 
-python benchmarks/native.py [CHECKPOINT] [--dtypes bf16,f32,int8,int4] [--threads N] [--seconds S]
+python benchmarks/native.py [CHECKPOINT] [--dtypes bf16,f32,int8,int4] [--rows 1,16,64,512] [--threads N] [--seconds S]
+
+The floor of one row is a plain read: the same bytes as whole registers, summed and not multiplied, by as many threads.
 
 In turns, so that a busy machine slows both alike. Seconds are the processor's with one thread (what others do on the
 machine is not counted, beyond what they take of its memory), and the clock's with more. The fifth of the sorted times.
@@ -10,6 +12,9 @@ machine is not counted, beyond what they take of its memory), and the clock's wi
 from __future__ import annotations
 
 import argparse
+import ctypes
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,15 +26,33 @@ from assay.cli.common import in_dtype
 from assay.measure.serving import Load, Serving
 from assay.ops import native
 from assay.ops.linear import linear
+from assay.ops.native import build
 from assay.ops.native.kernels import ROWS
 from assay.ops.norm import rms_norm
-from assay.ops.packed import held_bytes, pack
+from assay.ops.packed import Packed, held_bytes, pack
 from assay.passes.quantise import DTYPES
 from assay.train.checkpoint import load_checkpoint
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (49152, 576))  # SmolLM2-135M: [out, in]
 FLOATS = {"bf16": torch.bfloat16, "f32": torch.float32}
 FOOTPRINT = 64 << 20  # bytes of different weights: more than a cache holds
+READ = r"""
+#include <cstdint>
+typedef int64_t Longs __attribute__((vector_size(64), may_alias));
+extern "C" int64_t read_all(const Longs* from, long count) {
+  int64_t sum = 0;
+#pragma omp parallel for schedule(static) reduction(+ : sum)
+  for (long i = 0; i < count / 8; i++) {
+    Longs some = {};
+    for (int j = 0; j < 8; j++) {
+      __builtin_prefetch(from + 8 * i + j + 64);
+      some += from[8 * i + j];
+    }
+    sum += some[0] + some[1] + some[2] + some[3] + some[4] + some[5] + some[6] + some[7];
+  }
+  return sum;
+}
+"""
 
 
 @contextmanager
@@ -73,6 +96,22 @@ def pair(call: Callable[[], object], other: Callable[[], object], budget_s: floa
     return sorted(mine)[len(mine) // 5], sorted(theirs)[len(theirs) // 5]
 
 
+def reader() -> Callable[[torch.Tensor], None]:
+    """Reads a tensor once, line by line."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, made, openmp = Path(folder) / "read.cpp", Path(folder) / "read.so", build.runtime()
+        source.write_text(READ)
+        command = [build.compiler(), *build.FLAGS, "-shared", str(source), "-o", str(made)]
+        subprocess.run([*command, *([] if openmp is None else [str(openmp)])], check=True)
+        read = ctypes.CDLL(str(made)).read_all
+    read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_long), ctypes.c_int64
+
+    def run(held: torch.Tensor) -> None:
+        read(held.data_ptr(), held.numel() * held.element_size() // 64)
+
+    return run
+
+
 def told(name: str, found: tuple[float, float], note: str = "") -> None:
     mine, theirs = (1e6 * s for s in found)
     print(f"{name:44} {theirs:10.1f} -> {mine:10.1f} us  {theirs / mine:5.2f} times as fast  {note}", flush=True)
@@ -86,7 +125,7 @@ def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> Callable[[], N
     return run
 
 
-def kernels(name: str, rows: int, budget_s: float) -> None:
+def kernels(name: str, rows: int, read: Callable[[torch.Tensor], None], budget_s: float) -> None:
     for out, size in SHAPES if rows <= ROWS else SHAPES[:3]:
         count = max(1, FOOTPRINT // (out * size * 4))
         floats = [torch.randn(out, size).to(FLOATS.get(name, torch.float32)) for _ in range(count)]
@@ -94,7 +133,10 @@ def kernels(name: str, rows: int, budget_s: float) -> None:
         x = torch.randn(rows, size).to(floats[0].dtype)
         found = pair(products(x, weights), alone(products(x, floats)), budget_s)
         mine, theirs = (s / count for s in found)
+        held = [w.codes if isinstance(w, Packed) else w for w in weights]
+        plain = pair(lambda: [read(t) for t in held], lambda: None, budget_s / 2)[0] / count  # noqa: B023
         rates = f"{held_bytes(weights[0]) / mine / 1e9:.1f} GB/s, {2 * rows * out * size / mine / 1e9:.0f} GFLOP/s"
+        rates += f"; a plain read takes {plain / mine:.0%} of it"
         told(f"linear {name} {rows} x {size} -> {out}", (mine, theirs), rates)
 
 
@@ -118,15 +160,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path)
     parser.add_argument("--dtypes", default="bf16,f32,int8,int4")
+    parser.add_argument("--rows", default="1,16,64,512")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each line")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if native.kernels() is None:
         raise SystemExit("no kernels: nothing to compare")
+    read = reader()
     for name in given.dtypes.split(","):
-        for rows in (1, 16, 512):
-            kernels(name, rows, given.seconds)
+        for rows in map(int, given.rows.split(",")):
+            kernels(name, rows, read, given.seconds)
             if name in FLOATS and rows <= ROWS:
                 norms(FLOATS[name], rows, given.seconds)
             if given.checkpoint is not None and rows <= ROWS:

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from assay.ops import packed
 from assay.ops.native import serving
+from assay.ops.packed import Packed
 
 
 class _ContiguousGrad(torch.autograd.Function):
@@ -31,7 +33,10 @@ def backend(x: Tensor, w: Tensor) -> str:
 
 
 def grouped(x: Float[Tensor, "M D"], w: Float[Tensor, "E F D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "M F"]:
-    """Row i times w[e]^T, where e is the group of row i: the first counts[0] rows are group 0, and so on."""
+    """Row i times w[e]^T, where e is the group of row i: the first counts[0] rows are group 0, and so on. Packed
+    weights: as `packed.grouped`."""
+    if type(w) is Packed:
+        return packed.grouped(x, w, counts)
     offsets = counts.cumsum(0)
     if backend(x, w) == "kernel":
         out = torch._grouped_mm(x.contiguous(), w.transpose(1, 2), offs=offsets.to(torch.int32))
@@ -48,8 +53,9 @@ def chosen(
     x: Float[Tensor, "*R D"], maps: Sequence[tuple[Tensor, Tensor | None]], choice: Int[Tensor, "N k"]
 ) -> list[Float[Tensor, "N k F"]] | None:
     """Of each map, a weight [E, F, D] and a bias [E, F] or None, what the experts that each row chose make of it: x is
-    [N, D], or [N, k, D] with a row for each of the choices. None but for a few rows in inference on a CPU."""
-    native = serving(x)
+    [N, D], or [N, k, D] with a row for each of the choices. None but for a few rows in inference on a CPU,
+    with weights that are not packed."""
+    native = None if any(type(w) is Packed for w, _ in maps) else serving(x)
     return None if native is None else native.experts.chosen(x, maps, choice)
 
 

@@ -19,7 +19,7 @@ WIDENED = 1 << 22  # weights that are held in float32 at once
 
 
 def linear(x: Float[Tensor, "*n K"], w: Float[Tensor, "N K"], b: Float[Tensor, "N"] | None = None) -> Tensor:
-    """x w^T + b, [..., N]. In inference on a CPU, up to 32 rows take a compiled kernel with sums in float32, in which
+    """x w^T + b, [..., N]. In inference on a CPU, up to 64 rows take a compiled kernel with sums in float32, in which
     a row's result does not depend on the rows beside it; it differs from torch by the order of the sum alone. More
     rows of bfloat16 are multiplied in float32 where the CPU has no product of bfloat16. Packed weights: as
     `packed.linear`."""

@@ -40,25 +40,28 @@ def _scales(groups: int) -> int:
 
 class Packed(Tensor):
     """A matrix by its shape [out, size], of the float dtype that its values are read in. What it holds is `codes`
-    [T, bytes]: of each tile the scales [G, 16], then the codes in the order of the compiled kernel.
+    [T, bytes]: of each tile the scales [G, 16], then the codes in the order of the compiled kernel. Or the matrices of
+    several experts, [E, out, size], whose tiles lie behind one another.
 
-    It can be multiplied with (`ops.linear`, `F.linear`) and looked up in (`F.embedding`); any other operation sees the
-    matrix of its values. It has no gradient.
+    It can be multiplied with (`ops.linear`, `F.linear`, `ops.grouped`) and looked up in (`F.embedding`); any other
+    operation sees the matrix of its values. It has no gradient.
     """
 
     codes: Tensor
     bits: int
+    experts: tuple[int, ...]
     out: int
     width: int
 
     @staticmethod
-    def __new__(cls, codes: Tensor, bits: int, shape: tuple[int, int], dtype: torch.dtype) -> Packed:
+    def __new__(cls, codes: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype) -> Packed:
         made: Packed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
-        made.codes, made.bits, (made.out, made.width) = codes, bits, shape
+        made.codes, made.bits, (*experts, made.out, made.width) = codes, bits, shape
+        made.experts = tuple(experts)
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Packed({self.out} x {self.width}, {self.bits} bits)"
+        return f"Packed({' x '.join(map(str, (*self.experts, self.out, self.width)))}, {self.bits} bits)"
 
     @classmethod
     def __torch_function__(
@@ -90,7 +93,12 @@ class Packed(Tensor):
         return func(*dense, **{k: a.values_() if isinstance(a, Packed) else a for k, a in kwargs.items()})
 
     def like(self, codes: Tensor, dtype: torch.dtype) -> Packed:
-        return Packed(codes, self.bits, (self.out, self.width), dtype)
+        return Packed(codes, self.bits, (*self.experts, self.out, self.width), dtype)
+
+    def each(self) -> list[Packed]:
+        """The matrices of the experts."""
+        pieces = self.codes.chunk(*self.experts)
+        return [Packed(codes, self.bits, (self.out, self.width), self.dtype) for codes in pieces]
 
     def parts(self, tiles: slice = slice(None)) -> tuple[Int[Tensor, "T 16 K"], Float[Tensor, "T 16 G"]]:
         """Codes less that of zero, in int8 and padded to whole groups, and scales in float32."""
@@ -102,8 +110,10 @@ class Packed(Tensor):
         codes = found.permute(0, 3, 1, 2, 4).flatten(2).to(torch.int16) - (1 << self.bits - 1)
         return codes.to(torch.int8), scales.unflatten(1, (groups, TILE)).transpose(1, 2).float()
 
-    def values_(self, tiles: slice = slice(None)) -> Float[Tensor, "N K"]:
+    def values_(self, tiles: slice = slice(None)) -> Float[Tensor, "*E N K"]:
         """What these tiles stand for."""
+        if self.experts:
+            return torch.stack([one.values_() for one in self.each()])
         codes, scales = self.parts(tiles)
         found = codes.unflatten(2, (-1, GROUP)) * scales[..., None]
         count = len(range(*tiles.indices(self.codes.shape[0]))) * TILE
@@ -121,16 +131,18 @@ def held_bytes(w: Tensor) -> int:
     return w.codes.numel() if isinstance(w, Packed) else w.numel() * w.element_size()
 
 
-def pack(w: Float[Tensor, "N K"], bits: int) -> Packed:
-    """The nearest matrix in 8 bits (scales of absmax / 127), or in 4 (of 19 scales about absmax / 8 the one with the
-    least squared error, fitted to its codes). ValueError for other bits and for values that are not finite."""
+def pack(w: Float[Tensor, "*E N K"], bits: int) -> Packed:
+    """The nearest matrix, or each of several, in 8 bits (scales of absmax / 127), or in 4 (of 19 scales about absmax /
+    8 the one with the least squared error, fitted to its codes). ValueError for other bits and for values that are not
+    finite."""
     if bits not in BITS:
         raise ValueError(f"packed weights of {bits} bits; accepted: {', '.join(map(str, BITS))}")
     if not bool(w.isfinite().all()):
         raise ValueError("packed weights: the matrix holds values that are not finite; accepted: finite ones")
-    rows = max(TILE, AT_ONCE // max(1, w.shape[1]) // TILE * TILE)
-    codes = torch.cat([_pack(piece.detach().float(), bits) for piece in w.split(rows)])
-    return Packed(codes, bits, (w.shape[0], w.shape[1]), w.dtype)
+    rows = max(TILE, AT_ONCE // max(1, w.shape[-1]) // TILE * TILE)
+    matrices = w.detach().unbind() if w.dim() == 3 else [w.detach()]
+    codes = torch.cat([_pack(piece.float(), bits) for one in matrices for piece in one.split(rows)])
+    return Packed(codes, bits, tuple(w.shape), w.dtype)
 
 
 def _pack(w: Float[Tensor, "N K"], bits: int) -> UInt8[Tensor, "T B"]:
@@ -187,12 +199,30 @@ def linear(x: Float[Tensor, "*n K"], w: Packed, b: Float[Tensor, "N"] | None = N
 
 def linears(x: Float[Tensor, "*n K"], maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
     """The same x with several weights and biases; it is rounded once for all."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        bits = maps[0][0].bits
-        raise ValueError(f"weights of {bits} bits have no gradient: they are for inference; train with float weights")
+    forward_only(x, maps[0][0])
     native = rounding(x)
     found = None if native is None else native.packed(x, maps)
     return [_linear(x, w, b) for w, b in maps] if found is None else found
+
+
+def forward_only(x: Tensor, w: Packed) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(f"weights of {w.bits} bits have no gradient: they are for inference; train with float weights")
+
+
+def grouped(x: Float[Tensor, "M K"], w: Packed, counts: Int[Tensor, "E"]) -> Float[Tensor, "M N"]:
+    """Rows sorted by expert, the first counts[0] of the first, each times its expert's matrix. ValueError where a
+    gradient would be lost."""
+    forward_only(x, w)
+    native = rounding(x)
+    found = None if native is None else native.grouped(x, w, counts)
+    if found is not None:
+        return found
+    rows, end, y = torch.arange(x.shape[0], device=x.device), counts.cumsum(0), x.new_zeros(x.shape[0], w.out)
+    for e, one in enumerate(w.each()):
+        inside = (rows >= end[e] - counts[e]) & (rows < end[e])
+        y = torch.where(inside[:, None], product(x, one).to(x.dtype), y)
+    return y
 
 
 def _linear(x: Tensor, w: Packed, b: Tensor | None) -> Tensor:

@@ -18,17 +18,22 @@ TABLE = 8
 """Bits of what stands over the vocabulary, in either dtype: a rounding there meets every token's loss."""
 
 
-def chosen(model: LM, bits: int) -> Iterator[tuple[nn.Module, int]]:
-    """Modules whose `weight` is packed, and in how many bits: the linear maps of the layers in `bits`, the token table
-    and the head's map in 8. Routers, selectors, maps of fewer than 16 outputs, norms, biases, position tables and what
-    parts own beside their linear maps (experts, convolutions) stay as they are."""
+def chosen(model: LM, bits: int) -> Iterator[tuple[nn.Module, str, int]]:
+    """Modules, which of their parameters is packed, and in how many bits: the linear maps of the layers and the experts
+    of mixtures in `bits`, the token table and the head's map in 8. Routers, selectors, maps of fewer than 16 outputs,
+    norms, biases, position tables and what else parts own beside their linear maps (convolutions) stay as they are."""
     kept = within(model, lambda m: getattr(m.spec, "slot", "") in KEPT)
     heads = within(model, lambda m: isinstance(m, Head))
     for module in model.modules():
         if isinstance(module, Embed) and "weight" in module._parameters:
-            yield module, TABLE
-        elif isinstance(module, Linear) and module.weight.shape[0] >= TILE and module not in kept:
-            yield module, TABLE if module in heads else bits
+            yield module, "weight", TABLE
+        elif isinstance(module, Linear):
+            if module.weight.shape[0] >= TILE and module not in kept:
+                yield module, "weight", TABLE if module in heads else bits
+        elif isinstance(module, Part):
+            for name, weight in module.spec.own(module.site).items():
+                if weight.role == "expert" and len(weight.shape) == 3 and weight.shape[1] >= TILE:
+                    yield module, name, bits
 
 
 def within(model: LM, asked: Callable[[Part], bool]) -> set[nn.Module]:
@@ -46,10 +51,9 @@ def quantise(model: LM, dtype: str) -> LM:
     found = list(chosen(model, DTYPES[dtype]))
     if not found:
         raise ValueError(f"dtype: {dtype!r}: this model has no linear map of 16 outputs or more; accepted: f32, bf16")
-    for module, bits in found:
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
+    for module, name, bits in found:
+        weight = module.get_parameter(name)
         if type(weight) is Packed:
             raise ValueError(f"dtype: {dtype!r}: these weights are packed already; accepted: float ones")
-        module.weight = nn.Parameter(pack(weight, bits), requires_grad=False)
+        setattr(module, name, nn.Parameter(pack(weight, bits), requires_grad=False))
     return model.requires_grad_(False).eval()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -10,12 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from assay.ops.linear import linear
 from assay.ops.native import Kernels
-from tests.ops.natives import DTYPES, ROUND, drawn
+from tests.ops.natives import DTYPES, ROUND, as_compiled_for, drawn
 
 floats = st.sampled_from(DTYPES)
+# Short ones with every remainder, and those that are cut into several pieces that stay near.
+sizes = st.one_of(st.integers(1, 100), st.sampled_from((641, 1301)))
 
 
-@given(st.integers(1, 32), st.integers(1, 70), st.integers(1, 40), floats, st.booleans(), st.integers(0, 5))
+@given(st.integers(1, 64), sizes, st.integers(1, 40), floats, st.booleans(), st.integers(0, 5))
 def test_linear_is_the_product_in_float64_to_the_rounding(
     kernels: Kernels, rows: int, size: int, out: int, dtype: torch.dtype, biased: bool, pad: int
 ) -> None:
@@ -29,7 +34,7 @@ def test_linear_is_the_product_in_float64_to_the_rounding(
     assert ((found.double() - exact).abs() <= bound).all()
 
 
-@given(st.integers(1, 32), st.integers(1, 100), st.integers(1, 50), floats, st.integers(1, 3))
+@given(st.integers(1, 64), sizes, st.integers(1, 50), floats, st.integers(1, 3))
 def test_a_row_has_the_same_bits_in_any_company_and_with_any_number_of_threads(
     kernels: Kernels, rows: int, size: int, out: int, dtype: torch.dtype, threads: int
 ) -> None:
@@ -74,7 +79,7 @@ def test_other_types_sizes_and_layouts_are_left_to_torch(kernels: Kernels) -> No
     assert kernels.linear(x.double(), w.double(), None) is None
     assert kernels.linear(x, w.bfloat16(), None) is None
     assert kernels.linear(x, drawn(1, torch.float32, 8, 4).T, None) is None
-    assert kernels.linear(drawn(0, torch.float32, 33, 8), w, None) is None
+    assert kernels.linear(drawn(0, torch.float32, 65, 8), w, None) is None
     assert kernels.linear(x[:0], w, None) is None
     assert kernels.linear(x[:, :0], w[:, :0], None) is None
     assert kernels.linear(x, w, torch.ones(4, dtype=torch.float64)) is None
@@ -94,3 +99,16 @@ def test_only_inference_on_plain_tensors_is_served(used: list[str]) -> None:
     y = linear(x, w.clone().requires_grad_())
     y.sum().backward()
     assert used == ["linear"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx2", False), reason="no AVX2 to run it on")
+def test_narrower_registers_have_the_same_bits(
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = as_compiled_for("haswell", tmp_path, monkeypatch)
+    for dtype in DTYPES:
+        for rows, size, out in ((1, 32, 16), (3, 70, 33), (9, 1301, 40), (64, 33, 5)):
+            x, w = drawn(0, dtype, rows, size), drawn(1, dtype, out, size)
+            one, other = kernels.linear(x, w, None), narrow.linear(x, w, None)
+            assert one is not None and other is not None and torch.equal(one, other)

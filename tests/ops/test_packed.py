@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gguf import GGMLQuantizationType, dequantize, quantize
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from assay.ops import packed
+from assay.ops import native, packed
+from assay.ops.grouped import grouped
 from assay.ops.linear import linear, linears
-from assay.ops.native import Kernels, build
+from assay.ops.native import Kernels
 from assay.ops.packed import BITS, Packed, held_bytes, pack, packed_bytes
-from tests.ops.natives import DTYPES, ROUND, drawn
+from tests.ops.natives import DTYPES, ROUND, as_compiled_for, drawn
 
 bits = st.sampled_from(BITS)
 
@@ -136,6 +137,23 @@ def test_several_maps_are_each_as_if_alone(used: list[str], bits: int) -> None:
     assert used[:3] == ["linears", "linear", "linear"] and "packed" in used
 
 
+@settings(phases=(Phase.explicit, Phase.generate))
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 70), st.integers(1, 40), bits, st.booleans())
+def test_an_experts_rows_have_the_bits_of_a_product_with_its_matrix(
+    kernels: Kernels, counts: list[int], size: int, out: int, bits: int, compiled: bool
+) -> None:
+    x, w = drawn(0, torch.float32, sum(counts), size), drawn(1, torch.float32, len(counts), out, size)
+    several = pack(w, bits)
+    assert several.shape == w.shape and held_bytes(several) == len(counts) * packed_bytes(out, size, bits)
+    told = torch.tensor(counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "kernels", lambda: kernels if compiled else None)
+        found = grouped(x, several, told)
+    for y, rows, one in zip(found.split(counts), x.split(counts), w, strict=True):
+        assert torch.equal(y, packed.product(rows, pack(one, bits)))
+    assert torch.equal(several.values_()[0], pack(w[0], bits).values_())
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_it_is_a_parameter_that_is_looked_up_in_and_whose_values_others_see(bits: int) -> None:
     w = pack(drawn(0, torch.float32, 21, 40), bits)
@@ -168,6 +186,8 @@ def test_refusals() -> None:
         pack(torch.tensor([[float("nan")]]), 8)
     with pytest.raises(ValueError, match="8 bits have no gradient"):
         linear(torch.ones(2, 8, requires_grad=True), w)
+    with pytest.raises(ValueError, match="8 bits have no gradient"):
+        grouped(torch.ones(2, 8, requires_grad=True), pack(torch.ones(1, 4, 8), 8), torch.tensor([2]))
     with pytest.raises(TypeError, match="not written to"):
         w.zero_()
 
@@ -199,8 +219,7 @@ def test_many_rows_of_bfloat16_are_multiplied_in_float32(used: list[str], monkey
 def test_narrower_registers_have_the_same_bits(
     kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "FLAGS", tuple(f.replace("-march=native", "-march=haswell") for f in build.FLAGS))
-    narrow = Kernels(build.library(tmp_path / "narrow"))
+    narrow = as_compiled_for("haswell", tmp_path, monkeypatch)
     for bits in BITS:
         for rows, size, out in ((1, 32, 16), (3, 70, 33), (9, 160, 40)):
             maps = [(pack(drawn(1, torch.float32, out, size) * 50, bits), drawn(2, torch.float32, out))]

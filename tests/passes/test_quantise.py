@@ -71,8 +71,20 @@ def test_what_is_packed_and_what_is_not(name: str) -> None:
     assert {p.bits for n, p in found.items() if n.startswith("blocks.")} == {4} and found["embed.weight"].bits == 8
     kept = shapes.keys() - found.keys()
     assert not any(".router." in n for n in found) and {n for n in shapes if "norm" in n} <= kept
-    assert all(len(shapes[n]) == 2 and shapes[n][0] >= 16 for n in found)
+    assert all(len(shapes[n]) >= 2 and shapes[n][-2] >= 16 for n in found)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_experts_are_packed_and_their_router_is_not() -> None:
+    spec = {"ffn": {"kind": "moe", "experts": 3, "width": 20, "bias": True, "shared": {"kind": "gated", "width": 24}}}
+    model = quantise(made(spec).float(), "int4")
+    moe, beside, ids = model.blocks[0].ffn, unpacked(model), drawn(2, 9, 17)
+    assert [type(getattr(moe, n)) for n in ("gate", "up", "down")] == [Packed] * 3 and moe.up.shape == (3, 20, 16)
+    assert {p.bits for n, p in packed(model).items() if ".ffn." in n} == {4} and not packed(moe.router)
+    mine, theirs = logits(model, ids), logits(beside, ids)
+    assert 0 < (mine - theirs).norm() / theirs.norm() < 0.02
+    alone = torch.cat([logits(model, ids[:1, :n])[-1:] for n in range(1, 10)])
+    torch.testing.assert_close(alone, mine[:9], rtol=1e-3, atol=1e-3)
 
 
 def test_an_untied_head_is_in_eight_bits_and_the_rest_keeps_its_dtype() -> None:

@@ -40,6 +40,14 @@ void assay_packed(int half, const void* x, long xs, long m, long k, const long* 
   else packed_fan(fan.data(), count, (const float*)x, xs, m, k);
 }
 
+// Rows sorted by expert, of which the first counts[0] are the first one's, with weights [experts, out, k] of some bits.
+void assay_grouped(int half, const void* x, long xs, long m, long k, const void* w, long bits, const int64_t* counts,
+                   long experts, void* y, long out) {
+  const PackedMap of{(const uint8_t*)w, nullptr, y, out, bits};
+  if (half) packed_grouped(of, (const uint16_t*)x, xs, m, k, counts, experts);
+  else packed_grouped(of, (const float*)x, xs, m, k, counts, experts);
+}
+
 // y = x / sqrt(mean(x^2) + eps) * (w + shift); w null: without it. y is dense.
 void assay_rms_norm(int half, const void* x, long xs, long m, long d, const void* w, float shift, float eps, void* y) {
   if (half) rms_norm((const uint16_t*)x, xs, m, d, (const uint16_t*)w, shift, eps, (uint16_t*)y);
@@ -101,6 +109,7 @@ void assay_run(const void* entries, long count, double* took) { run((const Entry
 AGAIN(linear)
 AGAIN(linears)
 AGAIN(packed)
+AGAIN(grouped)
 AGAIN(rms_norm)
 AGAIN(turn)
 AGAIN(attend)

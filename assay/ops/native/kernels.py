@@ -20,7 +20,7 @@ from assay.ops.tape import Kernel
 if TYPE_CHECKING:
     from assay.ops.packed import Packed
 
-ROWS = 32  # beyond this many, torch's blocked products are as fast
+ROWS = 64  # beyond this many, torch's blocked products are as fast
 LANES, WIDEST = 16, 256  # heads are whole lanes wide, and so many at most
 TYPES = (torch.float32, torch.bfloat16)
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
@@ -50,6 +50,7 @@ class Kernels:
         self._linear = function("linear", INT, POINTER, LONG, INT, LONG, POINTER, POINTER, POINTER, LONG)
         self._linears = function("linears", INT, POINTER, LONG, LONG, LONG, POINTER, INT)
         self._packed = function("packed", INT, POINTER, LONG, LONG, LONG, POINTER, INT)
+        self._grouped = function("grouped", INT, POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER, LONG, POINTER, LONG)
         self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
         self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
         attention = (INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT)
@@ -62,7 +63,7 @@ class Kernels:
         self.scans, self.experts = Scans(function), Experts(function, ROWS)
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
-        """x [..., K] of up to 32 rows with w [N, K], all float32 or all bfloat16, summed in float32."""
+        """x [..., K] of up to 64 rows with w [N, K], all float32 or all bfloat16, summed in float32."""
         if x.dim() != 2 or (x.shape[1] != 1 and x.stride(1) != 1):
             few = x.dim() and 0 < x.numel() <= ROWS * x.shape[-1]
             found = self.linear(x.reshape(-1, x.shape[-1]).contiguous(), w, b) if few else None
@@ -103,6 +104,17 @@ class Kernels:
         self._packed(dtype is torch.bfloat16, rows.data_ptr(), rows.stride(0), count, size, numbers, len(maps))
         return found if x.dim() == 2 else [y.view(*x.shape[:-1], -1) for y in found]
 
+    def grouped(self, x: Tensor, w: Packed, counts: Tensor) -> Tensor | None:
+        """Rows x [M, K] sorted by expert, counts[e] of them for each, with the weights [E, N, K] of theirs."""
+        dtype, (rows, size) = x.dtype, x.shape
+        if dtype not in TYPES or not rows or not size or counts.dtype != torch.int64:
+            return None
+        x, counts = x.contiguous(), counts.contiguous()
+        y = x.new_empty(rows, w.out)
+        given = (x.data_ptr(), size, rows, size, w.codes.data_ptr(), w.bits, counts.data_ptr(), *w.experts)
+        self._grouped(dtype is torch.bfloat16, *given, y.data_ptr(), w.out)
+        return y
+
     def rms_norm(self, x: Tensor, w: Tensor | None, eps: float, shift: float) -> Tensor | None:
         """x / sqrt(mean(x^2) + eps) * (w + shift) over the last axis, computed in float32."""
         dtype = x.dtype
@@ -111,10 +123,11 @@ class Kernels:
             return None
         if w is not None and (w.dtype is not dtype or not w.is_contiguous()):
             return None
-        x = x.contiguous()
-        size, y = x.shape[-1], torch.empty_like(x)
+        x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+        size, y = x.shape[-1], x.new_empty(x.shape)
         rows, weight = x.numel() // size, None if w is None else w.data_ptr()
-        self._rms_norm(half, x.data_ptr(), size, rows, size, weight, shift, eps, y.data_ptr())
+        apart = x.stride(0) if x.dim() == 2 else size
+        self._rms_norm(half, x.data_ptr(), apart, rows, size, weight, shift, eps, y.data_ptr())
         return y
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:

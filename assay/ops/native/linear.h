@@ -5,93 +5,165 @@
 
 namespace {
 
-// Rows of x and rows of the weight that are multiplied together: as many sums as there are registers for.
+// Rows of x and of the weight whose sums fill the registers: up to FEW rows with NARROW, or up to ROWS with WIDE. Of
+// short registers the lanes are walked in two halves.
 #if defined(__AVX512F__)
-constexpr int ROWS = 6, OUTS = 4;
+constexpr int FEW = 6, NARROW = 4, ROWS = 3, WIDE = 8, HALVES = 1;
 #else
-constexpr int ROWS = 2, OUTS = 2;
+constexpr int FEW = 3, NARROW = 4, ROWS = 3, WIDE = 4, HALVES = 2;
 #endif
+constexpr int WIDTH = LANES / HALVES;
+constexpr long NEAR = 20 << 10;  // bytes of the weight that stay in the nearest cache
+constexpr int NEXT = 2;  // what comes next is fetched into the second one
 
-// One step over the weight: 16 floats, or 32 halves as the 16 of even and the 16 of odd place.
+typedef float Reg __attribute__((vector_size(4 * WIDTH)));
+typedef float LooseReg __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint32_t RegBits __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t LooseRegBits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
+
+// What a weight is read by: 16 floats, or 32 halves as the 16 of even and the 16 of odd place.
 template <class T> struct Unit;
 template <> struct Unit<float> {
   static constexpr int parts = 1, size = LANES;
-  static Vec part(const float* w, int) { return load(w); }
+  static Reg part(const float* w, int, int half) { return *reinterpret_cast<const LooseReg*>(w + half * WIDTH); }
 };
 template <> struct Unit<uint16_t> {
   static constexpr int parts = 2, size = 2 * LANES;
-  static Vec part(const uint16_t* w, int odd) {
-    const Bits u = *reinterpret_cast<const LooseBits*>(w);
-    return reinterpret_cast<Vec>(odd ? (u & 0xffff0000u) : (u << 16));
+  static Reg part(const uint16_t* w, int odd, int half) {
+    const RegBits u = *reinterpret_cast<const LooseRegBits*>(w + 2 * half * WIDTH);
+    return reinterpret_cast<Reg>(odd ? (u & 0xffff0000u) : (u << 16));
   }
 };
 
-template <class T, int M, int N>
-inline void step(Vec (&acc)[M][N], const T* const (&w)[N], long at, const float* x, long xs) {
-  for (int part = 0; part < Unit<T>::parts; part++) {
-    Vec row[N];
-    for (int n = 0; n < N; n++) row[n] = Unit<T>::part(w[n] + at, part);
-    for (int m = 0; m < M; m++) {
-      const Vec v = load(x + m * xs + part * LANES);
-      for (int n = 0; n < N; n++) acc[m][n] += row[n] * v;
+// N rows of the weight as they are held, `apart` from each other.
+template <class T, int N> struct Held {
+  static constexpr int parts = Unit<T>::parts, outs = N;
+  const T* from;
+  long apart;
+
+  Reg at(int n, long unit, int part, int half) const {
+    return Unit<T>::part(from + n * apart + unit * Unit<T>::size, part, half);
+  }
+};
+
+// Rows of the weight that will be wanted next, fetched as a tile goes along.
+struct Ahead {
+  const char* from;
+  long rows, apart, step;  // bytes from row to row and from unit to unit
+};
+
+// acc[m][n] = (FRESH) or += M rows of x times some of the weight over `units`; x: vectors of its M rows in turns.
+template <int M, bool FRESH, class W> void tile(const W& w, long units, const float* x, Line* acc, Ahead ahead) {
+  const long rows = ahead.rows, apart = ahead.apart;
+  constexpr int N = W::outs;
+  for (int half = 0; half < HALVES; half++) {
+    Reg sum[M][N];
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++)
+        sum[m][n] = FRESH ? Reg{} : *reinterpret_cast<const Reg*>(acc[m * N + n].at + half * WIDTH);
+    const char* next = ahead.from;
+    for (long i = 0; i < units; i++, next += ahead.step) {
+      if (rows) __builtin_prefetch(next, 0, NEXT);
+      for (long r = 1; r < rows; r++) __builtin_prefetch(next + r * apart, 0, NEXT);
+      for (int part = 0; part < W::parts; part++) {
+        Reg v[M];
+        for (int m = 0; m < M; m++)
+          v[m] = *reinterpret_cast<const Reg*>(x + ((i * W::parts + part) * M + m) * LANES + half * WIDTH);
+        for (int n = 0; n < N; n++) {
+          const Reg row = w.at(n, i, part, half);
+          for (int m = 0; m < M; m++) sum[m][n] += row * v[m];
+        }
+      }
     }
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) *reinterpret_cast<Reg*>(acc[m * N + n].at + half * WIDTH) = sum[m][n];
   }
 }
 
-// M rows of x (float32, in Unit order, padded with zeros to whole units) with N rows of w: sums[m][n].
-template <class T, int M, int N>
-void tile(const T* w, long ws, const float* x, long xs, long k, float* sums) {
-  Vec acc[M][N];
-  const T* row[N];
-  for (int n = 0; n < N; n++) row[n] = w + n * ws;
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) acc[m][n] = Vec{};
-  const long whole = k / Unit<T>::size * Unit<T>::size;
-  for (long i = 0; i < whole; i += Unit<T>::size) {
-    for (int n = 0; n < N; n++) __builtin_prefetch(row[n] + i + N * ws);  // the tile after this one
-    step<T, M, N>(acc, row, i, x + i, xs);
-  }
-  if (whole < k) {
-    T rest[N][Unit<T>::size] = {};
-    const T* tail[N];
-    for (int n = 0; n < N; n++) {
-      std::memcpy(rest[n], row[n] + whole, (k - whole) * sizeof(T));
-      tail[n] = rest[n];
-    }
-    step<T, M, N>(acc, tail, 0, x + whole, xs);
-  }
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) sums[m * N + n] = total(acc[m][n]);
-}
-
-template <class T, int N> void rows(int m, const T* w, long ws, const float* x, long xs, long k, float* sums) {
+template <bool FRESH, class W>
+void tile(int m, const W& w, long units, const float* x, Line* acc, Ahead ahead) {
   switch (m) {
-    case 1: return tile<T, 1, N>(w, ws, x, xs, k, sums);
-    case 2: return tile<T, 2, N>(w, ws, x, xs, k, sums);
-#if defined(__AVX512F__)
-    case 3: return tile<T, 3, N>(w, ws, x, xs, k, sums);
-    case 4: return tile<T, 4, N>(w, ws, x, xs, k, sums);
-    case 5: return tile<T, 5, N>(w, ws, x, xs, k, sums);
-    case 6: return tile<T, 6, N>(w, ws, x, xs, k, sums);
-#endif
+    case 1: return tile<1, FRESH>(w, units, x, acc, ahead);
+    case 2: return tile<2, FRESH>(w, units, x, acc, ahead);
+    case 3: return tile<3, FRESH>(w, units, x, acc, ahead);
+  }
+  if constexpr (W::outs <= NARROW && FEW > 3) switch (m) {
+    case 4: return tile<4, FRESH>(w, units, x, acc, ahead);
+    case 5: return tile<5, FRESH>(w, units, x, acc, ahead);
+    case 6: return tile<6, FRESH>(w, units, x, acc, ahead);
   }
 }
 
-// The rows of x as `tile` reads them.
-template <class T> const float* spread(const T* x, long xs, int m, long k, long width) {
-  static thread_local std::vector<float> buffer;
-  buffer.resize(m * width);
-  const long whole = k / Unit<T>::size * Unit<T>::size;
-  for (int i = 0; i < m; i++) {
-    float* to = buffer.data() + i * width;
-    const T* from = x + i * xs;
+template <class W>
+void tile(bool fresh, int m, const W& w, long units, const float* x, Line* acc, Ahead ahead) {
+  if (fresh) tile<true>(m, w, units, x, acc, ahead);
+  else tile<false>(m, w, units, x, acc, ahead);
+}
+
+// Rows of x as tiles read them: in float32, padded to whole units, the rows of a tile in turns.
+struct Spread {
+  Line* lines;
+  long k, units, each;  // lines of a row
+  Cut rows, pieces, ahead;
+
+  const float* tile(long t, long line) const { return lines[rows.first(t) * each + line * rows.size(t)].at; }
+};
+
+template <class T> void spread(const T* x, long xs, const Spread& s, long t) {
+  const long first = s.rows.first(t), count = s.rows.size(t), whole = s.k / Unit<T>::size;
+  for (long m = 0; m < count; m++) {
+    const T* from = x + (first + m) * xs;
     T rest[Unit<T>::size] = {};
-    std::memcpy(rest, from + whole, (k - whole) * sizeof(T));
-    for (long j = 0; j < width; j += Unit<T>::size)
+    std::memcpy(rest, from + whole * Unit<T>::size, (s.k - whole * Unit<T>::size) * sizeof(T));
+    for (long i = 0; i < s.units; i++)
       for (int part = 0; part < Unit<T>::parts; part++)
-        *reinterpret_cast<Loose*>(to + j + part * LANES) = Unit<T>::part(j < whole ? from + j : rest, part);
+        for (int half = 0; half < HALVES; half++)
+          *reinterpret_cast<Reg*>(s.lines[first * s.each + (i * Unit<T>::parts + part) * count + m].at + half * WIDTH) =
+              Unit<T>::part(i < whole ? from + i * Unit<T>::size : rest, part, half);
   }
-  return buffer.data();
+}
+
+// What a thread needs: sums of the rows with some outputs, their totals with 16, and rows of the weight where there
+// are fewer than a tile takes.
+struct Scratch {
+  std::vector<Line> acc, sums, few;
+
+  void fit(long m) {
+    const size_t rows = (m + 3) / 4 * 4;  // whole vectors of totals
+    if (sums.size() >= rows) return;
+    sums.resize(rows);
+    acc.resize(rows * WIDE);
+  }
+};
+
+// The units [from, to) of N rows of the weight with tile t. The last unit may be cut off: it is padded with zeros.
+template <class T, int N>
+void held(const T* w, const Spread& x, long t, long from, long to, Scratch& s, Ahead ahead) {
+  const long whole = std::min(to, x.k / Unit<T>::size), parts = Unit<T>::parts;
+  const int m = x.rows.size(t);
+  Line* acc = &s.acc[x.rows.first(t) * N];
+  tile(from == 0, m, Held<T, N>{w + from * Unit<T>::size, x.k}, whole - from, x.tile(t, from * parts),
+       acc, ahead);
+  if (whole == to) return;
+  T rest[N][Unit<T>::size] = {};
+  for (int n = 0; n < N; n++)
+    std::memcpy(rest[n], w + n * x.k + whole * Unit<T>::size, (x.k - whole * Unit<T>::size) * sizeof(T));
+  const Held<T, N> last{rest[0], Unit<T>::size};
+  tile<false>(m, last, 1, x.tile(t, whole * parts), acc, Ahead{});
+}
+
+// All rows with N of the weight: s.acc. The weight is cut so that a piece stays in the nearest cache while the tiles of
+// x pass by; its next rows are fetched meanwhile.
+template <class T, int N> void outputs(const T* w, const Spread& x, Scratch& s) {
+  const long bytes = x.k * sizeof(T);
+  for (long p = 0; p < x.pieces.parts; p++) {
+    const long from = x.pieces.first(p), to = from + x.pieces.size(p);
+    const char* next = reinterpret_cast<const char*>(w + N * x.k + from * Unit<T>::size);
+    for (long t = 0; t < x.rows.parts; t++) {
+      const long rows = t < x.ahead.parts ? x.ahead.size(t) : 0;
+      held<T, N>(w, x, t, from, to, s, {rows ? next + x.ahead.first(t) * bytes : nullptr, rows, bytes, sizeof(Line)});
+    }
+  }
 }
 
 // One map of a fan: its weight [out, k], its bias or null, and where y [m, out] goes.
@@ -102,46 +174,50 @@ struct Map {
   long out, ys;
 };
 
-template <class T> void columns(const Map& map, long first, long n, const float* x, long xs, int m, long k) {
-  const T* w = static_cast<const T*>(map.w) + first * k;
-  const T* b = static_cast<const T*>(map.b);
-  T* y = static_cast<T*>(map.y);
-  float sums[ROWS * OUTS];
-  for (int i = 0; i < m; i += ROWS) {
-    const int many = std::min(ROWS, m - i);
-    const int wide = n == OUTS ? OUTS : 1;
-    for (long j = 0; j < n; j += wide) {
-      if (wide == OUTS) rows<T, OUTS>(many, w, k, x + i * xs, xs, k, sums);
-      else rows<T, 1>(many, w + j * k, k, x + i * xs, xs, k, sums);
-      for (int r = 0; r < many; r++)
-        for (int c = 0; c < wide; c++) {
-          const long at = first + j + c;
-          put(y + (i + r) * map.ys + at, sums[r * wide + c] + (b ? get(b + at) : 0.0f));
-        }
+template <class T, int N> void sixteen(const Map& map, long first, long m, const Spread& x, Scratch& s) {
+  const long wide = std::min<long>(LANES, map.out - first);
+  for (long c = 0; c < wide; c += N) {
+    const T* w = static_cast<const T*>(map.w) + (first + c) * x.k;
+    if (wide - c < N) {
+      s.few.resize(N * (x.k * sizeof(T) / sizeof(Line) + 1));
+      w = static_cast<const T*>(std::memcpy(s.few.data(), w, (wide - c) * x.k * sizeof(T)));
     }
+    outputs<T, N>(w, x, s);
+    for (long i = 0; i < m * N; i += LANES) {
+      const Vec found = totals(reinterpret_cast<const Vec*>(&s.acc[i]));
+      const float* sums = reinterpret_cast<const float*>(&found);
+      for (int j = 0; j < LANES / N; j++) std::memcpy(s.sums[i / N + j].at + c, sums + j * N, N * sizeof(float));
+    }
+  }
+  const Vec bias = map.b ? some(static_cast<const T*>(map.b) + first, wide) : Vec{};
+  for (long i = 0; i < m; i++)
+    store(static_cast<T*>(map.y) + i * map.ys + first, load(s.sums[i].at) + bias, wide);
+}
+
+template <class T, int M, int N> void fan(const Map* maps, int count, const T* x, long xs, long m, long k) {
+  static thread_local std::vector<Line> lines;
+  const long units = (k + Unit<T>::size - 1) / Unit<T>::size, each = units * Unit<T>::parts;
+  const long tiles = (m + M - 1) / M, pieces = tiles == 1 ? 1 : (N * k * sizeof(T) + NEAR - 1) / NEAR;
+  if (lines.size() < static_cast<size_t>(m * each)) lines.resize(m * each);
+  const Spread s{lines.data(), k, units, each, {m, tiles}, {units, pieces}, {N, std::min<long>(N, tiles)}};
+  if (tiles == 1) spread(x, xs, s, 0);
+#pragma omp parallel if (tiles_of(maps, count) > 1)
+  {
+    if (tiles > 1) {
+#pragma omp for schedule(static)
+      for (long t = 0; t < tiles; t++) spread(x, xs, s, t);
+    }
+    static thread_local Scratch scratch;
+    scratch.fit(m);
+    dealt(maps, count, [&](const Map& map, long tile) { sixteen<T, N>(map, tile * LANES, m, s, scratch); });
   }
 }
 
-template <class T> void fan(const Map* maps, int count, const T* x, long xs, int m, long k) {
-  const long width = (k + Unit<T>::size - 1) / Unit<T>::size * Unit<T>::size;
-  const float* spreaded = spread<T>(x, xs, m, k, width);
-  long tiles = 0;
-  for (int i = 0; i < count; i++) tiles += (maps[i].out + OUTS - 1) / OUTS;
-#pragma omp parallel if (tiles > 1)
-  {
-    const long threads = omp_get_num_threads(), me = omp_get_thread_num();
-    long t = tiles * me / threads;
-    const long end = tiles * (me + 1) / threads;
-    long base = 0;
-    for (int i = 0; i < count; i++) {
-      const long here = (maps[i].out + OUTS - 1) / OUTS;
-      for (; t < end && t < base + here; t++) {
-        const long first = (t - base) * OUTS;
-        columns<T>(maps[i], first, std::min<long>(OUTS, maps[i].out - first), spreaded, width, m, k);
-      }
-      base += here;
-    }
-  }
+// Wide tiles read x less often, narrow ones the weight, whose halves have to be widened each time.
+template <class T> void fan(const Map* maps, int count, const T* x, long xs, long m, long k) {
+  const bool apart = k * sizeof(T) % 1024;  // else rows of the weight would share a few sets of a cache
+  if (m > FEW && sizeof(T) == sizeof(float) && apart) fan<T, ROWS, WIDE>(maps, count, x, xs, m, k);
+  else fan<T, FEW, NARROW>(maps, count, x, xs, m, k);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr long GROUP = 32, LINE = 64;
+constexpr long GROUP = 32, LINE = 64, EARLY = 2048;  // EARLY: bytes between what is read and what is fetched
 
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint8_t Bytes __attribute__((vector_size(64)));
@@ -58,14 +58,35 @@ template <int BITS> inline Ints dot(Ints sum, const Bytes& u, const int8_t* q) {
 #endif
 }
 
-// Rows as whole numbers of -127 to 127, group by group: q [m, groups * 32], scale [m, groups], and what the code of
-// zero adds to each group's sum in 8 and in 4 bits, less it, [m, groups].
+// Rows as whole numbers of -127 to 127, group by group, the rows of a tile in turns: q [groups, rows, 32], scale
+// [groups, rows], and what the code of zero adds to each group's sum in 8 and in 4 bits, less it, [groups, rows].
 struct Rounded {
   int8_t* q;
   float* scale;
   int32_t *zero8, *zero4;
-  long groups;
+  long m, groups;
+  Cut rows;
+
+  Rounded part(long from, long count) const {
+    const long at = from * groups;
+    const Cut tiles{count, (count + TOGETHER - 1) / TOGETHER};
+    return {q + at * GROUP, scale + at, zero8 + at, zero4 + at, count, groups, tiles};
+  }
 };
+
+// Room for m rows of k, in buffers of the calling thread that are used again.
+inline Rounded room(long m, long k) {
+  static thread_local std::vector<int8_t> q;
+  static thread_local std::vector<float> scale;
+  static thread_local std::vector<int32_t> zero;
+  const long groups = (k + GROUP - 1) / GROUP, size = m * groups;
+  if (scale.size() < static_cast<size_t>(size)) {
+    q.resize(size * GROUP);
+    scale.resize(size);
+    zero.resize(2 * size);
+  }
+  return Rounded{q.data(), scale.data(), zero.data(), zero.data() + size, m, groups, {m, 1}}.part(0, m);
+}
 
 // The largest, or the sum, of the lanes.
 template <class Two> inline int32_t folded(Ints v, Two two) {
@@ -100,65 +121,66 @@ template <class T> int32_t round_group(const T* x, long count, int8_t* q, float*
   return folded(sum, [](Ints a, Ints b) { return a + b; });
 }
 
-template <class T> void round_row(const T* x, long k, long row, const Rounded& r) {
-  for (long g = 0; g < r.groups; g++) {
-    const long at = row * r.groups + g;
-    const int32_t sum = round_group(x + g * GROUP, std::min(GROUP, k - g * GROUP), r.q + at * GROUP, r.scale + at);
-    r.zero8[at] = -128 * sum;
-    r.zero4[at] = -8 * sum;
-  }
-}
-
-// The codes of 4 inputs of each of 16 outputs, eight times.
-template <int BITS> inline void codes(const uint8_t* from, Bytes (&u)[8]) {
-  for (int i = 0; i < BITS; i++) {
-    const Bytes b = *reinterpret_cast<const LooseBytes*>(from + i * LINE);
-    if (BITS == 8) {
-      u[i] = b;
-    } else {
-      u[i] = b & 15;
-      u[i + 4] = reinterpret_cast<Bytes>(reinterpret_cast<Pairs>(b) >> 4) & 15;
+template <class T> void round_rows(const T* x, long xs, long k, const Rounded& r, long t) {
+  const long first = r.rows.first(t), apart = r.rows.size(t);
+  for (long i = 0; i < apart; i++)
+    for (long g = 0; g < r.groups; g++) {
+      const long at = first * r.groups + g * apart + i, rest = k - g * GROUP;
+      const T* from = x + (first + i) * xs + g * GROUP;
+      const int32_t sum = round_group(from, std::min(GROUP, rest), r.q + at * GROUP, r.scale + at);
+      r.zero8[at] = -128 * sum;
+      r.zero4[at] = -8 * sum;
     }
-  }
 }
 
 inline long scale_bytes(long groups) { return (groups * LANES * 2 + LINE - 1) / LINE * LINE; }
 
-// M rows with one tile: y[m] holds 16 outputs.
-template <int BITS, int M> void packed_tile(const uint8_t* tile, const Rounded& r, long row, Vec* y) {
+// A tile of M rows with a tile of the weight: y[m] holds 16 outputs.
+template <int BITS, int M> void packed_tile(const uint8_t* tile, const Rounded& r, long t, Vec* y) {
+  const long from = r.rows.first(t) * r.groups;
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(tile);
-  const uint8_t* from = tile + scale_bytes(r.groups);
+  const uint8_t* codes = tile + scale_bytes(r.groups);
+  const int8_t* q = r.q + from * GROUP;
+  const float* shares = r.scale + from;
+  const int32_t* zeros = (BITS == 8 ? r.zero8 : r.zero4) + from;
   Vec acc[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) acc[m] = Vec{};
-  for (long g = 0; g < r.groups; g++, from += BITS * LINE) {
-    Bytes u[8];
-    codes<BITS>(from, u);
+  for (long g = 0; g < r.groups; g++, codes += BITS * LINE, q += M * GROUP, shares += M, zeros += M) {
+    Ints sum[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sum[m] = Ints{} + zeros[m];
+#pragma GCC unroll 8
+    for (int i = 0; i < BITS; i++) {
+      __builtin_prefetch(codes + i * LINE + EARLY);
+      const Bytes u = *reinterpret_cast<const LooseBytes*>(codes + i * LINE);
+      const Bytes low = BITS == 8 ? u : u & 15;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) sum[m] = dot<BITS>(sum[m], low, q + m * GROUP + 4 * i);
+      if (BITS == 8) continue;
+      const Bytes high = reinterpret_cast<Bytes>(reinterpret_cast<Pairs>(u) >> 4) & 15;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) sum[m] = dot<BITS>(sum[m], high, q + m * GROUP + 4 * (i + 4));
+    }
     const Vec scale = load(scales + g * LANES);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const long at = (row + m) * r.groups + g;
-      Ints sum = Ints{} + (BITS == 8 ? r.zero8 : r.zero4)[at];
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) sum = dot<BITS>(sum, u[i], r.q + at * GROUP + 4 * i);
-      acc[m] += __builtin_convertvector(sum, Vec) * (scale * r.scale[at]);
-    }
+    for (int m = 0; m < M; m++) acc[m] += __builtin_convertvector(sum[m], Vec) * (scale * shares[m]);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) y[m] = acc[m];
 }
 
-template <int BITS> void packed_rows(int m, const uint8_t* tile, const Rounded& r, long row, Vec* y) {
-  switch (m) {
-    case 1: return packed_tile<BITS, 1>(tile, r, row, y);
-    case 2: return packed_tile<BITS, 2>(tile, r, row, y);
+template <int BITS> void packed_rows(const uint8_t* tile, const Rounded& r, long t, Vec* y) {
+  switch (r.rows.size(t)) {
+    case 1: return packed_tile<BITS, 1>(tile, r, t, y);
+    case 2: return packed_tile<BITS, 2>(tile, r, t, y);
 #if defined(__AVX512VNNI__)
-    case 3: return packed_tile<BITS, 3>(tile, r, row, y);
-    case 4: return packed_tile<BITS, 4>(tile, r, row, y);
-    case 5: return packed_tile<BITS, 5>(tile, r, row, y);
-    case 6: return packed_tile<BITS, 6>(tile, r, row, y);
-    case 7: return packed_tile<BITS, 7>(tile, r, row, y);
-    case 8: return packed_tile<BITS, 8>(tile, r, row, y);
+    case 3: return packed_tile<BITS, 3>(tile, r, t, y);
+    case 4: return packed_tile<BITS, 4>(tile, r, t, y);
+    case 5: return packed_tile<BITS, 5>(tile, r, t, y);
+    case 6: return packed_tile<BITS, 6>(tile, r, t, y);
+    case 7: return packed_tile<BITS, 7>(tile, r, t, y);
+    case 8: return packed_tile<BITS, 8>(tile, r, t, y);
 #endif
   }
 }
@@ -171,44 +193,59 @@ struct PackedMap {
   long out, bits;
 };
 
-template <class T> void packed_outputs(const PackedMap& map, long tile, const Rounded& r, long m) {
+template <class T> void packed_outputs(const PackedMap& map, long tile, const Rounded& r) {
   const long bytes = scale_bytes(r.groups) + r.groups * map.bits * LINE, first = tile * LANES;
   const uint8_t* w = map.w + tile * bytes;
   const long wide = std::min<long>(LANES, map.out - first);
   const Vec bias = map.b ? some(static_cast<const T*>(map.b) + first, wide) : Vec{};
   Vec y[TOGETHER];
-  for (long row = 0; row < m; row += TOGETHER) {
-    const int many = std::min<long>(TOGETHER, m - row);
-    if (map.bits == 8) packed_rows<8>(many, w, r, row, y);
-    else packed_rows<4>(many, w, r, row, y);
-    for (int i = 0; i < many; i++)
-      store(static_cast<T*>(map.y) + (row + i) * map.out + first, map.b ? y[i] + bias : y[i], wide);
+  for (long t = 0; t < r.rows.parts; t++) {
+    if (map.bits == 8) packed_rows<8>(w, r, t, y);
+    else packed_rows<4>(w, r, t, y);
+    T* to = static_cast<T*>(map.y) + r.rows.first(t) * map.out + first;
+    for (long i = 0; i < r.rows.size(t); i++) store(to + i * map.out, map.b ? y[i] + bias : y[i], wide);
   }
 }
 
 template <class T> void packed_fan(const PackedMap* maps, int count, const T* x, long xs, long m, long k) {
-  static thread_local std::vector<int8_t> q;
-  static thread_local std::vector<float> scale;
-  static thread_local std::vector<int32_t> zero;
-  const long groups = (k + GROUP - 1) / GROUP;
-  q.resize(m * groups * GROUP);
-  scale.resize(m * groups);
-  zero.resize(2 * m * groups);
-  const Rounded r{q.data(), scale.data(), zero.data(), zero.data() + m * groups, groups};
-  long tiles = 0;
-  for (int i = 0; i < count; i++) tiles += (maps[i].out + LANES - 1) / LANES;
+  const Rounded r = room(m, k);
+  if (r.rows.parts == 1) round_rows(x, xs, k, r, 0);  // sooner done than waited for
+#pragma omp parallel if (m * k * tiles_of(maps, count) > ALONE / LANES)
+  {
+    if (r.rows.parts > 1) {
+#pragma omp for schedule(static)
+      for (long t = 0; t < r.rows.parts; t++) round_rows(x, xs, k, r, t);
+    }
+    dealt(maps, count, [&](const PackedMap& map, long tile) { packed_outputs<T>(map, tile, r); });
+  }
+}
+
+// Rows sorted by expert, of which the first counts[0] are the first one's, each times the weight of its expert; these
+// lie behind one another, and all are as `of` says.
+template <class T>
+void packed_grouped(const PackedMap& of, const T* x, long xs, long m, long k, const int64_t* counts, long experts) {
+  struct Expert {
+    PackedMap map;
+    Rounded rows;
+    long from;
+  };
+  std::vector<Expert> busy;
+  const Rounded all = room(m, k);
+  const long bytes = tiles_of(&of, 1) * (scale_bytes(all.groups) + all.groups * of.bits * LINE);
+  for (long e = 0, from = 0; e < experts; from += counts[e++]) {
+    if (!counts[e]) continue;
+    busy.push_back({of, all.part(from, counts[e]), from});
+    busy.back().map.w += e * bytes;
+    busy.back().map.y = static_cast<T*>(of.y) + from * of.out;
+  }
+  const long tiles = tiles_of(&of, 1), count = busy.size();
 #pragma omp parallel if (m * k * tiles > ALONE / LANES)
   {
 #pragma omp for schedule(static)
-    for (long i = 0; i < m; i++) round_row(x + i * xs, k, i, r);
-    const long threads = omp_get_num_threads(), me = omp_get_thread_num();
-    long t = tiles * me / threads, base = 0;
-    const long end = tiles * (me + 1) / threads;
-    for (int i = 0; i < count; i++) {
-      const long here = (maps[i].out + LANES - 1) / LANES;
-      for (; t < end && t < base + here; t++) packed_outputs<T>(maps[i], t - base, r, m);
-      base += here;
-    }
+    for (long e = 0; e < count; e++)
+      for (long t = 0; t < busy[e].rows.rows.parts; t++) round_rows(x + busy[e].from * xs, xs, k, busy[e].rows, t);
+#pragma omp for schedule(static)
+    for (long t = 0; t < count * tiles; t++) packed_outputs<T>(busy[t / tiles].map, t % tiles, busy[t / tiles].rows);
   }
 }
 

@@ -15,6 +15,9 @@ constexpr int LANES = 16;
 typedef float Vec __attribute__((vector_size(64)));
 typedef float Loose __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(64)));
+struct alignas(64) Line {
+  float at[LANES];
+};
 typedef uint32_t LooseBits __attribute__((vector_size(64), aligned(2), may_alias));
 typedef uint16_t Half __attribute__((vector_size(32), aligned(2), may_alias));
 
@@ -108,6 +111,34 @@ template <class T> inline void store(T* p, Vec v, long count) {  // the first `c
   T rest[LANES];
   save(rest, v);
   std::memcpy(p, rest, count * sizeof(T));
+}
+
+// `count` things in nearly equal parts, the larger ones first.
+struct Cut {
+  long parts, base, extra;
+
+  Cut(long count, long parts) : parts(parts), base(count / parts), extra(count % parts) {}
+  long first(long i) const { return i * base + std::min(i, extra); }
+  long size(long i) const { return base + (i < extra); }
+};
+
+// Tiles of 16 outputs, of all maps together.
+template <class M> long tiles_of(const M* maps, int count) {
+  long found = 0;
+  for (int i = 0; i < count; i++) found += (maps[i].out + LANES - 1) / LANES;
+  return found;
+}
+
+// Calls each(map, tile) for this thread's share of them, which lie behind one another.
+template <class M, class Each> void dealt(const M* maps, int count, Each each) {
+  const long tiles = tiles_of(maps, count), threads = omp_get_num_threads(), me = omp_get_thread_num();
+  long t = tiles * me / threads, base = 0;
+  const long end = tiles * (me + 1) / threads;
+  for (int i = 0; i < count; i++) {
+    const long here = (maps[i].out + LANES - 1) / LANES;
+    for (; t < end && t < base + here; t++) each(maps[i], t - base);
+    base += here;
+  }
 }
 
 // Many values are shared out among threads; a few are done before the others would have woken up.
