@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.ops.native import Kernels
+from assay.ops.tape import agrees
 from assay.parts.positions.rope import Rope, turns
 from assay.parts.positions.rope import reference as rope_reference
 from tests.ops.natives import DTYPES, ROUND, drawn
@@ -41,3 +42,27 @@ def test_the_turn_is_ropes_reference_to_the_rounding(
     assert found is not None
     exact, _ = rope_reference(spec, {}, x, x[:, :1], positions)
     torch.testing.assert_close(found.double(), exact, rtol=ROUND[dtype], atol=1e-5)
+
+
+@given(st.integers(1, 200), floats)
+def test_silu_is_the_formula_in_float64_to_the_rounding(kernels: Kernels, count: int, dtype: torch.dtype) -> None:
+    x, y = 40 * drawn(count, dtype, count), torch.empty(count, dtype=dtype)
+    kernels.table["silu"](dtype is torch.bfloat16, x.data_ptr(), y.data_ptr(), count)
+    wide = x.double()
+    torch.testing.assert_close(y.double(), wide / (1 + (-wide).exp()), rtol=ROUND[dtype] + 3e-7, atol=1e-30)
+
+
+def test_silu_joins_a_tape_only_with_torchs_bits(kernels: Kernels) -> None:
+    """`agrees` against a loop over numbers of its own; a kernel that is off in one bit does not."""
+    x = torch.cat([drawn(1, torch.float32, 1 << 14) * 30, torch.tensor([0.0, -0.0, 88.8, -88.8, 104.1, -104.1, 1e30])])
+    for dtype in DTYPES:
+        part = x.to(dtype)[: 1 << 14]
+        mine = torch.empty_like(part)
+        kernels.table["silu"](dtype is torch.bfloat16, part.data_ptr(), mine.data_ptr(), part.numel())
+        assert agrees(kernels.table["silu"], dtype) == torch.equal(mine, torch.nn.functional.silu(part))
+
+    class Off:
+        def __call__(self, half: bool, x: int, y: int, count: int) -> None:
+            kernels.table["silu"](half, x, y, count - 1)
+
+    assert not agrees(Off(), torch.float32)  # type: ignore[arg-type]
