@@ -59,7 +59,6 @@ class Cope(Gqa):
 
     @classmethod
     def tiny(cls) -> Iterator[Self]:
-        yield cls(heads=4, limit=5)
         yield cls(
             heads=4, kv_heads=2, head_dim=6, bias="all", limit=3, sees=Sees(window=5), scores=ScoreRule(sink=True)
         )
