@@ -75,9 +75,7 @@ def wordpiece(texts: Iterable[str], vocab: int) -> hf.Tokenizer:
     )
     made.train_from_iterator(texts, trainer)
     kept = made.get_vocab()
-    made = _byte_level(
-        models.WordPiece(kept, max_input_chars_per_word=LONGEST, continuing_subword_prefix=CONTINUES)  # type: ignore[call-arg]
-    )
+    made = _byte_level(models.WordPiece(kept, max_input_chars_per_word=LONGEST, continuing_subword_prefix=CONTINUES))
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [made.pre_tokenizer, pre_tokenizers.Split(hf.Regex(f".{{1,{LONGEST}}}"), "isolated")]
     )
