@@ -92,7 +92,7 @@ def some(shard: Shard, tokens: int) -> Shard:
         raise ValueError(f"batch.epochs: {tokens} tokens are to be read again; the documents have {len(shard.tokens)}")
     order = permutation(len(shard), "unique")
     count = int(np.searchsorted(np.cumsum(np.diff(shard.offsets)[order]), tokens)) + 1
-    return Shard.of([shard.document(int(i)) for i in order[:count]], shard.token_bytes.tolist())
+    return Shard.of([shard.document(int(i)).tolist() for i in order[:count]], shard.token_bytes.tolist())
 
 
 def open_dataset(corpus: CorpusSpec, tokenizer: TokenizerSpec, cache: Path | None = None) -> Dataset | StoredData:

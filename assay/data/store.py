@@ -43,7 +43,7 @@ TOGETHER = 2
 def filesystem(url: str) -> tuple[Any, str]:
     """What reaches a store, and the store's path there. ValueError for a scheme that nothing installed reaches."""
     try:
-        from fsspec.core import url_to_fs
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
     except ImportError:
         raise ValueError(f"{url}: a token store needs fsspec: pip install 'assay[store]'") from None
     try:
@@ -145,7 +145,9 @@ class Store:
     def whole(self, parts: Sequence[Part]) -> Shard:
         """All documents of these parts at once."""
         found = [self.fetch(part) for part in parts]
-        return Shard.of([shard.document(i) for shard in found for i in range(len(shard))], self.token_bytes.tolist())
+        return Shard.of(
+            [shard.document(i).tolist() for shard in found for i in range(len(shard))], self.token_bytes.tolist()
+        )
 
 
 def _part(root: str, said: Any, where: str) -> Part:

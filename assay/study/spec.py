@@ -56,7 +56,8 @@ class ArmSpec(Spec):
         _check_paths(self.changes, ("model", "recipe"), "changes")
         for path in self.on("recipe"):
             if not any(f"{path}.".startswith(f"{name}.") for name in OPEN):
-                raise ValueError(f"changes: {path!r}; of the recipe an arm may change {', '.join(OPEN)}")
+                accepted = ", ".join(("model.…", *OPEN))
+                raise ValueError(f"changes: {path!r} is not a path that may change here; accepted: {accepted}")
         return self
 
     def on(self, root: str) -> dict[str, Any]:

@@ -124,6 +124,15 @@ TITLES: dict[tuple[str, str], Callable[[ModelSpec, Stages], bool]] = {
     ("windows", "softcap"): lambda m, s: {x.scores.softcap for x in _mixers(s)} == {20.0},
     ("windows", "gate"): lambda m, s: {x.gate for x in _mixers(s)} == {"element"},
     ("windows", "sink"): lambda m, s: {x.scores.sink for x in _mixers(s)} == {True},
+    **{
+        (study, arm): lambda m, s: (m.d_model, m.layers, {x.kind for x in _mixers(s)}) == (64, 2, {"gqa"})
+        for study in ("optimisers", "repetition")  # what differs is how they are trained
+        for arm in load_study(study)[1].all_arms
+    },
+    **{
+        ("emergence", arm): lambda m, s, width=int(arm[1:]): m.d_model == width  # type: ignore[misc]
+        for arm in load_study("emergence")[1].all_arms
+    },
     ("sparse-attention", "dense"): lambda m, s: {(x.kind, x.scores.blocks) for x in _mixers(s)} == {("gqa", None)},
     **{
         ("sparse-attention", arm): lambda m, s, by=by: (
@@ -141,7 +150,7 @@ KINDS = {  # how a title begins, and the kind of all its mixers; the longest tha
     "DeltaNet": "deltanet", "DeltaProduct": "deltanet", "Gated DeltaNet": "gated_deltanet", "Mamba": "mamba",
     "Kimi Delta Attention": "kda", "RWKV-7": "rwkv7", "Mamba-2": "mamba2", "RG-LRU": "rglru", "minGRU": "mingru",
     "LSTM": "lstm", "Gated convolution": "gated_conv", "Contextual positions": "cope",
-    "Relative keys and values": "relative_values", "Value residual": "value_residual",
+    "Relative keys and values": "relative_values", "Value residual": "value_residual", "S4D": "s4d",
 }  # fmt: skip
 NUMBERS: dict[str, Callable[[Any], Any]] = {  # a number in a title, and the field that has it
     r"Window of (\d+)": lambda m: m.sees.window,

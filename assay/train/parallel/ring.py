@@ -58,9 +58,8 @@ class Around:
     @classmethod
     def of(cls, whole: Layout, places: Tensor) -> Around:
         """places: [ranks, T / ranks], the columns of each."""
-        names = ("seq", "index", "positions")
-        own = (here.to(whole.seq.device) for here in places)
-        return cls(tuple(Layout(*(getattr(whole, name)[:, here] for name in names), True) for here in own))
+        own = [here.to(whole.seq.device) for here in places]
+        return cls(tuple(Layout(whole.seq[:, h], whole.index[:, h], whole.positions[:, h], True) for h in own))
 
     def plan(self, step: Step, sees: Sees, source: int) -> Plan:
         if (sees, source) not in self.plans:
