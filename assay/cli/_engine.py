@@ -24,6 +24,7 @@ Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint fo
 MaxNew = Annotated[
     int | None, typer.Option("--max-new", min=1, help="Tokens of a reply at most. [default: 128, or what fits]")
 ]
+MinNew = Annotated[int, typer.Option("--min-new", min=0, help="No token ends the reply before so many.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from the K most likely tokens; 0 is all.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Draw from the most likely tokens that hold a share P.")]
@@ -46,6 +47,7 @@ class Reply:
     """How the tokens of a reply are drawn, how many, and what runs the model."""
 
     max_new: MaxNew = None
+    min_new: MinNew = 0
     temperature: Temperature = 1.0
     top_k: TopK = 0
     top_p: TopP = 1.0

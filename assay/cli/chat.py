@@ -40,7 +40,7 @@ def run(
     sampling, model, tokenizer = reply.open(ckpt)
     if model.spec.encoder is not None:
         fail(f"{ckpt}: an encoder-decoder, which answers one text at a time: use assay generate")
-    chat = Chat(Session(model, tokenizer, context), sampling, reply.max_new, system)
+    chat = Chat(Session(model, tokenizer, context), sampling, reply.max_new, system, reply.min_new)
     if chat.template is None:
         note = "no chat template in tokenizer_config.json: the model continues your text"
         console().print(note + ("; --system is not used" if system else ""), style="dim")
@@ -65,10 +65,13 @@ def lines() -> Iterator[str]:
 class Chat:
     """The conversation so far, as messages (with a template) or as ids (without)."""
 
-    def __init__(self, session: Session, sampling: SamplingParams, max_new: int | None, system: str | None) -> None:
+    def __init__(
+        self, session: Session, sampling: SamplingParams, max_new: int | None, system: str | None, min_new: int = 0
+    ) -> None:
         from assay.engine.template import chat_template
 
         self.session, self.sampling, self.max_new, self.system = session, sampling, max_new, system
+        self.min_new = min_new
         self.template = chat_template(session.tokenizer)
         self.turn = 0
         self.reset()
@@ -95,7 +98,7 @@ class Chat:
         room = options.room(len(prompt), self.max_new, self.session.capacity)
         seed = self.sampling.seed
         drawn = self.sampling.model_copy(update={"seed": None if seed is None else seed + self.turn})
-        request = Request(prompt=prompt, sampling=drawn, max_new=room, stop_tokens=ends)
+        request = Request(prompt=prompt, sampling=drawn, max_new=room, min_new=self.min_new, stop_tokens=ends)
         text, ids = "", list(prompt)
         try:
             for token in self.session.reply(request):

@@ -58,7 +58,13 @@ def run(
     new = options.room(len(ids), reply.max_new, position_limit(model.spec))
     ends = frozenset() if ignore_eos else tokenizer.ends
     request = Request(
-        prompt=ids, source=source, sampling=sampling, max_new=new, stop_tokens=ends, stop=tuple(stop or ())
+        prompt=ids,
+        source=source,
+        sampling=sampling,
+        max_new=new,
+        min_new=reply.min_new,
+        stop_tokens=ends,
+        stop=tuple(stop or ()),
     )
     report = write(model, tokenizer, request) if how is None else found(model, tokenizer, request, how)
     if json:

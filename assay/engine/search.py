@@ -179,7 +179,7 @@ def _best(model: LM, tokenizer: Tokenizer, request: Request, how: Contrastive) -
     slot = runner.open(request.horizon, request.source)
     row, reply, text, score, said = (
         _row(model, tokenizer, request),
-        Reply(tokenizer, request.stop),
+        Reply(tokenizer, request.stop, request.min_new),
         "",
         0.0,
         list[int](),

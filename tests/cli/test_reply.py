@@ -15,6 +15,7 @@ from assay.cli.main import main
 
 GIVEN: dict[str, Any] = {
     "max_new": 7,
+    "min_new": 5,
     "temperature": 0.25,
     "top_k": 3,
     "top_p": 0.5,

@@ -51,6 +51,20 @@ def test_stdout_is_the_continuation_alone(plain: tuple[str, LM], capsys: pytest.
         assert out.out == text(expected(lm, b"so ", 12, **sampling)) and out.err == ""
 
 
+def test_a_reply_may_not_end_at_once(plain: tuple[str, LM], capsys: pytest.CaptureFixture[str]) -> None:
+    """An end of a text that comes at once, by a seed; and one that does not, since it is held off."""
+    path, lm = plain
+    ask = ["generate", path, "--prompt", "so ", "--max-new", "40", "--json", "--temperature", "9", "--seed"]
+    seed = next(n for n in range(999) if len(expected(lm, b"so ", 40, temperature=9, seed=n)) < 9)
+    told = []
+    for more in ([], ["--min-new", "20"]):
+        assert main([*ask, str(seed), *more]) == 0
+        told.append(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"])
+    assert len(told[0]) < 9 and len(told[1]) >= 20 and told[1][: len(told[0]) - 1] == told[0][:-1]
+    assert main([*ask, "1", "--min-new", "41"]) == 2
+    assert "min_new: 41; accepted: 0 to max_new, which is 40" in capsys.readouterr().err
+
+
 def test_json_is_the_last_line(plain: tuple[str, LM], capsys: pytest.CaptureFixture[str]) -> None:
     path, lm = plain
     assert main(["generate", path, "--prompt", "so ", "--max-new", "5", "--temperature", "0", "--json"]) == 0
