@@ -20,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ QUIET_S, REST_S, HEALTH_S, DRAIN_S, READY_S = 15.0, 3.0, 10.0, 10.0, 120.0
 GROWTH = 16 << 20
 """Bytes that a process may have grown by, from the end of the first quarter of its life to its end, by the median slope
 of its resident memory."""
+SETTLED, SETTLED_S = 4 << 20, 1200.0
+"""The same from the middle of a life to its end, where it lasted so many seconds: by then a process has met whatever it
+meets for the first time."""
 NAME, RUNNING, PAGE, MEMORY = "small", 8, 8, 2_000_000
 TEMPLATE = (
     "{%- for m in messages %}{{ '<|start|>' + m['role'] + '\\n' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -225,16 +228,20 @@ class Soak:
         return {"drain_s": round(took, 2), "status": status}
 
     def growth(self) -> list[dict[str, float]]:
-        """Of each life: how far its memory grew after its first quarter, by the median slope."""
+        """Of each life: how far its memory grew after its first quarter and in its second half, by the median slope."""
         out = []
         for points in self.memory:
-            later = points[len(points) // 4 :]
-            rate = slope(later)
-            grown = rate * (later[-1][0] - later[0][0]) if later else 0.0
-            if grown > GROWTH:
-                self.violate(f"resident memory grew by {grown / (1 << 20):.1f} MiB in a life")
+            (rate, grown), (_, settled) = (grew(points[len(points) // part :]) for part in (4, 2))
             last = points[-1][1] if points else 0.0
-            out.append({"samples": len(points), "byte_s": round(rate), "grown_bytes": round(grown), "bytes": last})
+            long = bool(points) and points[-1][0] - points[0][0] >= SETTLED_S
+            for found, bound, when in (
+                (grown, GROWTH, "life"),
+                (settled if long else 0.0, SETTLED, "second half of one"),
+            ):
+                if found > bound:
+                    self.violate(f"resident memory grew by {found / (1 << 20):.1f} MiB in a {when}")
+            told = {"byte_s": rate, "grown_bytes": grown, "settled_bytes": settled, "bytes": last}
+            out.append({"samples": len(points), **{name: round(value) for name, value in told.items()}})
         return out
 
     def defects(self) -> None:
@@ -277,6 +284,12 @@ class Soak:
             **ended,
             "violations": self.violations,
         }
+
+
+def grew(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Bytes a second, by the median slope, and the bytes that this makes from the first point to the last."""
+    rate = slope(points)
+    return rate, rate * (points[-1][0] - points[0][0]) if points else 0.0
 
 
 def free_port() -> int:

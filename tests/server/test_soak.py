@@ -91,6 +91,16 @@ def test_memory_that_grows_is_found(soak: Any, grown: float, found: int) -> None
     assert told["grown_bytes"] == pytest.approx(grown * limit, rel=1e-6) and len(soak.violations) == found
 
 
+@pytest.mark.parametrize("seconds, grown, found", [(1200.0, 0.9, 0), (1200.0, 1.1, 1), (1100.0, 1.1, 0)])
+def test_memory_that_does_not_settle_is_found(soak: Any, seconds: float, grown: float, found: int) -> None:
+    """Within what a process may grow by, but still at the end of a long life."""
+    at = [seconds * i / 40 for i in range(41)]
+    soak.memory = [[(t, 1e9 + 2 * grown * module("soak").SETTLED * t / seconds) for t in at]]
+    (told,) = soak.growth()
+    assert told["settled_bytes"] == pytest.approx(grown * module("soak").SETTLED, rel=1e-6)
+    assert len(soak.violations) == found
+
+
 def test_what_the_log_tells_is_found(soak: Any) -> None:
     (soak.folder / "log").write_text('{"event": "request"}\n{"event": "engine", "error": "IndexError"}\nTraceback\n')
     soak.defects()
