@@ -22,7 +22,7 @@ SAID: Mapping[str, tuple[Any, str]] = {
     "num_beams": (1, "generate --beams"),
     "length_penalty": (1, "generate --beams N --length-penalty"),
     "penalty_alpha": (0.0, "generate --penalty-alpha"),
-    "min_new_tokens": (0, "min_tokens in a request to the server"),
+    "min_new_tokens": (0, "--min-new"),
 }
 """How it would search, and how long: at what value that changes nothing, and what says it here."""
 
