@@ -81,7 +81,7 @@ def stores(c: Case, count: int) -> tuple[Store | None, list[Slot]]:
     if not any(c.fields.values()):
         return None, []
     if count == 1:
-        store: Store = Cache(c.fields, Size(1, LENGTH, LENGTH, MEMORY, 1), torch.bfloat16, c.device)
+        store: Cache | Paged = Cache(c.fields, Size(1, LENGTH, LENGTH, MEMORY, 1), torch.bfloat16, c.device)
     else:
         store = Paged(c.fields, page_size(count, max(COMPANY)), torch.bfloat16, c.device)
     return store, [store.open() for _ in range(count)]
