@@ -24,8 +24,9 @@ from assay.measure.machine import SIZE, environment, matmul_seconds, seconds
 from assay.measure.training import bench_recipe
 from assay.spec.load import load_model
 from assay.spec.model import ModelSpec
+from assay.train.fit import check
 from assay.train.learner import Learner
-from assay.train.loop import check, dataset
+from assay.train.loop import dataset
 from assay.train.utilisation import train_flops_per_token
 
 WIDE = {"d_model": 768, "layers": 12, "blocks.block.mixer.heads": 12, "blocks.block.ffn.width": 3072, "context": 512}

@@ -220,11 +220,13 @@ class Sheet:
         """Bytes of each weight of the decoder."""
         width, bits = DTYPE_BYTES[DTYPES[ask.floats.dtype]], BITS.get(ask.dtype)
         found = {name: w.numel * width for name, w in self.weights().items()}
-        for one in self.parts if bits is not None else ():
-            for name in packed(one.part, one.site) if one.owns else ():
-                table = one.part.slot in ("embeds", "heads")
+        if bits is None:
+            return found
+        for one in (one for one in self.parts if one.owns):
+            of = TABLE if one.part.slot in ("embeds", "heads") else bits
+            for name in packed(one.part, one.site):
                 out, size = one.weights[name].shape
-                found[f"{one.site.name}.{name}"] = packed_bytes(out, size, TABLE if table else bits)
+                found[f"{one.site.name}.{name}"] = packed_bytes(out, size, of)
         return found
 
     def bill(self, ask: Question) -> Bill:

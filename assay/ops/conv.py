@@ -51,7 +51,7 @@ def short_convs(
     if found is not None:
         return found
     taps, widths = weights[0].shape[1], [p.shape[-1] for p in parts]
-    x, weight = (torch.cat(t, -1 if t is parts else 0) if len(t) > 1 else t[0] for t in (parts, weights))
+    x, weight = (t[0] if len(t) == 1 else torch.cat(list(t), dim) for t, dim in ((parts, -1), (weights, 0)))
     bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
     whole = torch.cat([(past if isinstance(past, Tensor) else past.read()).to(x.dtype), x], 1)
     y = _ShortConv.apply(whole, weight, bias, near(lanes, taps, x.dtype))

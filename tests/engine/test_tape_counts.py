@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from assay.cache import PageSize
+from assay.engine.course import Recorded
 from assay.engine.runner import Runner
-from assay.engine.tapes import Recorded
 from assay.model.lm import build
 from assay.ops import native
 from assay.ops.native import Kernels, Unbuildable

@@ -55,10 +55,10 @@ def test_a_decayed_scan_is_the_recurrence_in_float64(
     decay = logs(kind, lanes, length, heads, keys)
     found = kernels.scans.scan(stored(past), Streams(q, k, v, decay))
     assert found is not None
-    wide = [decayed.shared(t.double(), heads) for t in (q, k)]
+    q, k = (decayed.shared(t.double(), heads) for t in (q, k))
     full = torch.zeros(()) if decay is None else decay if decay.dim() == 4 else decay[..., None]
     every = full.double().expand(lanes, length, heads, keys)
-    exact = decayed.recurrent(*wide, v.double(), every, past.double(), Lanes(lanes, length))
+    exact = decayed.recurrent(q, k, v.double(), every, past.double(), Lanes(lanes, length))
     for mine, theirs in zip(found, exact, strict=True):
         near(mine, theirs)
 

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.conv import Act, short_convs
+from assay.ops.conv import short_convs
 from assay.ops.here import Here
+from assay.ops.native.scans import Act
 from assay.ops.norm import unit
 from assay.ops.precision import high
 from assay.ops.scan.delta import CHUNK, Updates, executed, run

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from assay.ops.conv import Act, short_convs
+from assay.ops.conv import short_convs
 from assay.ops.here import Here
+from assay.ops.native.scans import Act
 from assay.ops.norm import rms_norm
 from assay.ops.scan import decayed as ops
 from assay.ops.step import Step
