@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,10 +84,9 @@ class Plan:
         return torch.equal(self.mask, torch.ones_like(self.mask).tril())
 
 
-def seen(
-    q_seq: Tensor, q_index: Tensor, k_seq: Tensor, k_index: Tensor, sees: Sees, prefix: Tensor | None = None
-) -> Bool[Tensor, "R T S"]:
-    """Which entries each token sees, for sequences, places and prefixes [R, T] and [R, S]."""
+def seen(q_seq: Any, q_index: Any, k_seq: Any, k_index: Any, sees: Sees, prefix: Any = None) -> Any:
+    """[R, T, S]: which entries each token sees, for sequences, places and prefixes [R, T] and [R, S], of torch or of
+    NumPy."""
     q_seq, q_index, k_seq, k_index = q_seq[:, :, None], q_index[:, :, None], k_seq[:, None], k_index[:, None]
     return (
         (q_seq == k_seq) & (q_seq >= 0) & sees.visible(q_index, k_index, None if prefix is None else prefix[:, :, None])
@@ -113,12 +113,16 @@ def visible(step: Step, layout: Layout, sees: Sees) -> Bool[Tensor, "R T S"]:
 
 def materialised(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan:
     """A plan with its mask. On a CPU, where looking costs no synchronisation, also the structure of the mask."""
-    _, _, q_pos, _, _, k_pos = aligned(step, layout)
+    q_seq, q_index, q_pos, k_seq, k_index, k_pos = aligned(step, layout)
+    if q_pos.shape[1] == 1 and backend == "auto" and serving(q_pos) is not None:
+        # Decoding has a kernel, and one query a row no structure; NumPy takes a fraction of what torch takes to begin.
+        prefix = prefixes(step, layout)
+        arrays = (t.numpy() for t in (q_seq, q_index, k_seq, k_index))
+        mask = torch.from_numpy(seen(*arrays, sees, None if prefix is None else prefix.numpy()))
+        return Plan(backend, mask, q_pos, k_pos)
     mask = visible(step, layout, sees)
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return Plan(backend, mask, q_pos, k_pos, dead=~mask.any(-1))
-    if q_pos.shape[1] == 1 and backend == "auto" and serving(mask) is not None:
-        return Plan(backend, mask, q_pos, k_pos)  # decoding has a kernel, and one query a row no structure
     some, every = mask.any(0), mask.all(0)
     one = mask[:1] if torch.equal(some, every) else mask
     added = torch.zeros(one.shape).masked_fill_(~one, float("-inf"))

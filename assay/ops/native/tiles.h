@@ -20,7 +20,7 @@ struct Tiled {
   long tokens, seen_token;
 
   // Tokens whose heads of a group are worked on together: enough that a tile of keys is worth its preparation.
-  long queries() const { return std::max<long>(16, std::min<long>(128, 192 / a.shared() / 16 * 16)); }
+  long queries() const { return std::max<long>(16, std::min<long>(192, 384 / a.shared() / 16 * 16)); }
 };
 
 // c[i, :] = (or +=) a[i, :depth] b[:depth, :], with M rows and N vectors.
@@ -95,41 +95,69 @@ template <class T> void load_values(const Attend& a, long row, long group, long 
   });
 }
 
-// The logits of a row of a tile become shares, e^(z - top), and what was summed before is worth less if top rises.
-inline void share(const Attend& a, float* z, const uint8_t* seen, long count, float* top, float* sum, float* out, long wide) {
-  Vec v[KEYS / LANES], most = Vec{} - INFINITY;
-  for (long i = 0; i < KEYS / LANES; i++) {
-    v[i] = load(z + i * LANES) * a.scale;
-    if (a.softcap > 0.0f) v[i] = a.softcap * hyperbolic(v[i] / a.softcap);
-    if (seen) v[i] = i * LANES < count && shown(seen + i * LANES, count - i * LANES) ? v[i] : Vec{} - INFINITY;
-    most = larger(most, v[i]);
-  }
-  const float here = largest(most), next = here > *top || std::isnan(here) ? here : *top;
-  if (next == -INFINITY) {
-    std::memset(z, 0, KEYS * sizeof(float));
-    return;
-  }
-  Vec total_ = {};
-  for (long i = 0; i < KEYS / LANES; i++) {
-    const Vec e = v[i] == -INFINITY ? Vec{} : exponential(v[i] - next);
-    total_ += e;
-    save(z + i * LANES, e);
-  }
-  const float fade = *top == next ? 1.0f : *top == -INFINITY ? 0.0f : std::exp(*top - next);
-  *sum = *sum * fade + total(total_);
-  *top = next;
-  if (fade != 1.0f)
-    for (long j = 0; j < wide; j += LANES) save(out + j, load(out + j) * fade);
+// The largest of each of sixteen vectors, a NaN where there is one, by a tree as that of `totals`.
+inline Vec largests(const Vec* v) {
+  Vec a[8], b[4], c[2];
+  for (int i = 0; i < 8; i++)
+    a[i] = larger(
+        __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+        __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+  for (int i = 0; i < 4; i++)
+    b[i] = larger(
+        __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+        __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+  for (int i = 0; i < 2; i++)
+    c[i] = larger(
+        __builtin_shufflevector(b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+        __builtin_shufflevector(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  return larger(__builtin_shufflevector(c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+                __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
 }
 
-// Tokens [from, to) of a row, with the heads of a group.
+// A tile's logits of up to 16 rows become shares, e^(z - top), and what was summed before is worth less where a top
+// rises. seen(r): which of `count` entries count for row r, or null: all.
+template <class Seen>
+void share(const Attend& a, float* z, long many, Seen seen, long count, float* top, float* sum, float* out, long wide) {
+  constexpr long N = KEYS / LANES;
+  const Vec none = Vec{} - INFINITY;
+  Vec most[LANES], sums[LANES];
+  for (long r = 0; r < LANES; r++) most[r] = none, sums[r] = Vec{};
+  for (long r = 0; r < many; r++) {
+    const uint8_t* flags = seen(r);
+    for (long i = 0; i < N; i++) {
+      float* at = z + r * KEYS + i * LANES;
+      Vec v = load(at) * a.scale;
+      if (a.softcap > 0.0f) v = a.softcap * hyperbolic(v / a.softcap);
+      if (flags) v = i * LANES < count && shown(flags + i * LANES, count - i * LANES) ? v : none;
+      save(at, v);
+      most[r] = larger(most[r], v);
+    }
+  }
+  const Vec before = some(top, many), next = larger(before, largests(most));
+  const Vec base = next == -INFINITY ? Vec{} : next;
+  const Vec fade = before == next ? Vec{} + 1.0f : before == -INFINITY ? Vec{} : exponential(before - base);
+  for (long r = 0; r < many; r++)
+    for (long i = 0; i < N; i++) {
+      float* at = z + r * KEYS + i * LANES;
+      const Vec v = load(at), e = v == -INFINITY ? Vec{} : exponential(v - base[r]);
+      sums[r] += e;
+      save(at, e);
+    }
+  store(sum, some(sum, many) * fade + totals(sums), many);
+  store(top, next, many);
+  for (long r = 0; r < many; r++)
+    if (fade[r] != 1.0f)
+      for (long j = 0; j < wide; j += LANES) save(out + r * wide + j, load(out + r * wide + j) * fade[r]);
+}
+
+// Tokens [from, to) of a row, with the heads of a group; those of a token stand side by side.
 template <class T> void tile(const Tiled& t, long row, long group, long from, long to, Bench& b) {
   const Attend& a = t.a;
   const long shared = a.shared(), tokens = to - from, m = shared * tokens;
   const long wide = (a.width + LANES - 1) / LANES * LANES;
   b.lay(m, a.size, wide);
   for (long i = 0; i < m; i++) {
-    const long head = group * shared + i / tokens, token = row * t.tokens + from + i % tokens;
+    const long head = group * shared + i % shared, token = row * t.tokens + from + i / shared;
     const T* q = static_cast<const T*>(a.q) + token * a.strides[0] + head * a.strides[1];
     for (long d = 0; d < a.size; d += LANES) store(b.q + i * a.size + d, some(q + d, a.size - d), a.size - d);
     b.top[i] = a.sink ? a.sink[head] : -INFINITY;
@@ -139,23 +167,25 @@ template <class T> void tile(const Tiled& t, long row, long group, long from, lo
   const uint8_t* seen = a.seen + row * a.seen_row + from * t.seen_token;
   for (long first = 0; first < a.entries; first += KEYS) {
     const long last = std::min(a.entries, first + KEYS), count = last - first;
-    bool some_ = false, all = count == KEYS;
-    for (long i = 0; i < tokens; i++) {
-      const uint8_t* line = seen + i * t.seen_token + first;
-      some_ = some_ || std::memchr(line, 1, count);
-      all = all && !std::memchr(line, 0, count);
-    }
-    if (!some_) continue;
+    long begin = tokens, end = 0;  // the tokens that see something of this tile stand between
+    bool all = count == KEYS;
+    for (long i = 0; i < tokens; i++)
+      if (std::memchr(seen + i * t.seen_token + first, 1, count)) begin = std::min(begin, i), end = i + 1;
+    if (begin >= end) continue;
+    for (long i = begin; i < end; i++) all = all && !std::memchr(seen + i * t.seen_token + first, 0, count);
     load_keys<T>(a, row, group, first, last, b);
     load_values<T>(a, row, group, first, last, wide, b);
-    product<false>(m, b.q, a.size, b.keys, a.size, b.z, KEYS);
-    for (long i = 0; i < m; i++)
-      share(a, b.z + i * KEYS, all ? nullptr : seen + i % tokens * t.seen_token + first, count, b.top + i, b.sum + i,
-            b.out + i * wide, wide);
-    product<true>(m, b.z, KEYS, b.values, count, b.out, wide);
+    const long low = begin * shared, high = end * shared;
+    product<false>(high - low, b.q + low * a.size, a.size, b.keys, a.size, b.z, KEYS);
+    for (long i = low; i < high; i += LANES)
+      share(
+          a, b.z + (i - low) * KEYS, std::min<long>(LANES, high - i),
+          [&](long r) { return all ? nullptr : seen + (i + r) / shared * t.seen_token + first; }, count, b.top + i,
+          b.sum + i, b.out + i * wide, wide);
+    product<true>(high - low, b.z, KEYS, b.values, count, b.out + low * wide, wide);
   }
   for (long i = 0; i < m; i++) {
-    const long head = group * shared + i / tokens, token = row * t.tokens + from + i % tokens;
+    const long head = group * shared + i % shared, token = row * t.tokens + from + i / shared;
     const float inverse = b.sum[i] == 0.0f ? 0.0f : 1.0f / b.sum[i];
     T* y = static_cast<T*>(a.y) + (token * a.heads + head) * a.width;
     for (long j = 0; j < a.width; j += LANES) store(y + j, load(b.out + i * wide + j) * inverse, a.width - j);
