@@ -53,7 +53,7 @@ def quantise(model: LM, dtype: str) -> LM:
         raise ValueError(f"dtype: {dtype!r}: this model has no linear map of 16 outputs or more; accepted: f32, bf16")
     for module, name, bits in found:
         weight = module.get_parameter(name)
-        if type(weight) is Packed:
+        if isinstance(weight, Packed):
             raise ValueError(f"dtype: {dtype!r}: these weights are packed already; accepted: float ones")
         setattr(module, name, nn.Parameter(pack(weight, bits), requires_grad=False))
     return model.requires_grad_(False).eval()
