@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from assay.engine.storage import Storage
     from assay.model.lm import LM
 
+Builds: TypeAlias = "dict[Role, Callable[[], Engine]]"
 ROUTES = ("least_loaded", "round_robin", "prefix")
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
@@ -130,24 +131,32 @@ def run(
     cluster = processes(replicas, split or ("1p1d" if apart else None), route)
     engine = EngineConfig(max_running=max_running, page=page, memory=memory)
     setups = roles(Setup(engine, kv_dtype, threads), side("prefill", prefill), side("decode", decode), cluster)
-    limit = bounded(cache_dir, cache_bytes)
     load = partial(options.load, ckpt, device, dtype)
-    makes = {
-        role: partial(built, load, setup, partial(storage, Path(ckpt), (dtype, setup.kv_dtype), cache_dir, limit))
-        for role, setup in setups.items()
-    }
-    builds = {role: partial(make, deterministic) for role, make in makes.items()}
+    builds: Builds = {}
+    for role, setup in setups.items():
+        stored = partial(storage, Path(ckpt), (dtype, setup.kv_dtype), cache_dir, bounded(cache_dir, cache_bytes))
+        builds[role] = partial(built, load, setup, stored, deterministic)
     speaking = setups["decode" if "decode" in setups else "whole"].config
     with ExitStack() as open_:
+        make = partial(served, ckpt, builds, part, open_, (cluster, speaking))
+        limit = speaking.max_running * (1 if cluster is None else cluster.speakers) + limits.waiting
+        serve(config, make, limit, partial(ready, name, ready_file))
 
-        def make() -> Served:
-            if cluster is None:
-                return builds["whole"]()
-            away = {role: partial(elsewhere, build, part) for role, build in builds.items()}
-            return open_.enter_context(front(ckpt, speaking, cluster, away))
 
-        at_once = speaking.max_running * (1 if cluster is None else cluster.speakers)
-        serve(config, make, at_once + limits.waiting, partial(ready, name, ready_file))
+def served(
+    ckpt: str,
+    builds: Builds,
+    part: list[Path] | None,
+    open_: ExitStack,
+    front_of: tuple[ClusterConfig | None, EngineConfig],
+) -> Served:
+    """The engine in this process, or the front of several in others, which ends with `open_`."""
+    cluster, engine = front_of
+    if cluster is None:
+        return builds["whole"]()
+    return open_.enter_context(
+        front(ckpt, engine, cluster, {r: partial(elsewhere, b, part) for r, b in builds.items()})
+    )
 
 
 def side(name: str, given: list[str] | None) -> Side:

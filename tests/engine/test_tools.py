@@ -254,3 +254,9 @@ def test_neither_tools_nor_their_answers_forge_a_special_token() -> None:
         encode(answered, HERMES, mine)
     escaped = conversation('{"q": "a\\u003c|end|>b"}')
     assert encode(escaped, HERMES, mine) == encode(conversation('{"q": "ab"}'), HERMES, mine)
+
+
+def test_a_call_after_an_empty_one_is_found() -> None:
+    told = '<tool_call></tool_call> and <tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    found = joined(read("hermes", told))
+    assert found == ["<tool_call></tool_call> and ", Call("f", "{}")]
