@@ -14,7 +14,6 @@ constexpr int FEW = 3, NARROW = 4, ROWS = 3, WIDE = 4, HALVES = 2;
 #endif
 constexpr int WIDTH = LANES / HALVES;
 constexpr long NEAR = 20 << 10;  // bytes of the weight that stay in the nearest cache
-constexpr int NEXT = 2;  // what comes next is fetched into the second one
 
 typedef float Reg __attribute__((vector_size(4 * WIDTH)));
 typedef float LooseReg __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
@@ -55,7 +54,7 @@ struct Ahead {
 // acc[m][n] = (FRESH) or += M rows of x times some of the weight over `units`; x: vectors of its M rows in turns.
 template <int M, bool FRESH, class W> void tile(const W& w, long units, const float* x, Line* acc, Ahead ahead) {
   const long rows = ahead.rows, apart = ahead.apart;
-  constexpr int N = W::outs;
+  constexpr int N = W::outs, NEXT = N < WIDE ? 3 : 2;  // the cache that what comes next is fetched into
   for (int half = 0; half < HALVES; half++) {
     Reg sum[M][N];
     for (int m = 0; m < M; m++)
