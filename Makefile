@@ -12,7 +12,7 @@ TEST := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 # What `make check` leaves to `make test`, so that it stays within two minutes.
 QUICK := tests/spec tests/cli tests/project
 
-.PHONY: setup study demo test test-full check lint format types bench bench-serve soak docs clean
+.PHONY: setup study demo test test-full check lint format types bench bench-serve soak fuzz docs clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,11 @@ bench: bench-serve
 # Sixteen requests at once to a real model: assay in process and over HTTP beside transformers and llama.cpp.
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py --out runs/bench-serve
+
+# The readers of checkpoints, searched by atheris for 20 minutes each.
+fuzz: setup
+	$(BIN)/python -m pip install --quiet atheris
+	$(BIN)/python -m tests.fuzz.guided --minutes 20
 
 # A server under mixed load for an hour, killed in the middle: MINUTES=5 for a short one.
 soak: setup

@@ -10,7 +10,8 @@ the optimiser is new. The shipped recipes' learning rates are for new weights; r
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,17 +80,23 @@ def run(
     options = Options(
         track=kinds(track), compile=compiled, save_s=save_every, flop_s=matmul_flop_s(dtype, place) if first else None
     )
-    with Watch() if first else nullcontext() as watch:
-        try:
-            result = train(spec, how, out, start or resume, place, watch, options)
-        except KeyboardInterrupt:
-            how_to = "the same command with --resume" if start is None else f"--recipe {out} --resume, without --from,"
-            if first:
-                console().print(f"stopped; {how_to} goes on from {out}", soft_wrap=True)
-            raise
+    with Watch() if first else nullcontext() as watch, on_stop(start, out, first):
+        result = train(spec, how, out, start or resume, place, watch, options)
     if not first:
         return
     report(result, options.flop_s, out, json)
+
+
+@contextmanager
+def on_stop(start: Path | None, out: Path, speaks: bool) -> Iterator[None]:
+    """Says how a run goes on that Ctrl-C stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how_to = "the same command with --resume" if start is None else f"--recipe {out} --resume, without --from,"
+        if speaks:
+            console().print(f"stopped; {how_to} goes on from {out}", soft_wrap=True)
+        raise
 
 
 def report(result: TrainResult, flop_s: float | None, out: Path, json: bool) -> None:

@@ -126,12 +126,15 @@ def reserved(fields: Iterable[StateField], ask: Question) -> int:
 
 def packed(part: PartSpec, site: Site, prefix: str = "") -> Iterator[str]:
     """The weights of a part that are held in 8 or 4 bits (`passes.quantise`): of its linear maps and those of the parts
-    inside it with as many outputs as a tile, but for maps that decide where to look; and a token table."""
+    inside it with as many outputs as a tile, but for maps that decide where to look; its experts; and a token table."""
     if part.slot in ("routers", "selectors"):
         return
     if part.slot == "embeds":
         yield from (f"{prefix}{name}" for name in ("weight",) if name in part.own(site))
     yield from (f"{prefix}{name}.weight" for name, fan in part.linears(site).items() if fan.d_out >= TILE)
+    for name, weight in part.own(site).items():
+        if weight.role == "expert" and len(weight.shape) == 3 and weight.shape[1] >= TILE:
+            yield f"{prefix}{name}"
     for name, (child, place) in part.children(site).items():
         yield from packed(child, place, f"{prefix}{name}.")
 
@@ -225,8 +228,8 @@ class Sheet:
         for one in (one for one in self.parts if one.owns):
             of = TABLE if one.part.slot in ("embeds", "heads") else bits
             for name in packed(one.part, one.site):
-                out, size = one.weights[name].shape
-                found[f"{one.site.name}.{name}"] = packed_bytes(out, size, of)
+                *experts, out, size = one.weights[name].shape
+                found[f"{one.site.name}.{name}"] = math.prod(experts) * packed_bytes(out, size, of)
         return found
 
     def bill(self, ask: Question) -> Bill:

@@ -56,7 +56,7 @@ def distinct(documents: Documents, threshold: float) -> Iterator[int]:
     MinHash with banded hashing (Broder 1997; datasketch) names candidates, and their sets are compared: a document is
     never taken out for a likeness that it has not, and may stay although it has it where no band agrees.
     """
-    from datasketch import MinHash, MinHashLSH  # type: ignore[import-untyped]
+    from datasketch import MinHash, MinHashLSH
 
     # Weights of false and missed candidates: the false ones cost a comparison only.
     index = MinHashLSH(threshold=min(threshold, 0.99), num_perm=PERMUTATIONS, weights=(0.1, 0.9))

@@ -131,6 +131,12 @@ class Tokenizer:
         made = self.hf.encode("a")
         return list(zip(made.ids, made.special_tokens_mask, strict=True))
 
+    def known(self, text: str) -> str:
+        """A text without what `encode` refuses: characters outside a char tokenizer's corpus."""
+        if self._alphabet is None:
+            return text
+        return "".join(char for char in text if char in self.hf.get_vocab(with_added_tokens=False))
+
     def _encode_chars(self, text: str, alphabet: NDArray[np.int64]) -> NDArray[np.int64]:
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         ids = alphabet[np.minimum(points, len(alphabet) - 1)]

@@ -46,8 +46,8 @@ def _pages(path: Path) -> Iterator[_Place]:
 
 def _walk(path: Path, offset: int) -> Iterator[tuple[Any, Any]]:
     """warcio's iterator over the records from a byte of the file on, beside each of them."""
-    from warcio.archiveiterator import ArchiveIterator  # type: ignore[import-untyped]
-    from warcio.exceptions import ArchiveLoadFailed  # type: ignore[import-untyped]
+    from warcio.archiveiterator import ArchiveIterator
+    from warcio.exceptions import ArchiveLoadFailed
 
     try:
         with path.open("rb") as file:

@@ -96,7 +96,7 @@ def usable(words: Tokenizer, where: str) -> Tokenizer:
     if not 0 <= most < MAX_IDS:
         raise ValueError(f"{where}: the last token is {most}; 0 to {MAX_IDS - 1} are accepted")
     with held(where):
-        ids = words.framed(TRIAL)
+        ids = words.framed(words.known(TRIAL))
         words.decode(ids)
     if len(ids) and ids.max() > most:
         raise ValueError(f"{where}: token {ids.max()} stands around a text, and the last is {most}")

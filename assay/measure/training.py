@@ -16,7 +16,8 @@ from assay.data.corpora import CorpusSpec
 from assay.measure.machine import SIZE, matmul_seconds, seconds
 from assay.spec.model import ModelSpec
 from assay.train.learner import Learner
-from assay.train.loop import check, dataset
+from assay.train.fit import check
+from assay.train.loop import dataset
 from assay.train.precision import resolve
 from assay.train.recipe import BatchSpec, EvaluationSpec, Precision, Recipe
 from assay.train.utilisation import train_flops_per_token

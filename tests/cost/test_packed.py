@@ -22,6 +22,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "latent": {"blocks.block.mixer": LATENT},
     "state": {"blocks.block.mixer": {"kind": "mamba2", "head_dim": 16}},
     "delta": {"blocks.block.mixer": {"kind": "gated_deltanet", "heads": 2}},
+    "experts": {"blocks.block.ffn": {"kind": "moe", "experts": 3, "width": 24, "router": {"kind": "topk", "k": 2}}},
     "few": {"blocks.block.ffn.width": 8},
 }
 

@@ -117,8 +117,9 @@ def materialised(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan:
     if q_pos.shape[1] == 1 and backend == "auto" and serving(q_pos) is not None:
         # Decoding has a kernel, and one query a row no structure; NumPy takes a fraction of what torch takes to begin.
         prefix = prefixes(step, layout)
-        arrays = (t.numpy() for t in (q_seq, q_index, k_seq, k_index))
-        mask = torch.from_numpy(seen(*arrays, sees, None if prefix is None else prefix.numpy()))
+        mine, places, theirs, entries = (t.numpy() for t in (q_seq, q_index, k_seq, k_index))
+        prefix_ = None if prefix is None else prefix.numpy()
+        mask = torch.from_numpy(seen(mine, places, theirs, entries, sees, prefix_))
         return Plan(backend, mask, q_pos, k_pos)
     mask = visible(step, layout, sees)
     if mask.device.type != "cpu" or torch.compiler.is_compiling():

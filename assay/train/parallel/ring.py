@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -87,10 +87,9 @@ class Ring(Apart):
         found: Tensor = Round.apply(q, self.own["k"], self.own["v"], scores.sink, parted, self.line)
         return found
 
-    def _part(
-        self, step: Step, sees: Sees, scores: Scores, source: int, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None
-    ) -> Part:
-        """A sink stands beside this rank's own keys."""
+    def _part(self, step: Step, sees: Sees, scores: Scores, source: int, *read: Tensor | None) -> Part:
+        """read: q, k, v and the sink, which stands beside this rank's own keys."""
+        q, k, v, sink = cast("tuple[Tensor, Tensor, Tensor, Tensor | None]", read)
         layout = self.around.layouts[source]
         fields = {name: x.view(*layout.seq.shape, *x.shape[1:]) for name, x in (("k", k), ("v", v))}
         rule = replace(scores, sink=sink if source == self.line.rank else None)

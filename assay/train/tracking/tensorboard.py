@@ -10,7 +10,7 @@ from assay.train.tracking.base import About, told
 
 class TensorBoard:
     def __init__(self, about: About) -> None:
-        import tensorboard  # type: ignore[import-untyped]  # noqa: F401  (torch's message names no package)
+        import tensorboard  # noqa: F401  (torch's message names no package)
         from torch.utils.tensorboard import SummaryWriter
 
         # Steps that are taken again after a kill replace those that were told before.
