@@ -15,8 +15,8 @@ from assay.cost.bill import Question, bill
 from assay.data.corpora import CorpusSpec
 from assay.measure.machine import SIZE, matmul_seconds, seconds
 from assay.spec.model import ModelSpec
-from assay.train.learner import Learner
 from assay.train.fit import check
+from assay.train.learner import Learner
 from assay.train.loop import dataset
 from assay.train.precision import resolve
 from assay.train.recipe import BatchSpec, EvaluationSpec, Precision, Recipe
