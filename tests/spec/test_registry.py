@@ -61,7 +61,7 @@ def test_a_kind_that_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (PART.format(kind="twice"), "dense, gated, moe, per_layer, rwkv_channel, twice"),
+        (PART.format(kind="twice"), "dense, gated, moe, ngpt, per_layer, product_keys, rwkv_channel, twice"),
         (PART.format(kind="moe"), "kind 'moe' is already taken in ffns"),
         (
             PART.format(kind="twice") + PART.format(kind="twice").replace("Twice", "Again"),
@@ -84,7 +84,7 @@ def test_a_file_of_ones_own(tmp_path: Path, text: str, says: str) -> None:
 def test_the_same_file_twice_and_no_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(PART.format(kind="twice"))
-    assert loads(path, times=2) == "dense, gated, moe, per_layer, rwkv_channel, twice"
+    assert loads(path, times=2) == "dense, gated, moe, ngpt, per_layer, product_keys, rwkv_channel, twice"
     assert loads(tmp_path / "none.py").startswith("FileNotFoundError --part: no file")
     elsewhere = tmp_path / "other" / "mine.py"
     elsewhere.parent.mkdir()
