@@ -73,8 +73,9 @@ def values_saved(part: PartSpec, site: Site) -> int:
 def score_values(one: Placed, tokens: int, memory: int) -> int:
     """Scores of a row that attention keeps where it does not make them again: one for each head and pair it multiplies.
     A product over a head's size is 2 FLOPs a value, and there are two."""
-    attends = one.part.slot == "mixers" and one.reads and not is_recurrence(one)
-    size = one.reads[0].shape[-1] if attends and tokens else 0
+    # An encoder's mixer keeps nothing, and what it would keep has its head's size all the same.
+    read = (one.reads or one.part.state(one.site)) if one.part.slot == "mixers" and not is_recurrence(one) else ()
+    size = read[0].shape[-1] if read and tokens else 0
     return one.part.cost(one.site, tokens, 0, memory).executed // (4 * size) if size else 0
 
 

@@ -153,7 +153,7 @@ def test_text_that_is_not_utf8_is_refused_or_replaced(tmp_path: Path) -> None:
         ({"path": "x"}, "'stdlib' does not use path"),
         ({"kind": "jsonl", "path": "x", "separator": "y"}, "'jsonl' does not use separator"),
         ({"valid_one_in": 1}, "valid_one_in: 1"),
-        ({"kind": "web"}, "'stdlib', 'text', 'jsonl', 'parquet', 'warc', 'hub', 'generated' or 'mixture'"),
+        ({"kind": "web"}, "'stdlib', 'text', 'jsonl', 'parquet', 'warc', 'hub', 'generated', 'mixture' or 'store'"),
     ],
 )
 def test_bad_specs(fields: dict[str, object], message: str) -> None:

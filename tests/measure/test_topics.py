@@ -36,7 +36,7 @@ ROWS = {
     "failures": "metric score prompt text why",
     "diagnostic": "task accuracy floor steps",
 }
-OTHERS = {"ffn_memory", "sparsity"}  # each measured by itself: tests/measure/test_*.py
+OTHERS = {"at_cost", "ffn_memory", "sparsity"}  # each measured by itself: tests/measure/test_*.py
 OF_TASKS = {"task"}  # what only a model that was trained on a task has: tests/measure/test_diagnostic.py
 QUICK: dict[str, dict[str, Any]] = {
     "extrapolation": {"ratios": [1, 2], "windows": 2},
@@ -60,7 +60,7 @@ def test_the_folder_is_the_list() -> None:
 
 
 def test_unknown_names_and_options_are_refused_with_the_accepted_ones() -> None:
-    with pytest.raises(ValueError, match=r"did you mean 'latency'\?\); accepted: attention, decode_fit"):
+    with pytest.raises(ValueError, match=r"did you mean 'latency'\?\); accepted: at_cost, attention, decode_fit"):
         accepts("latencies")
     with pytest.raises(
         ValueError, match=r"option 'context' \(did you mean 'contexts'\?\); accepted: batches, contexts"

@@ -18,7 +18,7 @@ def faults() -> int:
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        held = [torch.ones(1 << 20) for _ in range(4)]
+        held = torch.ones(1 << 24)
         del held
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -29,10 +29,11 @@ print(faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is asked")
 def test_what_was_freed_is_not_found_anew() -> None:
-    """80 times 4 MiB in pages of 4 KiB are 81,920 faults without it."""
+    """20 times 64 MiB, more than malloc ever keeps by itself, are 327,680 faults in pages of 4 KiB, and 640 in pages
+    of 2 MiB."""
 
     def told(*more: str) -> int:
         done = subprocess.run([sys.executable, "-c", COUNTED, *more], check=True, capture_output=True, text=True)
         return int(done.stdout)
 
-    assert told("kept") < 100 < 10_000 < told()
+    assert told("kept") < 100 < 500 < told()

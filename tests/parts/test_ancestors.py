@@ -11,7 +11,8 @@ from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 from assay.conform.cases import Case, noise
 from assay.conform.stored import feed, open_cache
 from assay.cost.bill import Question, bill
-from assay.data.tokenizers import Tokenizer, _bytes
+from assay.data.tokenizers import Tokenizer
+from assay.data.vocabularies import from_bytes
 from assay.engine.engine import generate
 from assay.engine.request import Request, SamplingParams
 from assay.model.lm import LM, build
@@ -129,7 +130,7 @@ def test_a_recurrent_encoder_and_decoder_learn_two_words(translator: LM) -> None
     greedy = SamplingParams(temperature=0.0)
     ask = [Request(prompt=(10,), source=tuple(a.encode()), sampling=greedy, max_new=6) for a, _ in PAIRS]
     said: dict[int, list[int]] = {0: [], 1: []}
-    for token in generate(translator, Tokenizer(_bytes(), {}), ask):
+    for token in generate(translator, Tokenizer(from_bytes(), {}), ask):
         said[token.request].append(token.id)
     assert [bytes(said[i]).decode() for i in (0, 1)] == [b for _, b in PAIRS]
 

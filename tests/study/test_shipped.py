@@ -126,7 +126,7 @@ TITLES: dict[tuple[str, str], Callable[[ModelSpec, Stages], bool]] = {
     ("windows", "sink"): lambda m, s: {x.scores.sink for x in _mixers(s)} == {True},
     **{
         (study, arm): lambda m, s: (m.d_model, m.layers, {x.kind for x in _mixers(s)}) == (64, 2, {"gqa"})
-        for study in ("optimisers", "repetition")  # what differs is how they are trained
+        for study in ("optimisers", "repetition", "packing", "tokenizers")  # what differs is how they are trained
         for arm in load_study(study)[1].all_arms
     },
     **{
