@@ -35,3 +35,16 @@ def _shape_checks_off_for_traces(request: pytest.FixtureRequest) -> Iterator[Non
     shapes.update("jaxtyping_disable", off)
     yield
     shapes.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels where the program looks for them."""
+    from assay.ops import native
+    from assay.ops.native import Kernels, Unbuildable, library
+
+    try:
+        found = Kernels(library())
+    except Unbuildable as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(native, "kernels", lambda: found)

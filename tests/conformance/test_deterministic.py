@@ -8,8 +8,6 @@ from torch import Tensor
 
 from assay.conform import steady
 from assay.conform.cases import Case, case, every, tiny
-from assay.ops import native
-from assay.ops.native import Kernels, Unbuildable, library
 from assay.parts.base import Part
 from assay.spec.base import PartSpec
 from assay.spec.registry import get
@@ -27,13 +25,7 @@ KEPT = {
 small for the kernels; `tests/engine/test_steady.py` has them."""
 
 
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        made = Kernels(library())
-    except Unbuildable as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(native, "kernels", lambda: made)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def widened(spec: PartSpec) -> PartSpec:

@@ -13,8 +13,6 @@ from assay.cache import PageSize, Size, Slot
 from assay.engine.runner import Runner
 from assay.engine.tapes import Tapes
 from assay.model.lm import LM, build
-from assay.ops import native
-from assay.ops.native import Kernels, Unbuildable
 from assay.spec.load import load_model
 from tests.engine.test_tapes import MIXERS, SMALL, texts
 
@@ -22,13 +20,7 @@ ROWS, PAGES = Size(4, 150, 40), PageSize(4, 8, 80, 40)
 WINDOW = {"blocks.block.mixer.sees": {"window": 21}}
 
 
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        found = Kernels(native.library())
-    except Unbuildable as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(native, "kernels", lambda: found)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 class Watched(Runner):

@@ -12,8 +12,6 @@ from assay.cache import PageSize
 from assay.engine.course import Recorded
 from assay.engine.runner import Runner
 from assay.model.lm import build
-from assay.ops import native
-from assay.ops.native import Kernels, Unbuildable
 from assay.ops.tape import Tape
 from assay.spec.load import load_model
 
@@ -43,13 +41,7 @@ EXPERTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        found = Kernels(native.library())
-    except Unbuildable as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(native, "kernels", lambda: found)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def taped(name: str, layers: int) -> tuple[Runner, Tape]:

@@ -13,8 +13,6 @@ from assay.cache import PageSize, Size
 from assay.engine.runner import Runner, Work
 from assay.engine.tapes import Recorded
 from assay.model.lm import LM, build
-from assay.ops import native
-from assay.ops.native import Kernels, Unbuildable
 from assay.ops.tape import Tape
 from assay.spec.load import load_model
 
@@ -22,13 +20,7 @@ SMALL = {"d_model": 64, "layers": 2, "blocks.block.mixer.heads": 4, "blocks.bloc
 ROWS, PAGES = Size(4, 120, 32), PageSize(4, 8, 80, 32)
 
 
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        found = Kernels(native.library())
-    except Unbuildable as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(native, "kernels", lambda: found)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def decoded(runner: Runner, prompts: list[list[int]], tokens: list[list[int]], company: int = 0) -> Tensor:

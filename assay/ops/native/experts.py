@@ -23,7 +23,7 @@ class Experts:
 
     def chosen(self, x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], choice: Tensor) -> list[Tensor] | None:
         """Of each map, w [E, F, D] and b [E, F] or None, [N, k, F]: row i of x [N, D] or [N, k, D] with the experts
-        choice [N, k] names for it. Up to 32 tokens, all float32 or all bfloat16, summed in float32."""
+        choice [N, k] names for it. Up to 64 tokens, all float32 or all bfloat16, summed in float32."""
         (tokens, k), dtype, size = choice.shape, x.dtype, x.shape[-1]
         if not 0 < tokens <= self.rows or dtype not in TYPES or not size or choice.dtype != torch.int64:
             return None
