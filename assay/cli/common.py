@@ -98,7 +98,8 @@ def _os_error(error: OSError) -> str:
 
 
 def install_hint(module: str) -> str | None:
-    """`pip install 'assay[extra]'` for a module that an extra of assay brings; None for any other."""
+    """`pip install 'assay[extra]'` for a module that an extra of assay brings (`dev` brings them all); None for any
+    other."""
     wanted = module.partition(".")[0].lower()
     try:
         requirements = metadata.requires("assay") or []
@@ -110,7 +111,7 @@ def install_hint(module: str) -> str | None:
         plain = "".join(
             c if c.isalnum() else "_" for c in name.strip().partition("[")[0].partition(">")[0].partition("<")[0]
         )
-        if extra and plain.lower() == wanted:
+        if extra not in ("", "dev") and plain.lower() == wanted:
             return f"pip install 'assay[{extra}]'"
     return None
 

@@ -37,7 +37,12 @@ def test_devices_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ["torch<3,>=2.8", 'lm-eval>=0.4.8; extra == "hf"', "fastapi>=0.115; extra == 'serve'"]
+    lines = [
+        "torch<3,>=2.8",
+        'lm-eval>=0.4.8; extra == "dev"',
+        'lm-eval>=0.4.8; extra == "hf"',
+        "fastapi>=0.115; extra == 'serve'",
+    ]
     monkeypatch.setattr(metadata, "requires", lambda name: lines)
     assert install_hint("lm_eval.api") == "pip install 'assay[hf]'"
     assert install_hint("fastapi") == "pip install 'assay[serve]'"
