@@ -201,10 +201,10 @@ def kinds(b: Bill) -> list[list[LayerBill]]:
     """Layers of one block that cost the same, in the order of their first, and other parts that cost anything."""
     found: dict[Any, list[LayerBill]] = {}
     for x in b.layers:
-        if not (x.block or x.params or x.decode_flops):
+        if not (x.block or x.params or x.prefill_flops):
             continue
         own = x.name if not x.block else x.block
-        key = (own, tuple(x.parts.items()), x.params, x.state_bytes, x.decode_flops)
+        key = (own, tuple(x.parts.items()), x.params, x.state_bytes, x.decode_flops, x.prefill_flops)
         found.setdefault(key, []).append(x)
     return list(found.values())
 
@@ -233,7 +233,13 @@ def roofs(accounts: Mapping[str, Account], device: str) -> Table:
         [(f"fits in {memory}", "yes" if r.fits else f"no: {r.devices} of these") for r in found],
         [("longest context that fits", "any" if r.longest is None else f"{r.longest:,}") for r in found],
         [("prefill of the batch", span(r.prefill_s)) for r in found],
-        [("decode, tokens a second", f"{human(r.decode_tok_s, '')}, waits for {r.bound}") for r in found],
+        [
+            (
+                "decode, tokens a second",
+                f"{human(r.decode_tok_s, '')}, waits for {r.bound}" if r.decode_tok_s else "none",
+            )
+            for r in found
+        ],
         [("training, tokens a second", human(r.train_tok_s, "")) for r in found],
     ]
     return grid([found[0].hardware, *accounts], lines)

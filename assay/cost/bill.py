@@ -203,7 +203,7 @@ class Sheet:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self.parts = tuple(placed(spec))
+        self.parts, self.keeps = tuple(placed(spec)), remembers(spec)
         self.encoder = Sheet(spec.encoder) if spec.encoder is not None else None
         self.groups: dict[str, list[Placed]] = {}
         for one in self.parts:
@@ -263,7 +263,11 @@ class Sheet:
 
     def decode_flops(self, ask: Question) -> int:
         """Of one token that sees the whole context: cheap, where `bill` also counts the prefill's pairs."""
-        return sum(p.cost(1, ask.context - 1, ask.memory).flops for p in self.parts)
+        return self._one(self.parts, ask).flops
+
+    def _one(self, parts: Iterable[Placed], ask: Question) -> Cost:
+        """One more token; nothing where none can come."""
+        return sum((p.cost(1, ask.context - 1, ask.memory) for p in parts if self.keeps), Cost())
 
     def params_by(self) -> dict[str, int]:
         found = dict.fromkeys(("embeds", "mixers", "ffns", "experts", "heads", "other"), 0)
@@ -289,7 +293,7 @@ class Sheet:
         read = [f for p in group for f in p.reads]
         count = params({key: w for p in group for key, w in p.own_weights.items()})
         whole = sum((p.cost(ask.context, 0, ask.memory) for p in group), Cost())
-        one = sum((p.cost(1, ask.context - 1, ask.memory) for p in group), Cost())
+        one = self._one(group, ask)
         kinds = {p.site.name.removeprefix(f"{name}."): p.part for p in group}
         shown = {n: p.kind_name() for n, p in kinds.items() if p.slot in ("mixers", "ffns")}
         return LayerBill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def roofline(sheet: Sheet, told: Bill, machine: Hardware) -> Roofline:
     reading = (weights + told.state_bytes_read) / machine.memory_byte_s
     working = ask.batch * told.flops["decode_per_token"] / flop_s
     needed = told.weight_bytes + told.reserved_bytes
-    step = max(reading, working)
+    step = max(reading, working) if sheet.keeps else math.inf
     every = weights_read(sheet.spec, ask.batch * ask.context, sizes)
     return Roofline(
         machine.name,
@@ -90,7 +91,9 @@ def roofline(sheet: Sheet, told: Bill, machine: Hardware) -> Roofline:
 
 
 def decode_seconds(sheet: Sheet, ask: Question, machine: Hardware) -> float:
-    """The least time of one decode step of the batch, as in `roofline`."""
+    """The least time of one decode step of the batch, as in `roofline`; infinite where nothing continues a text."""
+    if not sheet.keeps:
+        return math.inf
     read = weights_read(sheet.spec, ask.batch, sheet.held(ask)) + sheet.state_bytes_read(ask)
     return max(read / machine.memory_byte_s, ask.batch * sheet.decode_flops(ask) / machine.rate(ask.floats.dtype))
 

@@ -24,6 +24,7 @@ from assay.data import vocabularies
 from assay.data.bpe import byte_symbols
 from assay.data.corpora import Corpus
 from assay.data.settings import GENERATION, Generation, read_settings
+from assay.data.tokenizers_trial import held, usable
 from assay.data.vocabularies import END_OF_TEXT as END_OF_TEXT
 from assay.spec.base import Spec
 
@@ -261,15 +262,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read what `save` or a Hugging Face library wrote. ValueError where tokenizer.json is missing or unusable."""
+        """Read what `save` or a Hugging Face library wrote. ValueError where tokenizer.json is missing, or does not
+        encode and decode a text."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder} has no tokenizer.json")
         config, reply = read_settings(folder / "tokenizer_config.json"), Generation.of(folder)
-        try:
-            return cls(hf.Tokenizer.from_file(str(path)), config, reply.ends, reply.starts)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path}: {error}") from None
+        with held(str(path)):
+            made = cls(hf.Tokenizer.from_file(str(path)), config, reply.ends, reply.starts)
+        return usable(made, str(path))
 
 
 class Stream:

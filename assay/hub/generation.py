@@ -23,11 +23,12 @@ SAID: Mapping[str, tuple[Any, str]] = {
     "length_penalty": (1, "generate --beams N --length-penalty"),
     "penalty_alpha": (0.0, "generate --penalty-alpha"),
     "min_new_tokens": (0, "--min-new"),
+    "min_length": (0, "--min-new N: it counts the prompt too, of an encoder-decoder what the reply begins with"),
 }
 """How it would search, and how long: at what value that changes nothing, and what says it here."""
 
 NEUTRAL: Mapping[str, Any] = {
-    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
     **dict.fromkeys(("num_beam_groups", "guidance_scale"), 1),
     **dict.fromkeys(("encoder_repetition_penalty",), 1.0),
     **dict.fromkeys(("diversity_penalty", "epsilon_cutoff", "eta_cutoff"), 0.0),

@@ -6,8 +6,7 @@ written down here. Source: src/llama-vocab.cpp of github.com/ggml-org/llama.cpp,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from assay.data.settings import read_settings
 from assay.data.tokenizers import Tokenizer
+from assay.data.tokenizers_trial import usable
 from assay.hub.config import is_number
 
 SPACE = "\u2581"
 MAX_TEMPLATE = 1_000_000
-MAX_IDS = 1 << 22
-TRIAL = "a Z1\n\u00e9\U0001f600"
-"""Words, a number, spaces, and what hardly any vocabulary has."""
 MAX_PIECE = 512
 """Characters of a token in a vocabulary whose merges are found by cutting every token everywhere."""
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -66,8 +63,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: no tokenizer.json; --tokenizer names another folder, and transformers writes one: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    with held(f"{folder / 'tokenizer.json'}"):
-        made = Tokenizer.load(folder)
+    made = Tokenizer.load(folder)
     config = {**read_settings(folder / "special_tokens_map.json"), **read_settings(folder / "tokenizer_config.json")}
     older = read_settings(folder / "chat_template.json").get("chat_template")
     template = folder / "chat_template.jinja"
@@ -75,32 +71,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
         config["chat_template"] = _template(template)
     elif older is not None and "chat_template" not in config:
         config["chat_template"] = older
-    return usable(replace(made, config=config), str(folder / "tokenizer.json"))
-
-
-@contextmanager
-def held(where: str) -> Iterator[None]:
-    """What the library makes of a file that is none: exceptions of any type, and panics, which are no `Exception`."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, ValueError):
-        raise
-    except BaseException as error:
-        raise ValueError(f"{where}: not a tokenizer that encodes texts: {error}") from None
-
-
-def usable(words: Tokenizer, where: str) -> Tokenizer:
-    """The tokenizer, if a text can be encoded and decoded: what its parts say of each other is looked at late, when it
-    is used. ValueError says what does not fit."""
-    most = max(words.hf.get_vocab().values(), default=-1)
-    if not 0 <= most < MAX_IDS:
-        raise ValueError(f"{where}: the last token is {most}; 0 to {MAX_IDS - 1} are accepted")
-    with held(where):
-        ids = words.framed(words.known(TRIAL))
-        words.decode(ids)
-    if len(ids) and ids.max() > most:
-        raise ValueError(f"{where}: token {ids.max()} stands around a text, and the last is {most}")
-    return words
+    return replace(made, config=config)
 
 
 def _template(path: Path) -> str:

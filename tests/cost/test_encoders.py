@@ -9,12 +9,14 @@ import torch
 
 from assay.cache import Cache, Size
 from assay.cost.bill import Question, Sheet, bill
+from assay.cost.hardware import roofline
 from assay.engine.runner import Runner
 from assay.hub.family import read
 from assay.model.lm import build, state_table
 from assay.spec.load import change
 from assay.spec.model import ModelSpec
 from tests.cost.models import small
+from tests.cost.test_hardware import BOX
 from tests.hub import encoders
 
 STATE = ("state_bytes_per_token", "state_bytes", "reserved_bytes", "state_bytes_read")
@@ -43,14 +45,20 @@ def test_a_model_that_continues_nothing_keeps_nothing(name: str) -> None:
     told = bill(spec, Question(30, batch=2))
     assert [getattr(told, key) for key in STATE] == [0] * 4
     assert all(getattr(layer, key) == 0 for layer in told.layers for key in STATE)
-    assert told.params["total"] and told.flops["prefill"]
+    assert told.params["total"] and told.flops["prefill"] and told.flops["train_per_token"]
+    assert told.flops["decode_per_token"] == told.flops["decode_per_token_executed"] == 0
+    assert all(layer.decode_flops == layer.decode_executed == 0 for layer in told.layers)
+    sheet = Sheet(spec)
+    assert sheet.decode_flops(Question(30)) == 0
+    assert (found := roofline(sheet, told, BOX)).decode_tok_s == 0 and found.prefill_s > 0
 
 
 @pytest.mark.parametrize("name", encoders.TWO_SIDED)
 def test_a_decoder_beside_an_encoder_keeps_its_own_and_the_memory(name: str) -> None:
     spec = spec_of(name)
     cache = Cache(state_table(spec), Size(2, 30, 1, 17), torch.bfloat16)
-    assert bill(spec, Question(30, batch=2, memory=17)).state_bytes == cache.reserved_bytes() > 0
+    told = bill(spec, Question(30, batch=2, memory=17))
+    assert told.state_bytes == cache.reserved_bytes() > 0 and told.flops["decode_per_token"] > 0
 
 
 def test_a_prefix_is_kept() -> None:

@@ -151,6 +151,7 @@ def test_settings_for_replies_that_nobody_obeys_are_told(
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if line.startswith("generation setting that is not taken over: ")]
     assert len(said) == 6 and any("top_p: 0.9 (give --top-p)" in line for line in said)
+    assert any("min_length: 5 (give --min-new N" in line for line in said)
     assert any("num_beams: 4 (give generate --beams)" in line for line in said)
     status, told, _ = run(capsys, "import", sources / "model", "--out", tmp_path / "c", "--json")
     assert status == 0 and told["generation"] == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,19 +184,20 @@ WORDS, PIECES, BYTES = range(3)  # of `seeds.tokenizers`
         (BYTES, "model/continuing_subword_prefix", "<s>", "not a tokenizer that encodes texts: range end index"),
     ],
 )
+@pytest.mark.parametrize("load", [folder_tokenizer, Tokenizer.load], ids=["folder", "checkpoint"])
 def test_parts_that_do_not_fit_together_are_refused(
-    which: int, path: str, value: Any, message: str, tmp_path: Path
+    load: Callable[[Path], Tokenizer], which: int, path: str, value: Any, message: str, tmp_path: Path
 ) -> None:
     """Files that the library reads, and panics, fails or takes gigabytes over when they are used."""
     (tmp_path / "tokenizer.json").write_bytes(good := list(seeds.tokenizers())[which])
-    assert folder_tokenizer(tmp_path).encode("ab").tolist()
+    assert load(tmp_path).encode("ab").tolist()
     tree = json.loads(good)
     above, last = at(tree, path)
     above[last] = value
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
     tracemalloc.start()
     with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{message}"):
-        folder_tokenizer(tmp_path)
+        load(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
