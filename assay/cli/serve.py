@@ -42,6 +42,10 @@ Keys = Annotated[
     Path | None,
     typer.Option("--api-key-file", metavar="FILE", help="Keys, one a line, in a file that nobody else may read."),
 ]
+MetricsKeys = Annotated[
+    Path | None,
+    typer.Option("--metrics-key-file", metavar="FILE", help="Keys for /metrics alone. [default: the only key, if one]"),
+]
 Running = Annotated[int, typer.Option("--max-running", min=1, help="Replies that are computed at once.")]
 Page = Annotated[int, typer.Option("--page", min=1, help="Tokens of a cache page.")]
 Memory = Annotated[
@@ -100,6 +104,7 @@ def run(
     device: Device = "auto",
     deterministic: Deterministic = False,
     api_key_file: Keys = None,
+    metrics_key_file: MetricsKeys = None,
     max_running: Running = 16,
     page: Page = 16,
     memory: Memory = None,
@@ -118,9 +123,9 @@ def run(
     from assay.engine.server.config import Limits, ServerConfig, read_keys
 
     check(ckpt, dtype, kv_dtype)
-    keys = None if api_key_file is None else read_keys(api_key_file)
+    keys, watchers = (None if file is None else read_keys(file) for file in (api_key_file, metrics_key_file))
     name, limits = Path(ckpt).resolve().name, Limits()
-    config = ServerConfig(name=name, host=host, port=port, keys=keys, limits=limits)
+    config = ServerConfig(name=name, host=host, port=port, keys=keys, watchers=watchers, limits=limits)
     pick_device(device)
     load_parts(part)
 

@@ -46,10 +46,16 @@ def tiny(seed: int = 1) -> LM:
 class Live:
     """`client` speaks HTTP to it; `ask` asks the engine in its own thread; `log` is what it wrote."""
 
-    def __init__(self, keys: Iterable[str] | None = None, limits: Limits | None = None, **engine: Any) -> None:
+    def __init__(
+        self,
+        keys: Iterable[str] | None = None,
+        limits: Limits | None = None,
+        watchers: Iterable[str] | None = None,
+        **engine: Any,
+    ) -> None:
         self.model, self.tokenizer, self.written = tiny(), words(), io.StringIO()
-        given = None if keys is None else frozenset(keys)
-        self.config = ServerConfig(name=NAME, port=0, keys=given, limits=limits or Limits())
+        given, watching = (None if some is None else frozenset(some) for some in (keys, watchers))
+        self.config = ServerConfig(name=NAME, port=0, keys=given, watchers=watching, limits=limits or Limits())
         setup = EngineConfig(**{"max_running": RUNNING, "page": PAGE, **engine})
         self._make = lambda: Engine(self.model, self.tokenizer, setup)
         self._limit = setup.max_running + self.config.limits.waiting

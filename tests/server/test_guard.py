@@ -17,6 +17,7 @@ from tests.server.live import Live, until
 from tests.server.test_refusals import refusal
 
 KEYS = ("first-key-of-the-tests", "second-key-of-the-tests")
+WATCHER = "the-key-of-who-watches"
 ASK = {"prompt": "a prompt that no log may hold", "max_tokens": 2, "temperature": 0}
 
 
@@ -71,17 +72,21 @@ def test_headers_that_every_answer_has(live: Live) -> None:
 
 
 def test_keys_open_and_separate() -> None:
-    with Live(keys=KEYS) as server:
-        for headers in ({}, bearer("x"), bearer(KEYS[0][:-1]), {"authorization": KEYS[0]}, bearer("é" * 20)):
+    with Live(keys=KEYS, watchers=[WATCHER]) as server:
+        wrong = [{}, {"authorization": KEYS[0]}, *map(bearer, ("x", KEYS[0][:-1], "é" * 20, WATCHER))]
+        for headers in wrong:
             raw = [(name.encode(), value.encode()) for name, value in headers.items()]
             error = refusal(httpx.post(f"{server.url}/v1/completions", json=ASK, headers=raw), 401)
             assert error["code"] == "invalid_api_key"
-        refusal(server.client.get("/metrics"), 401)
+        for headers in ({}, bearer(KEYS[0])):
+            refusal(server.client.get("/metrics", headers=headers), 401)
+        assert "assay_pages_used" in server.client.get("/metrics", headers=bearer(WATCHER)).text
         assert server.client.get("/health").status_code == server.client.get("/").status_code == 200
         told = [server.ok("/v1/completions", ASK, headers=bearer(key)) for key in (KEYS[0], KEYS[0], KEYS[1], KEYS[1])]
         cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in told]
         assert len({one["choices"][0]["text"] for one in told}) == 1
         assert cached == [0, 28, 0, 28]  # what one key stored is not another's
+        assert {name for one in told for name in one["usage"]["assay"]} == {"state_bytes", "pages"}  # nor is its load
         assert server.client.get("/health", headers={"host": "any.example"}).status_code == 200
         log = server.written.getvalue()
     assert not [key for key in KEYS if key in log]
@@ -144,6 +149,12 @@ def test_only_this_machine_is_served_without_keys(host: str, own: bool) -> None:
         with pytest.raises(ValueError, match="--api-key-file"):
             ServerConfig(name="a", host=host)
     ServerConfig(name="a", host=host, keys=frozenset(KEYS))
+
+
+@pytest.mark.parametrize("keys", [None, frozenset({*KEYS, WATCHER})])
+def test_keys_of_the_metrics_are_others(keys: frozenset[str] | None) -> None:
+    with pytest.raises(ValueError, match="--metrics-key-file"):
+        ServerConfig(name="a", keys=keys, watchers=frozenset({WATCHER}))
 
 
 @pytest.mark.parametrize(

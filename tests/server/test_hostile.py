@@ -99,7 +99,8 @@ def test_one_key_does_not_take_all_places() -> None:
             thread.start()
         until(lambda: server.server.worker.owned.total() == 4)
         told = refusal(server.post("/v1/completions", ASK, headers=bearer(KEYS[0])), 429)
-        assert told["message"] == "4 replies of this key are under way; 4 more are free"
+        assert told["message"] == "too many replies are under way, 4 of them of this key"
+        assert "--metrics-key-file" in refusal(server.client.get("/metrics", headers=bearer(KEYS[0])), 403)["message"]
         assert server.ok("/v1/completions", {**ASK, "prompt": ["a", "b"]}, headers=bearer(KEYS[1]))
         assert server.server.worker.owned.total() >= 3, "the other key's replies were waited for"
 

@@ -123,8 +123,10 @@ def test_the_policy_stops_a_script_that_got_in(browser: Any, live: Live) -> None
     visit.context.close()
 
 
-def test_a_server_with_keys_asks_for_one(browser: Any) -> None:
-    with Live(keys=[KEY]) as live:
+@pytest.mark.parametrize("keys", [(KEY,), (KEY, "another-key-of-the-page-test")])
+def test_a_server_with_keys_asks_for_one(browser: Any, keys: tuple[str, ...]) -> None:
+    """And who is not the only one is told of nobody's pages but the conversation's."""
+    with Live(keys=keys) as live:
         visit = Visit(browser, live, "phone")
         visit.page.wait_for_selector("#locked:not([hidden])")
         visit.page.fill("#key", KEY)
@@ -132,6 +134,10 @@ def test_a_server_with_keys_asks_for_one(browser: Any) -> None:
         visit.say("hello")
         visit.rested()
         assert visit.page.locator(".turn.assistant").count() == 1 and visit.page.locator(".turn.error").count() == 0
+        assert int(visit.text("#pages")) > 0
+        assert visit.page.locator("#used").get_attribute("hidden") == (None if len(keys) == 1 else "")
+        watched = live.client.get("/metrics", headers={"authorization": f"Bearer {KEY}"})
+        assert watched.status_code == (200 if len(keys) == 1 else 403)
         visit.context.close()
 
 

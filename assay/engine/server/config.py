@@ -41,14 +41,30 @@ class Limits(Spec):
 class ServerConfig(Spec):
     """Where the server listens (port 0: any that is free), under which name the model stands, and for whom.
 
-    keys: null answers everybody who reaches the port, so it is accepted on a loopback address alone.
+    keys: null answers everybody who reaches the port, so it is accepted on a loopback address alone. watchers: the keys
+    that read /metrics and nothing else, and who alone may; null: the holder of the only key, and nobody where there are
+    several, since the metrics tell what all of them do.
     """
 
     name: str
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     keys: frozenset[str] | None = None
+    watchers: frozenset[str] | None = None
     limits: Limits = Limits()
+
+    @property
+    def shared(self) -> bool:
+        """Whether several have a key, so that none may see what the others do."""
+        return len(self.keys or ()) > 1
+
+    @model_validator(mode="after")
+    def _watchers_are_others(self) -> Self:
+        if self.watchers is not None and (self.keys is None or self.watchers & self.keys):
+            raise ValueError(
+                "watchers: keys for /metrics (--metrics-key-file); accepted: beside --api-key-file, and other keys"
+            )
+        return self
 
     @model_validator(mode="after")
     def _others_bring_keys(self) -> Self:

@@ -24,7 +24,8 @@ from assay.engine.server.errors import ApiError
 from assay.engine.server.logs import Log
 
 OPEN = frozenset({"/", "/health"})  # answered to everybody who passes the check of hosts, and while the model loads
-WATCHED = OPEN | {"/metrics"}  # answered until the very end
+METRICS = "/metrics"
+WATCHED = OPEN | {METRICS}  # answered until the very end
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -83,12 +84,20 @@ class Guard:
         if self.config.keys is None:
             check_host(headers)
         elif path not in OPEN:
-            tenant = check_key(headers.get("authorization", ""), self.config.keys)
+            tenant = check_key(
+                headers.get("authorization", ""), self.readers() if path == METRICS else self.config.keys
+            )
         if self.gate.reason is not None and path not in WATCHED:
             raise ApiError(503, self.gate.reason, retry=5)
         if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip() != JSON:
             raise ApiError(415, f"content-type: {headers.get('content-type')!r}; accepted: {JSON}")
         return tenant
+
+    def readers(self) -> Collection[str]:
+        """The keys that open the metrics."""
+        if self.config.watchers is None and self.config.shared:
+            raise ApiError(403, "metrics: they tell of every key; accepted: a key of --metrics-key-file")
+        return self.config.watchers or self.config.keys or ()
 
     async def buffered(self, scope: Scope, receive: Receive) -> Receive:
         """The body, read whole; then what the connection has to say."""

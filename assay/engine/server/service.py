@@ -22,7 +22,7 @@ from assay.engine.server.wire import DONE, dumps, event
 from assay.engine.server.worker import Call, Worker
 
 T = TypeVar("T")
-PAGES = ("pages_used", "pages_cached", "pages_total")
+PAGES = ("pages_used", "pages_cached", "pages_total")  # of everybody: told where there is one key or none
 GONE = 499  # nginx's word for a client that closed the connection before there was an answer
 
 
@@ -84,7 +84,7 @@ class Service:
         self, desk: Desk, kinds: tuple[str, str, str], writers: Sequence[Writer], requests: Sequence[Request]
     ) -> Answer:
         def more(tokens: int) -> Json:
-            stats = self.worker.stats
+            stats = {} if self.config.shared else self.worker.stats
             return {**desk.held(tokens), **{key: stats[key] for key in PAGES if key in stats}}
 
         usage = Usage(sum(len(request.source or request.prompt) for request in requests), more)
@@ -94,8 +94,7 @@ class Service:
         facts = http.state.log
         facts |= {"prompt_tokens": answer.usage.prompt, "choices": len(answer.writers), "stream": bool(body.stream)}
         try:
-            several = len(self.config.keys or ()) > 1
-            call = await self.worker.submit(requests, http.state.tenant if several else "")
+            call = await self.worker.submit(requests, http.state.tenant if self.config.shared else "")
         except ApiError as error:
             if str(error).startswith("grammar"):
                 error.param = grammar_param(body)

@@ -135,12 +135,10 @@ class Worker:
         if size > most:
             raise ApiError(400, f"n: {size} replies in one call; accepted: up to {most} in all", "n")
         free = self.limit - self.under_way - size
+        if tenant and self.owned[tenant] + size > free:  # how many places are free tells what others do
+            raise ApiError(429, f"too many replies are under way, {self.owned[tenant]} of them of this key", retry=1)
         if free < 0:
             raise ApiError(429, f"{self.under_way} replies are under way, and {self.limit} may be", retry=1)
-        if tenant and self.owned[tenant] + size > free:
-            raise ApiError(
-                429, f"{self.owned[tenant]} replies of this key are under way; {free} more are free", retry=1
-            )
         call = Call(self, requests, tenant)
         self.under_way += size
         self.owned[tenant] += size
