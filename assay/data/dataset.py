@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -45,7 +46,7 @@ class Dataset:
 
     packing: how training documents become rows (`assay.data.packing`); validation reads them one after another. parts:
     of a mixture, the weight of each part and how many of the training documents are its own, in their order. unique:
-    rows are cut from few documents, of so many tokens together, again and again; null: from all.
+    rows are cut from so many tokens of the documents (`some`), again and again; null: from all.
     """
 
     train: Shard
@@ -85,14 +86,21 @@ class Dataset:
         return windows(self.valid, length, count)
 
 
+PASSAGE = 1024  # tokens: of one long document the shortest selections would hold nothing else
+
+
 def some(shard: Shard, tokens: int) -> Shard:
-    """The first documents of at least so many tokens together, in an order drawn once: fewer are among more. ValueError
-    where all of them have less."""
+    """So many tokens of a shard, in passages of at most 1,024 from all its documents, in an order drawn once and the
+    last cut short: fewer are among more. ValueError where all documents together have less."""
     if tokens > len(shard.tokens):
         raise ValueError(f"batch.epochs: {tokens} tokens are to be read again; the documents have {len(shard.tokens)}")
-    order = permutation(len(shard), "unique")
-    count = int(np.searchsorted(np.cumsum(np.diff(shard.offsets)[order]), tokens)) + 1
-    return Shard.of([shard.document(int(i)).tolist() for i in order[:count]], shard.token_bytes.tolist())
+    begins = np.concatenate([np.arange(a, b, PASSAGE) for a, b in pairwise(shard.offsets.tolist())])
+    order = permutation(len(begins), "unique")
+    lengths = np.diff(begins, append=len(shard.tokens))[order]
+    ends = np.minimum(np.cumsum(lengths), tokens)
+    taken = np.diff(ends, prepend=0)
+    held = [shard.tokens[a : a + n].tolist() for a, n in zip(begins[order], taken, strict=True) if n]
+    return Shard.of(held, shard.token_bytes.tolist())
 
 
 def open_dataset(corpus: CorpusSpec, tokenizer: TokenizerSpec, cache: Path | None = None) -> Dataset | StoredData:
