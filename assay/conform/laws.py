@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from assay.conform.cases import MEMORY, PREFIX, TOKENS, Case, case, close
 from assay.ops.state import Stateless
 from assay.ops.step import Step
+from assay.parts.cut import piece
 from assay.spec.base import Cost, StateField
 from assay.spec.load import canonical, digest, dump, parse_yaml, to_yaml
+from assay.spec.shard import Cut
 
 
 def law_reference(c: Case) -> None:
@@ -146,12 +148,13 @@ def law_split(c: Case) -> None:
 def halved(c: Case, rank: int) -> Case:
     """A copy whose parameters are one half of those that say how they split."""
     half = copy.deepcopy(c)
+    half.part.piece = (rank, 2)
     table = c.spec.weights(c.site)
     for name, p in half.part.named_parameters():
         weight = table[name]
         if weight.split is not None:
             assert weight.shape[weight.split] % 2 == 0, f"{name}: {weight.shape[weight.split]} is not cut in two"
-            p.data = p.data.chunk(2, weight.split)[rank].clone()
+            p.data = piece(p.data, Cut("tensor", weight.split, sections=weight.sections), rank, 2).clone()
         row = table.get(name.removesuffix("bias") + "weight")
         if rank and name.endswith("bias") and row is not None and row.split == 1:
             p.data.zero_()  # the bias of a sum of halves is added once

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from assay.cost.bill import DTYPES, Question, Sheet, layer_of
 from assay.cost.memory import Training, training
 from assay.spec.base import DTYPE_BYTES, Weight
-from assay.spec.shard import Deal, deal
+from assay.spec.shard import Cut, Deal, deal
 
 ROWS = ("data", "shard", "expert")
 FLOAT = 4
@@ -128,8 +128,9 @@ def sent(sheet: Sheet, ask: Question, how: Spread, found: Deal, table: Mapping[s
     width, shards = DTYPE_BYTES[DTYPES[ask.dtype]], how.size("shard")
     total = {"all_reduce": 0.0, "all_gather": 0.0, "reduce_scatter": 0.0}
     for name, weight in table.items():
-        n = summed_over(name, found, how)
-        total["all_reduce"] += 2 * (n - 1) / n * rows_of(weight, shards) * FLOAT
+        cut = found.cuts.get(name)
+        for n in (summed_over(cut, name in found.partial, how), 1 if cut is None else cut.copies):
+            total["all_reduce"] += 2 * (n - 1) / n * rows_of(weight, shards) * FLOAT
     if shards > 1:
         for name, weights in gathered_units(sheet, table):
             size = (shards - 1) / shards * padded(weights, shards)
@@ -138,14 +139,15 @@ def sent(sheet: Sheet, ask: Question, how: Spread, found: Deal, table: Mapping[s
             total["reduce_scatter"] += size * FLOAT
     if (n := how.size("tensor")) > 1:
         tokens = -(-ask.batch // how.size(*ROWS)) * ask.context // how.size("context")
-        crossed = sum(p.part.slot in ("mixers", "ffns") for p in sheet.parts)
+        crossed = sum(
+            p.part.slot in ("mixers", "ffns") and bool(p.part.pieces(p.site).get("tensor")) for p in sheet.parts
+        )
         # One sum forward and one backward for each part, and one forward for the table that is cut by rows.
         total["all_reduce"] += 2 * (n - 1) / n * tokens * sheet.spec.d_model * width * (2 * crossed + 1)
     return {kind: round(size) for kind, size in total.items()}
 
 
-def summed_over(name: str, found: Deal, how: Spread) -> int:
-    """How many processes sum their gradients of a weight, beside those that `shard` sums for."""
-    cut = found.cuts.get(name)
+def summed_over(cut: Cut | None, partial: bool, how: Spread) -> int:
+    """How many processes sum their gradients of a weight, beside those that `shard` sums for and copies of a piece."""
     axes = [axis for axis in ("data", "context", "expert") if cut is None or axis != cut.axis]
-    return how.size(*axes, *(["tensor"] if name in found.partial else []))
+    return how.size(*axes, *(["tensor"] if partial else []))

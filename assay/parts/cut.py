@@ -6,7 +6,7 @@ the whole (column-parallel into a part, row-parallel out of it; Shoeybi et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from assay.ops.linear import linear
 from assay.parts.base import Part
 from assay.parts.linears.dense import DenseLinear
+from assay.spec.shard import Cut
 
 
 class Unbiased(DenseLinear):
@@ -29,18 +30,37 @@ class Unbiased(DenseLinear):
         return linear(x, self.weight)
 
 
+def piece(whole: Tensor, how: Cut, rank: int, ranks: int) -> Tensor:
+    """What a rank holds of a weight."""
+    place, count = how.place(rank, ranks)
+    if not how.sections:
+        return whole.chunk(count, how.dim)[place]
+    return torch.cat([part.chunk(count, how.dim)[place] for part in whole.split(how.sections, how.dim)], how.dim)
+
+
+def whole(pieces: Sequence[Tensor], how: Cut) -> Tensor:
+    """The weight, from what all ranks hold of it, in their order."""
+    apart = pieces[:: how.copies]
+    if not how.sections:
+        return torch.cat(list(apart), how.dim)
+    sizes = [size // len(apart) for size in how.sections]
+    sections = zip(*(p.split(sizes, how.dim) for p in apart), strict=True)
+    return torch.cat([part for parts in sections for part in parts], how.dim)
+
+
 @torch.no_grad()
-def cut(part: Part, dims: Mapping[str, int], rank: int, ranks: int) -> None:
-    """Leave of each named parameter piece `rank` of `ranks` equal ones along its dimension; in place, before an
-    optimiser knows the parameters. ValueError for a dimension that is no multiple of `ranks`."""
+def cut(part: Part, cuts: Mapping[str, Cut], rank: int, ranks: int) -> None:
+    """Leave of each named parameter what this rank holds; in place, before an optimiser knows the parameters.
+    ValueError for a dimension, or a section of it, that the ranks do not divide."""
     part.piece = (rank, ranks)
-    for name, dim in dims.items():
+    for name, how in cuts.items():
         parameter = part.get_parameter(name)
-        if parameter.shape[dim] % ranks:
-            raise ValueError(f"{part.name}.{name}: {parameter.shape[dim]} is not dealt out to {ranks} ranks")
-        parameter.data = parameter.data.chunk(ranks, dim)[rank].clone()
+        for size in how.sections or (parameter.shape[how.dim],):
+            if size % how.place(rank, ranks)[1]:
+                raise ValueError(f"{part.name}.{name}: {size} is not dealt out to {ranks} ranks")
+        parameter.data = piece(parameter.data, how, rank, ranks).clone()
         row = name.removesuffix(".weight")
-        if rank and dim == 1 and row != name and isinstance(part.get_submodule(row), DenseLinear):
+        if rank and how.dim == 1 and row != name and isinstance(part.get_submodule(row), DenseLinear):
             silence(part, row)
 
 

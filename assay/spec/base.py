@@ -200,6 +200,11 @@ class PartSpec(Spec):
         """Into how many equal pieces `tensor` and `expert` ranks may deal the part out: 0 is whole on each of them."""
         return {}
 
+    def copied(self, site: Site) -> Mapping[str, int]:
+        """Maps, weights of the part itself and state fields that come in fewer pieces than `pieces` has for `tensor`:
+        where there are more ranks than that, neighbours hold copies of one piece."""
+        return {}
+
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         return Cost()
 

@@ -15,10 +15,17 @@ from assay.spec.model import ModelSpec
 
 @dataclass(frozen=True)
 class Cut:
-    """Rank r of n along `axis` holds piece r of n equal ones along dimension `dim`."""
+    """Rank r of n along `axis` holds piece r of n equal ones along dimension `dim`. copies: of so many neighbours, each
+    the same one. sections: sizes of what stands side by side along `dim`; a piece has one of each."""
 
     axis: str
     dim: int
+    copies: int = 1
+    sections: tuple[int, ...] = ()
+
+    def place(self, rank: int, ranks: int) -> tuple[int, int]:
+        """Which piece a rank holds, and of how many."""
+        return rank // self.copies, ranks // self.copies
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,9 @@ class Deal:
     def local(self, name: str, weight: Weight, sizes: Mapping[str, int]) -> Weight:
         """What a rank allocates of this weight."""
         cut = self.cuts.get(name)
-        return weight if cut is None else replace(weight, shape=piece_shape(weight.shape, cut.dim, sizes[cut.axis]))
+        if cut is None:
+            return weight
+        return replace(weight, shape=piece_shape(weight.shape, cut.dim, cut.place(0, sizes[cut.axis])[1]))
 
 
 def piece_shape(shape: tuple[int, ...], dim: int, ranks: int) -> tuple[int, ...]:
@@ -43,14 +52,30 @@ def piece_shape(shape: tuple[int, ...], dim: int, ranks: int) -> tuple[int, ...]
     return tuple(n // ranks if i == dim else n for i, n in enumerate(shape))
 
 
-def cut_weights(part: PartSpec, site: Site, axis: str) -> dict[str, int]:
-    """Which of a part's weights are cut along an axis, and in which dimension of [out, in]: along `tensor` all that say
-    `split` (0: by column, by head, or a vocabulary's rows; 1: by row), along `expert` those of the part itself, whose
-    first dimension is the experts. All others are whole on every rank."""
+def cut_weights(part: PartSpec, site: Site, axis: str, ranks: int) -> dict[str, Cut]:
+    """Which of a part's weights are cut along an axis, and how: along `tensor` all that say `split` (of [out, in], 0:
+    by column, by head, or a vocabulary's rows; 1: by row), along `expert` those of the part itself, whose first
+    dimension is the experts. All others are whole on every rank."""
     if not part.pieces(site).get(axis):
         return {}
     table = part.own(site) if axis == "expert" else part.weights(site)
-    return {name: w.split for name, w in table.items() if w.split is not None}
+    few = part.copied(site) if axis == "tensor" else {}
+    return {
+        name: Cut(axis, w.split, copies(few.get(name.partition(".")[0], ranks), ranks), w.sections)
+        for name, w in table.items()
+        if w.split is not None
+    }
+
+
+def copies(pieces: int, ranks: int) -> int:
+    """How many ranks hold the same one of what comes in so many pieces."""
+    return max(1, ranks // pieces)
+
+
+def fits(part: PartSpec, site: Site, axis: str, ranks: int) -> bool:
+    """Whether so many ranks can hold equal pieces of a part, or of what they copy equally many."""
+    few = part.copied(site).values() if axis == "tensor" else ()
+    return part.pieces(site)[axis] % ranks == 0 and all(ranks % n == 0 or n % ranks == 0 for n in few)
 
 
 def refuse(part: PartSpec, site: Site, axis: str, ranks: int) -> None:
@@ -62,8 +87,8 @@ def refuse(part: PartSpec, site: Site, axis: str, ranks: int) -> None:
         reason = part.refusals().get("split") if axis == "tensor" else None
         raise ValueError(f"{what}{f', since {reason}' if reason else ''}; accepted: {axis}=1")
     count = part.pieces(site)[axis]
-    if count % ranks:
-        accepted = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+    if not fits(part, site, axis, ranks):
+        accepted = ", ".join(str(n) for n in range(1, count + 1) if fits(part, site, axis, n))
         raise ValueError(f"{what}: it has {count} pieces; accepted: {axis} in {accepted}")
 
 
@@ -77,15 +102,15 @@ def deal(spec: ModelSpec, sizes: Mapping[str, int], sequence: bool = False) -> D
     for site, part in owned(spec):
         if tensor > 1:
             refuse(part, site, "tensor", tensor)
-            dims = cut_weights(part, site, "tensor")
-            cuts |= {f"{site.name}.{name}": Cut("tensor", dim) for name, dim in dims.items()}
+            dims = cut_weights(part, site, "tensor", tensor)
+            cuts |= {f"{site.name}.{name}": cut for name, cut in dims.items()}
             between = sequence and site.name.startswith("blocks.") and part.slot in ("norms", "residuals")
             if between or (dims and part.slot in ("mixers", "ffns")):
                 partial |= {f"{site.name}.{name}" for name in part.weights(site).keys() - dims.keys()}
         if expert > 1 and part.pieces(site).get("expert"):
             refuse(part, site, "expert", expert)
-            dims = cut_weights(part, site, "expert")
-            cuts |= {f"{site.name}.{name}": Cut("expert", dim) for name, dim in dims.items()}
+            dims = cut_weights(part, site, "expert", expert)
+            cuts |= {f"{site.name}.{name}": cut for name, cut in dims.items()}
     if expert > 1 and not any(cut.axis == "expert" for cut in cuts.values()):
         raise ValueError(f"parallel.expert: {expert}; the model has no experts; accepted: 1")
     return Deal(cuts, frozenset(partial))
@@ -105,6 +130,9 @@ def owned(spec: ModelSpec) -> Iterator[tuple[Site, PartSpec]]:
             yield from ((place, child) for child, place in inside if child.slot == "ffns")
 
 
-def cut_fields(fields: tuple[StateField, ...], ranks: int) -> tuple[StateField, ...]:
-    """What one of `ranks` tensor ranks remembers of a part that is cut."""
-    return tuple(f if f.split is None else replace(f, shape=piece_shape(f.shape, f.split, ranks)) for f in fields)
+def cut_fields(fields: tuple[StateField, ...], ranks: int, few: Mapping[str, int]) -> tuple[StateField, ...]:
+    """What one of `ranks` tensor ranks remembers of a part that is cut; few: what the part says with `copied`."""
+    return tuple(
+        f if f.split is None else replace(f, shape=piece_shape(f.shape, f.split, min(ranks, few.get(f.name, ranks))))
+        for f in fields
+    )

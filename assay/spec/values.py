@@ -66,7 +66,8 @@ class Init:
 class Weight:
     """One declared parameter: allocation, init, import shapes, sharding and decay groups come from this table.
 
-    `shape` is torch's ([out, in] for a linear). `split` is the dimension that tensor parallelism cuts.
+    `shape` is torch's ([out, in] for a linear). `split` is the dimension that tensor parallelism cuts, and `sections`
+    the sizes of what stands side by side along it, of which a rank has a piece each.
     `active` is the share of the weight that one token uses (top_k / experts for a routed expert).
     """
 
@@ -75,6 +76,7 @@ class Weight:
     init: Init = field(default_factory=Init)
     dtype: str = "float32"
     split: int | None = None
+    sections: tuple[int, ...] = ()
     active: float = 1.0
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -34,6 +34,10 @@ class Conv(MixerSpec):
     def check(self, site: Site) -> None:
         if site.d_in != site.d_out:
             raise ValueError(f"a convolution keeps its width: {site.d_in} channels do not become {site.d_out}")
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        """Each rank makes all channels: a few products a token, and nothing to exchange."""
+        return {"tensor": 0}
 
     def own(self, site: Site) -> dict[str, Weight]:
         found = {"weight": Weight((site.d_in, self.size), "vector", Init("uniform", self.size**-0.5))}

@@ -47,6 +47,9 @@ class DiffAttention(Gqa):
         """Heads stand in pairs."""
         return {name: count // 2 for name, count in super().pieces(site).items()}
 
+    def copied(self, site: Site) -> Mapping[str, int]:
+        return {name: count // 2 for name, count in super().copied(site).items()}
+
     def own(self, site: Site) -> dict[str, Weight]:
         shape = (2, self.size(site))
         return super().own(site) | {

@@ -143,9 +143,15 @@ class Gqa(MixerSpec):
             raise ValueError(f"`takes` {self.takes!r}: its giver keeps only {kept} tokens, and this layer sees more")
 
     def pieces(self, site: Site) -> Mapping[str, int]:
-        """Key heads, each with its queries; not where a norm goes over all heads, or dropout is drawn for all."""
+        """Heads of queries; not where a norm goes over all of them, or dropout is drawn for all. Blocks of keys are
+        chosen by all queries of a key head."""
         whole = self.qk_norm is not None and self.qk_norm.over == "full"
-        return {} if whole or self.scores.dropout else {"tensor": self.groups}
+        if whole or self.scores.dropout:
+            return {}
+        return {"tensor": self.heads if self.scores.blocks is None else self.groups}
+
+    def copied(self, site: Site) -> Mapping[str, int]:
+        return dict.fromkeys(("k", "v"), self.groups)
 
     def linears(self, site: Site) -> dict[str, Fan]:
         k, qkv = self.size(site), self.bias in ("qkv", "all")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Literal, Self
 
 import torch
@@ -17,6 +18,7 @@ from assay.ops.native.scans import Act
 from assay.ops.norm import rms_norm
 from assay.ops.scan import decayed as ops
 from assay.ops.step import Step
+from assay.parts._checks import halved
 from assay.parts.linears.dense import together
 from assay.parts.mixers._recurrent import Recurrent
 from assay.spec.base import Cost, Fan, Init, MixerSpec, Site, Spec, StateField, Weight
@@ -86,11 +88,22 @@ class Mamba2(MixerSpec):
         if self.count(site) % self.groups:
             raise ValueError(f"{self.count(site)} heads are not a multiple of `groups` ({self.groups})")
 
+    def refusals(self) -> Mapping[str, str]:
+        return halved(self.groups, f"groups of heads that share B, C and a norm: {self.groups} are")
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        """Groups, each with its heads, its B and C, and its norm."""
+        return {"tensor": self.groups} if self.groups > 1 else {}
+
+    def sections(self, site: Site) -> tuple[int, int, int]:
+        """The channels of x, B and C, side by side in the convolution."""
+        return self.inner(site), self.groups * self.state_size, self.groups * self.state_size
+
     def linears(self, site: Site) -> dict[str, Fan]:
         widths = {"z": self.inner(site), "x": self.inner(site)}
         widths |= dict.fromkeys(("b", "c"), self.groups * self.state_size) | {"dt": self.count(site)}
-        table = {name: Fan(site.d_in, width, self.bias) for name, width in widths.items()}
-        return table | {"out": Fan(self.inner(site), site.d_out, self.bias, out=True)}
+        table = {name: Fan(site.d_in, width, self.bias, split=0) for name, width in widths.items()}
+        return table | {"out": Fan(self.inner(site), site.d_out, self.bias, out=True, split=1)}
 
     def own(self, site: Site) -> dict[str, Weight]:
         h, c = (self.count(site),), self.mixed(site)
@@ -101,12 +114,14 @@ class Mamba2(MixerSpec):
             "dt_bias": Weight(h, "vector", Init.between(self.dt.low, self.dt.high, link="softplus", log=True)),
             "norm": Weight((self.inner(site),), "vector", Init.constant(1.0)),
         }
-        return table | ({"conv_bias": Weight((c,), "vector", Init.constant(0.0))} if self.conv_bias else {})
+        table |= {"conv_bias": Weight((c,), "vector", Init.constant(0.0))} if self.conv_bias else {}
+        sections = {name: self.sections(site) for name in table if name.startswith("conv")}
+        return {name: replace(w, split=0, sections=sections.get(name, ())) for name, w in table.items()}
 
     def state(self, site: Site) -> tuple[StateField, ...]:
         shape = (self.count(site), self.state_size, self.head_dim)
-        tail = StateField("tail", "sequence", (self.conv - 1, self.mixed(site)))
-        return StateField("s", "sequence", shape, "float32"), tail
+        tail = StateField("tail", "sequence", (self.conv - 1, self.mixed(site)), split=1)
+        return StateField("s", "sequence", shape, "float32", split=0), tail
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         """The recurrence and the convolution, whose taps are elementwise products."""
@@ -128,7 +143,7 @@ class Mamba2(MixerSpec):
 
 
 class Mamba2Mixer(Recurrent):
-    """[N, D] -> [N, D]."""
+    """[N, D] -> [N, D]. Widths are read from the tensors, so a shard of the groups runs the same lines."""
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         spec, lanes = self.spec, step.table(self)
@@ -146,23 +161,22 @@ class Mamba2Mixer(Recurrent):
     def convolved(self, parts: list[Tensor], step: Step, here: Here) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Values [L, T, H, P], keys and queries [L, T, G, N] in lanes, and the convolution's inputs at their ends."""
         spec, lanes = self.spec, step.table(self)
-        inner, each = spec.inner(self.site), spec.groups * spec.state_size
-        sizes, past = (inner, each, each), lanes.stored(here.state.load("tail", step))
+        sizes, past = [p.shape[-1] for p in parts], lanes.stored(here.state.load("tail", step))
         biases = self.conv_bias.split(sizes) if spec.conv_bias else (None,) * 3
         laid = [lanes.lay(p) for p in parts]
         made, tail = short_convs(laid, self.conv.split(sizes), biases, past, lanes, Act(silu=True, wide=True))
         values, keys, queries = made
-        keys, queries = (t.unflatten(-1, (spec.groups, -1)) for t in (keys, queries))
+        keys, queries = (t.unflatten(-1, (-1, spec.state_size)) for t in (keys, queries))
         return values.unflatten(-1, (-1, spec.head_dim)), keys, queries, tail
 
     def normed(self, y: Float[Tensor, "N I"], z: Float[Tensor, "N I"]) -> Float[Tensor, "N I"]:
         rule, gate = self.spec.norm, F.silu(z)
         y = y * gate if rule.place == "after" else y
-        gain = self.norm.to(y.dtype)
-        if self.spec.groups == 1:
+        gain, groups = self.norm.to(y.dtype), self.spec.groups // self.piece[1]
+        if groups == 1:
             y = rms_norm(y, gain, rule.eps)
         else:
-            y = rms_norm(y.unflatten(-1, (self.spec.groups, -1)), None, rule.eps).flatten(1) * gain
+            y = rms_norm(y.unflatten(-1, (groups, -1)), None, rule.eps).flatten(1) * gain
         return y if rule.place == "after" else y * gate
 
 

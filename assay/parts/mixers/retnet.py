@@ -35,7 +35,6 @@ class RetNet(Retention):
     value_dim: int | None = Field(default=None, ge=1)
     position: str | None = None
     norm: NormSpec = Field(default={"kind": "layernorm", "weight": False, "bias": False}, validate_default=True)
-    refuses = {"split": "how fast a head forgets follows from its number among all heads"}
 
     def size(self, site: Site) -> int:
         return self.head_dim if self.head_dim is not None else site.d_in // self.heads

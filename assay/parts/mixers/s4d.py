@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -51,23 +51,29 @@ class S4d(MixerSpec):
         """The last dimensions of a state: a complex number is stored as two."""
         return (self.modes, 2) if self.numbers == "complex" else (self.modes,)
 
+    def refusals(self) -> Mapping[str, str]:
+        return {"split": "its gate stands behind the sum over all channels"} if self.gate else {}
+
+    def pieces(self, site: Site) -> Mapping[str, int]:
+        return {} if self.gate else {"tensor": site.d_in}
+
     def linears(self, site: Site) -> dict[str, Fan]:
-        return {"out": Fan(site.d_in, site.d_out * (2 if self.gate else 1), bias=True, out=True)}
+        return {"out": Fan(site.d_in, site.d_out * (2 if self.gate else 1), bias=True, out=True, split=1)}
 
     def own(self, site: Site) -> dict[str, Weight]:
         d, paired = site.d_in, self.numbers == "complex"
         rates = Init.constant(math.log(0.5)) if paired else Init.ramp(1, self.modes, "log")
         table = {
-            "log_dt": Weight((d,), "vector", Init.between(*self.dt_range, "log", log=True)),
-            "log_rate": Weight((d, self.modes), "vector", rates),
-            "c": Weight((d, *self.pair), "vector", Init("normal", 0.5**0.5 if paired else 1.0)),
-            "d": Weight((d,), "vector", Init("normal", 1.0)),
+            "log_dt": Weight((d,), "vector", Init.between(*self.dt_range, "log", log=True), split=0),
+            "log_rate": Weight((d, self.modes), "vector", rates, split=0),
+            "c": Weight((d, *self.pair), "vector", Init("normal", 0.5**0.5 if paired else 1.0), split=0),
+            "d": Weight((d,), "vector", Init("normal", 1.0), split=0),
         }
         turns = Init.ramp(0.0, math.pi * (self.modes - 1))
-        return table | ({"turn": Weight((d, self.modes), "vector", turns)} if paired else {})
+        return table | ({"turn": Weight((d, self.modes), "vector", turns, split=0)} if paired else {})
 
     def state(self, site: Site) -> tuple[StateField, ...]:
-        return (StateField("h", "sequence", (site.d_in, *self.pair), "float32"),)
+        return (StateField("h", "sequence", (site.d_in, *self.pair), "float32", split=0),)
 
     def cost(self, site: Site, new: int, seen: int, memory: int = 0) -> Cost:
         """Decay and input of each mode, what is read of it, and the skip: a complex product is four, one with a real
@@ -88,10 +94,12 @@ class S4d(MixerSpec):
 
 
 class S4dMixer(Recurrent):
-    """[N, D] -> [N, D]."""
+    """[N, D] -> [N, D]. A shard reads its own channels of x."""
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         spec, lanes, paired = self.spec, step.table(self), self.spec.numbers == "complex"
+        rank, ranks = self.piece
+        x = x.chunk(ranks, -1)[rank]
         high = torch.promote_types(x.dtype, torch.float32)
         past = lanes.start(here.state.load("h", step)).to(high)
         past = torch.view_as_complex(past) if paired else past

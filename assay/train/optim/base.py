@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ class Whole(Protocol):
     def piece(self, name: str, whole: Tensor, dims: int) -> Tensor:
         """This process's part of what `assembled` returned."""
 
+    def dealt(self, held: Mapping[str, Tensor], work: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """`work` of each whole matrix by its weight's name, as this process holds it; held: its parts."""
+
 
 class Alone:
     """A process that holds all of every weight."""
@@ -36,6 +39,9 @@ class Alone:
 
     def piece(self, name: str, whole: Tensor, dims: int) -> Tensor:
         return whole
+
+    def dealt(self, held: Mapping[str, Tensor], work: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {name: work(t) for name, t in held.items()}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class Given:
                 if chosen:
                     found.append(Group(group.decay, chosen))
         return kept
+
+
+Moving = tuple[str, Tensor, Tensor, Mapping[str, Any]]
+"""A weight's name, the parameter, its gradient here, and its group."""
 
 
 class ByWeight(torch.optim.Optimizer):
@@ -89,12 +99,21 @@ class ByWeight(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.own:
-            for name, p in zip(group["names"], group["params"], strict=True):
-                if p.grad is not None:
-                    self.move(name, p, local(p.grad), group)
+        self.advance(
+            [
+                (name, p, local(p.grad), group)
+                for group in self.own
+                for name, p in zip(group["names"], group["params"], strict=True)
+                if p.grad is not None
+            ]
+        )
         if self.rest is not None:
             self.rest.step()
+
+    def advance(self, weights: Sequence[Moving]) -> None:
+        """All that have a gradient."""
+        for one in weights:
+            self.move(*one)
 
     def move(self, name: str, p: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
         """One weight, by its gradient here."""

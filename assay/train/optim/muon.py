@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assay.train.optim.base import ByWeight, Given
+from assay.train.optim.base import ByWeight, Given, Moving
 from assay.train.optim.specs import MuonSpec
 from assay.train.parallel.replicas import local
 
@@ -33,22 +32,29 @@ def orthogonal(x: Float[Tensor, "*batch r c"], steps: int) -> Float[Tensor, "*ba
 
 
 class Muon(ByWeight):
-    """state: momentum, cut as the weight is. Matrices that several processes hold parts of are put together, and every
-    process works out the whole update and keeps its part."""
+    """state: momentum, cut as the weight is. Whole matrices are dealt out to the processes: each works out its share of
+    the updates (`parallel.dealt`)."""
 
     def __init__(self, spec: MuonSpec, given: Given) -> None:
         hidden, rest = given.split()
         super().__init__(spec, hidden, given.team, rest)
         self.spec = spec
 
-    def move(self, name: str, p: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
+    def advance(self, weights: Sequence[Moving]) -> None:
+        ahead = {name: self.ahead(p, grad) for name, p, grad, _ in weights}
+        updates = self.team.dealt(ahead, self.update)
+        for name, p, _, group in weights:
+            rate = group["lr"]
+            local(p).mul_(1 - rate * group["weight_decay"]).add_(updates[name], alpha=-rate)
+
+    def ahead(self, p: Tensor, grad: Tensor) -> Tensor:
+        """The momentum after this gradient, and the gradient once more (Nesterov)."""
         (momentum,) = self.kept(p, "momentum")
         momentum.lerp_(grad, 1 - self.spec.momentum)
-        ahead = self.team.assembled(name, grad.lerp(momentum, self.spec.momentum), 2)
-        update = self.team.piece(name, orthogonal(ahead, self.spec.steps), 2)
-        scale = SCALE * math.sqrt(max(ahead.shape[-2:]))
-        weight, rate = local(p), group["lr"]
-        weight.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * scale)
+        return grad.lerp(momentum, self.spec.momentum)
+
+    def update(self, whole: Float[Tensor, "*batch r c"]) -> Float[Tensor, "*batch r c"]:
+        return SCALE * math.sqrt(max(whole.shape[-2:])) * orthogonal(whole, self.spec.steps)
 
 
 def build(spec: MuonSpec, given: Given) -> torch.optim.Optimizer:

@@ -49,7 +49,7 @@ def apply(model: LM, mesh: Mesh) -> None:
     deal_of(model.spec, mesh)
     line, found = Line.of(mesh, "expert"), {m.name: m for m in model.modules() if isinstance(m, Part)}
     for site, spec in owned(model.spec):
-        if dims := cut_weights(spec, site, "expert"):
+        if cuts := cut_weights(spec, site, "expert", line.ranks):
             part: Any = found[site.name]
-            cut(part, dims, line.rank, line.ranks)
+            cut(part, cuts, line.rank, line.ranks)
             part.across = Dispatch(line)

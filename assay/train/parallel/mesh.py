@@ -32,7 +32,7 @@ class Mesh:
         self.number, self.processes = rank, spec.processes
         self._grid = np.arange(self.processes).reshape(tuple(spec.sizes.values()))
         self._place = dict(zip(AXES, (int(i) for i in np.unravel_index(rank, self._grid.shape)), strict=True))
-        self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        self._groups: dict[tuple[tuple[str, ...], int], dist.ProcessGroup] = {}
 
     @classmethod
     def of(cls, spec: ParallelSpec, device: str = "cpu") -> Mesh:
@@ -58,16 +58,23 @@ class Mesh:
         wide = tuple(axis for axis in AXES if axis in axes and self.size(axis) > 1)
         if not wide:
             return None
-        if wide not in self._groups:
-            self._groups[wide] = self._made(wide)
-        return self._groups[wide]
+        return self._found(wide, self.size(*wide))
 
-    def _made(self, wide: tuple[str, ...]) -> dist.ProcessGroup:
-        if self.size(*wide) == self.processes:
+    def block(self, axis: str, count: int) -> dist.ProcessGroup | None:
+        """So many neighbours along an axis, this process among them; None where it is alone."""
+        return self._found((axis,), count) if count > 1 else None
+
+    def _found(self, wide: tuple[str, ...], count: int) -> dist.ProcessGroup:
+        if (wide, count) not in self._groups:
+            self._groups[wide, count] = self._made(wide, count)
+        return self._groups[wide, count]
+
+    def _made(self, wide: tuple[str, ...], count: int) -> dist.ProcessGroup:
+        if count == self.processes:
             assert dist.group.WORLD is not None
             return dist.group.WORLD
         order = [AXES.index(axis) for axis in AXES if axis not in wide] + [AXES.index(axis) for axis in wide]
-        rows = self._grid.transpose(order).reshape(-1, self.size(*wide)).tolist()
+        rows = self._grid.transpose(order).reshape(-1, count).tolist()
         own, _ = dist.new_subgroups_by_enumeration(rows, timeout=timedelta(seconds=self.spec.timeout_s))
         return own
 

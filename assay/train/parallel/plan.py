@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from assay.parts.cut import piece
+from assay.parts.cut import whole as whole_of
 from assay.spec.model import ModelSpec
 from assay.spec.shard import Cut, Deal, deal
 from assay.train.parallel.mesh import Mesh
@@ -17,15 +18,15 @@ def deal_of(spec: ModelSpec, mesh: Mesh) -> Deal:
 
 def mine(whole: Tensor, cut: Cut | None, mesh: Mesh) -> Tensor:
     """This process's piece of a weight, or of a moment of it."""
-    return whole if cut is None else whole.chunk(mesh.size(cut.axis), cut.dim)[mesh.rank(cut.axis)]
+    return whole if cut is None else piece(whole, cut, mesh.rank(cut.axis), mesh.size(cut.axis))
 
 
-def joined(piece: Tensor, cut: Cut | None, mesh: Mesh) -> Tensor:
+def joined(own: Tensor, cut: Cut | None, mesh: Mesh) -> Tensor:
     """The whole weight, from all processes' pieces: every process of the axis has to ask."""
     if cut is None or mesh.size(cut.axis) == 1:
-        return piece
-    pieces = mesh.comm.all_gather(piece.detach().contiguous(), mesh.group(cut.axis))
-    return torch.cat(pieces.unbind(0), cut.dim)
+        return own
+    pieces = mesh.comm.all_gather(own.detach().contiguous(), mesh.group(cut.axis))
+    return whole_of(pieces.unbind(0), cut)
 
 
 def refuse_dropout(spec: ModelSpec, axis: str, ranks: int) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from assay.model.lm import LM
-from assay.train.parallel.comm import Comm
+from assay.train.parallel.comm import Comm, Group
 from assay.train.parallel.mesh import Mesh
 
 BUCKET = 25 << 20
@@ -103,14 +103,13 @@ def like(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def summed(tensors: list[Tensor], mesh: Mesh, axes: tuple[str, ...]) -> None:
-    """Each tensor becomes its sum over the processes along these axes, in exchanges of up to BUCKET bytes."""
-    group = mesh.group(*axes)
+def summed(tensors: list[Tensor], comm: Comm, group: Group) -> None:
+    """Each tensor becomes its sum over the processes of a group, in exchanges of up to BUCKET bytes."""
     if group is None:
         return
     for bucket in buckets(tensors):
         flat = torch.cat([t.reshape(-1) for t in bucket])
-        mesh.comm.all_reduce(flat, group)
+        comm.all_reduce(flat, group)
         for t, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             t.copy_(total.view_as(t))
 

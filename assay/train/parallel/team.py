@@ -15,6 +15,7 @@ from assay.ops.step import RowsOf
 from assay.spec.shard import Deal
 from assay.train.evaluate import Evaluation
 from assay.train.parallel import context, expert, pipeline, replicas, tensor
+from assay.train.parallel.dealt import Layout, dealt
 from assay.train.parallel.mesh import Mesh
 from assay.train.parallel.pipeline import Stage
 from assay.train.parallel.plan import deal_of, joined, mine
@@ -27,6 +28,9 @@ class Team:
     def __init__(self, model: LM, mesh: Mesh, precision: str) -> None:
         self.mesh, self.model = mesh, model
         self.deal = deal_of(model.spec, mesh) if mesh.size("tensor", "expert") > 1 else Deal()
+        # Of a piece that several `tensor` ranks hold, each has the gradient of what it reads of it.
+        counts = sorted({cut.copies for cut in self.deal.cuts.values()} - {1})
+        self.copies = {count: mesh.block("tensor", count) for count in counts}
         self.stage = spread(model, mesh, precision)
         self.parameters = dict(model.named_parameters())
 
@@ -95,7 +99,11 @@ class Team:
             if p.grad is not None:
                 found.setdefault(self.axes(name), []).append(replicas.local(p.grad))
         for axes, grads in found.items():
-            replicas.summed(grads, self.mesh, axes)
+            replicas.summed(grads, self.mesh.comm, self.mesh.group(*axes))
+        for count, group in self.copies.items():
+            alike = [name for name, cut in self.deal.cuts.items() if cut.copies == count and name in self.parameters]
+            held = [self.parameters[name].grad for name in alike]
+            replicas.summed([replicas.local(g) for g in held if g is not None], self.mesh.comm, group)
 
     @torch.no_grad()
     def clip(self, most: float) -> Tensor:
@@ -116,6 +124,7 @@ class Team:
         apart = {"pipeline", *([cut.axis] if cut is not None else [])}
         apart |= {"shard"} if self.casts and self.parameters[name].requires_grad else set()
         same = 1 if self.stage is None else self.stage.holders(name)
+        same *= 1 if cut is None else cut.copies
         return same * (self.mesh.processes // self.mesh.size(*apart))
 
     def total(self, values: Mapping[str, Tensor], axes: tuple[str, ...] = TOKENS) -> dict[str, Tensor]:
@@ -182,6 +191,12 @@ class Team:
         first, cut = whole.dim() - dims, self.deal.cuts.get(name)
         own = mine(whole, cut if cut is not None and cut.dim >= first else None, self.mesh)
         return replicas.own_rows(own, self.parameters[name], self.mesh) if first <= 0 else own
+
+    def dealt(self, held: Mapping[str, Tensor], work: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """`work` of each whole matrix by its weight's name, as this process holds it; held: its parts. Each matrix is
+        worked on by one process. Within an optimiser's step: every process asks for the same ones."""
+        layouts = {name: Layout.of(self.parameters[name], self.deal.cuts.get(name), self.mesh) for name in held}
+        return dealt(held, layouts, work)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from assay.model.lm import LM, Forgetting
 from assay.parts.base import Part
 from assay.parts.cut import cut
 from assay.spec.model import ModelSpec
-from assay.spec.shard import cut_fields, cut_weights, owned
+from assay.spec.shard import Cut, cut_fields, cut_weights, owned
 from assay.train.parallel import vocab
 from assay.train.parallel.exchange import Line, copied, gathered, joined, scattered, sliced, summed
 from assay.train.parallel.mesh import Mesh
@@ -24,11 +24,11 @@ def apply(model: LM, mesh: Mesh) -> None:
     """Cut the model to this rank's piece, in place. ValueError, by name, for a part that cannot be cut so."""
     deal_of(model.spec, mesh)
     line, found = Line.of(mesh, "tensor"), {m.name: m for m in model.modules() if isinstance(m, Part)}
-    cut_names = set()
+    few = {}
     for site, spec in owned(model.spec):
-        if dims := cut_weights(spec, site, "tensor"):
-            _cut(found[site.name], dims, line, mesh.spec.sequence)
-            cut_names.add(site.name)
+        if cuts := cut_weights(spec, site, "tensor", line.ranks):
+            _cut(found[site.name], cuts, line, mesh.spec.sequence)
+            few[site.name] = spec.copied(site)
     vocab.apply(model, line, model.spec.vocab)
     if mesh.spec.sequence:
         _spread_tokens(model, line)
@@ -38,12 +38,12 @@ def apply(model: LM, mesh: Mesh) -> None:
     for name, kept in model.blank.fields.items():
         _, layer, rest = name.split(".", 2)  # a block's state stands under its own name, its weights under its source's
         weights = f"blocks.{sources[int(layer)]}.{rest}"
-        fields[name] = cut_fields(kept, line.ranks) if weights in cut_names else kept
+        fields[name] = cut_fields(kept, line.ranks, few[weights]) if weights in few else kept
     model.blank = Forgetting(fields)
 
 
-def _cut(part: Part, dims: dict[str, int], line: Line, sequence: bool) -> None:
-    cut(part, dims, line.rank, line.ranks)
+def _cut(part: Part, cuts: dict[str, Cut], line: Line, sequence: bool) -> None:
+    cut(part, cuts, line.rank, line.ranks)
     if part.spec.slot in ("mixers", "ffns"):
         into, out_of = (gathered, scattered) if sequence else (copied, summed)
         part.register_forward_pre_hook(lambda module, args: (into(args[0], line), *args[1:]))

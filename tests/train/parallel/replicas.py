@@ -54,6 +54,13 @@ MODELS: dict[str, ModelSpec] = {
 }  # fmt: skip
 
 HYBRID = MODELS["hybrid"]
+COPIED = {
+    n: model(
+        blocks={"b": {"mixer": GQA | {"heads": 4, "kv_heads": n // 2, "qk_norm": {}, "bias": "all"}, "ffn": GATED}}
+    )
+    for n in (2, 4)
+}
+"""By the number of `tensor` ranks: two of them hold each key head."""
 OPTIMIZED: dict[str, dict[str, Any]] = {
     "data2": {"data": 2, "kinds": ["muon"]},
     "shard2": {"shard": 2, "kinds": ["muon", "lion", "adafactor", "schedule_free"]},
@@ -115,11 +122,21 @@ def everything(rank: int, processes: int) -> Found:
             dtype = torch.float32 if kind == "float32" else torch.float64
             found |= under(f"{name}/{kind}", steps(made(MODELS.get(kind, MODELS["moe"]), mesh, dtype)))
     found |= optimized() if processes == 2 else {}
+    found |= under("copied", copied(processes))
     found |= sizes(rank, processes) | under("dealt", dealt(processes))
     one = made(HYBRID, split(processes), torch.float32)
     found |= under("saved", steps(one, 3))
     save(one, folder() / f"on{processes}")
     return found | under("resumed", resumed(rank, processes))
+
+
+def copied(processes: int) -> Found:
+    """Ranks with copies of key heads; and what they send to sum gradients."""
+    one = made(COPIED[processes], mesh_of(tensor=processes))
+    found = steps(one)
+    blank_gradients(one)
+    one.team.reduce()
+    return found | {"sent": torch.tensor(one.mesh.comm.sent["all_reduce"])}
 
 
 def by(kind: str, mesh: Mesh | None) -> Learner:
@@ -137,20 +154,25 @@ def optimized() -> Found:
             one = by(kind, mesh)
             found |= under(f"{layout}/{kind}", steps(one))
             if kind == "muon":
-                found |= under(f"gathered/{layout}", gathered_by(one))
+                found |= under(f"sent/{layout}", sent_by(one))
     turned = by("soap", mesh_of(data=2))
     found["soap:loss"] = steps(turned)["loss"]
     found["soap:held"] = torch.cat([p.detach().flatten() for p in turned.model.parameters()])
     return found
 
 
-def gathered_by(one: Learner) -> Found:
+def sent_by(one: Learner) -> Found:
     """What the optimiser alone sends, when every weight has a gradient."""
+    blank_gradients(one)
+    one.optimizer.step()
+    return {kind: torch.tensor(size) for kind, size in one.mesh.comm.sent.items()}
+
+
+def blank_gradients(one: Learner) -> None:
+    """Every weight has a gradient, and nothing was sent."""
     for p in one.team.parameters.values():
         p.grad = torch.zeros_like(p)
     one.mesh.comm.reset()
-    one.optimizer.step()
-    return {kind: torch.tensor(size) for kind, size in one.mesh.comm.sent.items()}
 
 
 def dealt(processes: int) -> Found:

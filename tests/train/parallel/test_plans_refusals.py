@@ -16,8 +16,9 @@ GQA: dict[str, Any] = {"kind": "gqa", "heads": 4, "position": "rope"}
 @pytest.mark.parametrize(
     ("mixer", "more", "sizes", "told"),
     [
-        ({"kind": "mamba2", "heads": 2, "head_dim": 8, "state_size": 4}, {}, {"tensor": 2}, "mixer mamba2: tensor=2"),
-        (GQA | {"kv_heads": 2}, {}, {"tensor": 4}, r"mixer gqa: tensor=4 .* 2 pieces; accepted: tensor in 1, 2"),
+        ({"kind": "mamba2", "heads": 2, "head_dim": 8, "state_size": 4}, {}, {"tensor": 2}, r"mamba2: .* 1 are not cut in two"),
+        (GQA | {"heads": 6, "kv_heads": 2, "head_dim": 4}, {}, {"tensor": 3}, r"6 pieces; accepted: tensor in 1, 2, 6"),
+        ({"kind": "s4d", "modes": 2}, {}, {"tensor": 2}, "s4d: tensor=2 .* its gate stands behind the sum"),
         (GQA | {"scores": {"dropout": 0.1}}, {}, {"tensor": 2}, "blocks.0.mixer: mixer gqa: tensor=2"),
         (GQA | {"qk_norm": {"over": "full"}}, {}, {"tensor": 2}, "accepted: tensor=1"),
         (GQA, {"vocab": 33}, {"tensor": 2}, "embed: embed token: tensor=2 .* 33 pieces"),

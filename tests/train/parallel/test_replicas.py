@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,19 @@ from assay.spec.shard import deal
 from assay.train.checkpoint import read_run, stored_weights
 from assay.train.optim.specs import OPTIMIZERS, is_hidden
 from tests.train.parallel.plans import Found, together
-from tests.train.parallel.replicas import HYBRID, LAYOUTS, MODELS, OPTIMIZED, by, kinds, made, resumed, save, steps
+from tests.train.parallel.replicas import (
+    COPIED,
+    HYBRID,
+    LAYOUTS,
+    MODELS,
+    OPTIMIZED,
+    by,
+    kinds,
+    made,
+    resumed,
+    save,
+    steps,
+)
 
 FOUR = ["data4", "data2-shard2"]
 
@@ -84,19 +97,52 @@ def test_processes_with_soap_stay_together(two: list[Found]) -> None:
     torch.testing.assert_close(two[0]["soap:loss"], alone_by("soap")["loss"], rtol=1e-3, atol=0)
 
 
-def test_what_muon_gathers_is_the_hidden_matrices_that_are_cut(two: list[Found]) -> None:
-    """Half of each on two processes, in float64. Of experts, that are cut by expert, nothing."""
-    table = weight_table(MODELS["moe"])
-    hidden = {name: w for name, w in table.items() if is_hidden(w)}
-    cuts = deal(MODELS["moe"], {"tensor": 2}).cuts
-    want = {
-        "data2": 0,
-        "shard2": sum(w.numel for w in hidden.values() if len(w.shape) == 2) * 8 // 2,
-        "tensor2": sum(w.numel for name, w in hidden.items() if name in cuts) * 8 // 2,
-        "expert2": 0,
-    }
-    for layout, size in want.items():
-        assert int(two[0].get(f"gathered/{layout}:all_gather", torch.tensor(0))) == size, layout
+def dealt_bytes(axes: dict[str, int]) -> int:
+    """What all processes send for a step of Muon, in float64: of each hidden matrix of M bytes that n processes hold, P
+    pieces of it, (P - 1) / P M to its owner and (n - 1) / P M back. Experts are others along `shard` and `expert`."""
+    cuts, total = deal(MODELS["moe"], axes).cuts, 0
+    for name, w in weight_table(MODELS["moe"]).items():
+        if is_hidden(w):
+            experts = len(w.shape) == 3
+            split = {"shard"} | ({"tensor"} if name in cuts else set())
+            pieces = 1 if experts else math.prod(axes.get(axis, 1) for axis in split)
+            n = math.prod(size for axis, size in axes.items() if not experts or axis not in ("shard", "expert"))
+            total += 8 * w.numel * (pieces - 1 + n - 1) // pieces
+    return total
+
+
+def check_dealt_bytes(found: list[Found], layout: str) -> None:
+    axes = {axis: size for axis, size in OPTIMIZED[layout].items() if axis != "kinds"}
+    assert sum(int(each.get(f"sent/{layout}:all_to_all", 0)) for each in found) == dealt_bytes(axes)
+
+
+@pytest.mark.parametrize("layout", [name for name in OPTIMIZED if "2-" not in name])
+def test_what_muon_sends_is_pieces_to_owners_and_pieces_of_updates_back(two: list[Found], layout: str) -> None:
+    check_dealt_bytes(two, layout)
+
+
+def check_copies(found: list[Found]) -> None:
+    """Ranks that hold copies of key heads learn what one process learns; beside gradients of weights that are whole
+    inside the parts, they sum those of the copies between two ranks: a piece of them each."""
+    n = len(found)
+    want = steps(made(COPIED[n], None))
+    for name, t in want.items():
+        torch.testing.assert_close(
+            found[0][f"copied:{name}"], t, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    table = weight_table(COPIED[n])
+    partial = sum(table[name].numel for name in deal(COPIED[n], {"tensor": n}).partial)
+    copies = sum(w.numel for name, w in table.items() if ".k." in name or ".v." in name) // (n // 2)
+    assert int(found[0]["copied:sent"]) == 8 * (2 * (n - 1) / n * partial + copies)
+
+
+def test_key_heads_are_copied_where_there_are_fewer_than_ranks(two: list[Found]) -> None:
+    check_copies(two)
+
+
+@pytest.mark.slow
+def test_two_of_four_ranks_share_a_key_head(four: list[Found]) -> None:
+    check_copies(four)
 
 
 @pytest.mark.slow
