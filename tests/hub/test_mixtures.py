@@ -13,6 +13,7 @@ import transformers as hf
 from torch import nn
 
 from assay.hub.load import import_folder
+from assay.measure.parity import compare
 from tests.hub import tiny
 from tests.model.hf import VOCAB, assert_equal, randomised
 
@@ -176,3 +177,12 @@ def test_equals_hugging_face(family: Callable[[], Made], tmp_path: Path) -> None
 def test_a_changed_weight_is_seen(family: Callable[[], Made], name: str, tmp_path: Path) -> None:
     theirs, folder, _ = saved(family, tmp_path)
     assert max(tiny.flipped(folder, name, theirs).values()) > 1e-3
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_decode_run_again_reads_borrowed_keys_as_far_as_they_go(tmp_path: Path) -> None:
+    """From the third token on a tape runs: whose mask was made where it cannot see would show every step the same."""
+    model, folder, _ = saved(gemma4, tmp_path)
+    ids = torch.arange(24).view(2, 12) * 7 % VOCAB
+    report = compare(import_folder(folder), tiny.reference(model, ids))
+    assert {"greedy_ids", "greedy_logits"} <= {row.quantity for row in report.rows} and report.match, report

@@ -96,6 +96,7 @@ def attend(
             return whole
         if invariant.asked():
             return invariant.run(q, view, step, sees, scores, made)
+        made = made if made is not None else plan(step, view.layout, sees)
         found = decode.run(q, view, scores, made)
         if found is not None:
             return found

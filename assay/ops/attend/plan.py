@@ -19,6 +19,7 @@ from assay.ops.attend.parts import Part, Where, gathered_pairs, groups, multipli
 from assay.ops.native import serving
 from assay.ops.sees import Sees
 from assay.ops.step import Layout, Step
+from assay.ops.tape import recorder
 
 BACKENDS = ("oracle", "tiled", "matmul", "sdpa", "gathered")
 TILE = 64
@@ -116,6 +117,9 @@ def materialised(step: Step, layout: Layout, sees: Sees, backend: str) -> Plan:
     q_seq, q_index, q_pos, k_seq, k_index, k_pos = aligned(step, layout)
     if q_pos.shape[1] == 1 and backend == "auto" and serving(q_pos) is not None:
         # Decoding has a kernel, and one query a row no structure; NumPy takes a fraction of what torch takes to begin.
+        # A tape does not see what NumPy does: borrowed keys have their plan made while it is recorded.
+        if recorder() is not None:
+            return Plan(backend, visible(step, layout, sees), q_pos, k_pos)
         prefix = prefixes(step, layout)
         mine, places, theirs, entries = (t.numpy() for t in (q_seq, q_index, k_seq, k_index))
         prefix_ = None if prefix is None else prefix.numpy()
