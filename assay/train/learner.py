@@ -25,7 +25,7 @@ from assay.train.objective import posed
 from assay.train.optim.adamw import load_state, set_rate, state_tensors
 from assay.train.optim.build import build as build_optimizer
 from assay.train.parallel.mesh import Mesh
-from assay.train.parallel.replicas import local
+from assay.train.parallel.replicas import local, placed
 from assay.train.parallel.spec import ROWS
 from assay.train.parallel.team import Team
 from assay.train.precision import Runner
@@ -66,9 +66,8 @@ class Learner:
         self.mesh, self._held = mesh, held(table, deal(spec, how.sizes), how)
         self.spec, self.recipe, self.device = spec, recipe, device
         self._moments = 4 * sum(recipe.optimizer.keeps(table[name], w) for name, w in self._held.items())
-        need_of(self._held, recipe.precision, self._moments).check(
-            self.available, "a narrower or shallower model needs less"
-        )
+        self.home = torch.device("cpu") if mesh.spec.offload else device
+        self._kept().check(self.available_on(self.home), "a narrower or shallower model needs less")
         if compiled and mesh.processes > 1:
             raise ValueError(f"--compile: compiled steps are for one process; recipe.parallel makes {mesh.processes}")
         self.parameters = sum(w.numel for w in table.values())
@@ -76,7 +75,7 @@ class Learner:
         self.model = build(spec, recipe.seed, "cpu" if mesh.size("shard") > 1 else device).train()
         recompute(self.model, recipe.recompute)
         self.team = Team(self.model, mesh, recipe.precision)
-        self.model.to(device)
+        placed(self.model, device, mesh.spec.offload)
         # What `shard` gathers is in the precision of the products already.
         self.precision = "float32" if self.team.casts else recipe.precision
         self.optimizer = build_optimizer(recipe.optimizer, self.model, table, self.team)
@@ -159,13 +158,16 @@ class Learner:
         rows = -(-self.recipe.batch.rows // self.recipe.batch.accumulate // self.mesh.size(*ROWS))
         one, two = (self._saves(count, rows) for count in (1, 2))
         logits = min(self.options.piece, rows * self.recipe.batch.length * self.spec.vocab)
-        need = need_of(self._held, self.recipe.precision, self._moments)
+        need = self._kept() if self.home == self.device else Need(0, 0, 0)
         return need.with_activations(rows * (two - one) + LOGIT_BYTES * logits)
 
-    @property
-    def available(self) -> int:
+    def _kept(self) -> Need:
+        """Of weights, their gradients and what is remembered of them, which stand at `home`."""
+        return need_of(self._held, self.recipe.precision, self._moments)
+
+    def available_on(self, device: torch.device) -> int:
         """Memory that this process can still have, where those beside it on the machine take as much."""
-        return available_bytes(self.device) // self.mesh.neighbours
+        return available_bytes(device) // self.mesh.sharing(device)
 
     def _saves(self, count: int, rows: int) -> int:
         """Bytes saved for backward by `count` of a batch's rows, with their share of the logits held at once."""
@@ -183,7 +185,9 @@ class Learner:
     def check_memory(self) -> None:
         """ValueError with the numbers when a step would not fit."""
         need = self.need()
-        need.check(self.available + need.weights, "more pieces (recipe.batch.accumulate) save less at once")
+        need.check(
+            self.available_on(self.device) + need.weights, "more pieces (recipe.batch.accumulate) save less at once"
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All but the weights: named tensors, whole and on the first process alone, and values for JSON. All processes

@@ -84,10 +84,9 @@ class Mesh:
         assert group is not None
         return DeviceMesh.from_group(group, self.kind, mesh_dim_names=(axis,))
 
-    @property
-    def neighbours(self) -> int:
-        """How many processes share this one's memory."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 and self.kind == "cpu" else 1
+    def sharing(self, device: torch.device) -> int:
+        """How many processes have the memory of this device."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 and device.type == "cpu" else 1
 
     @property
     def everyone(self) -> dist.ProcessGroup | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -26,22 +26,38 @@ def apply(model: LM, mesh: Mesh, precision: str) -> None:
     gathered for the whole step. Blocks that several layers share belong to the latter.
 
     In bfloat16 gathered copies are in it, and gradients are summed in float32, where the optimiser works. What the
-    blocks are given is not cast: angles are float32. Weights that no gradient reaches stay whole.
+    blocks are given is not cast: angles are float32. Weights that no gradient reaches stay whole. With `offload` the
+    model is to be on the host, and parts of it stay there (`placed`).
     """
     found = torch.bfloat16 if precision == "bfloat16" else None
     low = MixedPrecisionPolicy(found, torch.float32 if found else None, cast_forward_inputs=False)
     frozen = {p for p in model.parameters() if not p.requires_grad}
+    host = CPUOffloadPolicy(pin_memory=mesh.kind == "cuda") if mesh.spec.offload else OffloadPolicy()
     line = mesh.torch_mesh("shard")
     sources = model.spec.sources
     for layer, block in enumerate(model.blocks):
         if sources.count(layer) == 1:
-            fully_shard(block, mesh=line, mp_policy=low, ignored_params=frozen)
-    fully_shard(model, mesh=line, mp_policy=low, ignored_params=frozen)
+            fully_shard(block, mesh=line, mp_policy=low, offload_policy=host, ignored_params=frozen)
+    fully_shard(model, mesh=line, mp_policy=low, offload_policy=host, ignored_params=frozen)
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_custom_all_gather(Gather(mesh.comm))
         unit.set_custom_reduce_scatter(Scatter(mesh.comm))
+
+
+@torch.no_grad()
+def placed(model: LM, device: torch.device, offload: bool) -> None:
+    """Put the model onto a device; with `offload` all but what is cut."""
+    if not offload:
+        model.to(device)
+        return
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    for p in model.parameters():
+        if not isinstance(p, DTensor):
+            p.data = p.data.to(device)
 
 
 def units(model: nn.Module) -> Iterable[FSDPModule]:

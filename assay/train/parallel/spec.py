@@ -27,6 +27,8 @@ class ParallelSpec(Spec):
     al. 2019, arXiv 1909.08053); sequence: and the tokens between them (Korthikanti et al. 2022, arXiv 2205.05198).
     expert: experts. context: the tokens of a row; ring: their keys and values go from rank to rank and are not gathered
     (Liu et al. 2023, arXiv 2310.01889). pipeline: layers.
+    offload: what `shard` cuts (weights, gradients, moments) stands on the host, where the optimiser steps; a device has
+    what is gathered of it for a block.
     timeout_s: how long a process waits for another one before it gives up.
     """
 
@@ -38,6 +40,7 @@ class ParallelSpec(Spec):
     pipeline: int = Field(1, ge=1)
     sequence: bool = False
     ring: bool = False
+    offload: bool = False
     timeout_s: float = Field(60.0, gt=0.0)
 
     @model_validator(mode="after")
@@ -46,6 +49,8 @@ class ParallelSpec(Spec):
             raise ValueError("sequence: true spreads tokens over the ranks of `tensor`, which is 1; accepted: false")
         if self.ring and self.context == 1:
             raise ValueError("ring: true passes keys round the ranks of `context`, which is 1; accepted: false")
+        if self.offload and self.shard == 1:
+            raise ValueError("offload: true keeps on the host what `shard` cuts, which is 1; accepted: false")
         return self
 
     @property

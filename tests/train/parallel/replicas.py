@@ -18,7 +18,7 @@ from assay.train.checkpoint import Saved, read_run, save_run, stored_weights
 from assay.train.learner import Learner
 from assay.train.loop import dataset
 from assay.train.parallel.mesh import Mesh
-from assay.train.parallel.replicas import local
+from assay.train.parallel.replicas import local, units
 from assay.train.parallel.spec import ParallelSpec
 from assay.train.recipe import Recipe
 from tests.train.parallel.plans import Found
@@ -123,6 +123,7 @@ def everything(rank: int, processes: int) -> Found:
             found |= under(f"{name}/{kind}", steps(made(MODELS.get(kind, MODELS["moe"]), mesh, dtype)))
     found |= optimized() if processes == 2 else {}
     found |= under("copied", copied(processes))
+    found |= under("offloaded", offloaded()) if processes == 2 else {}
     found |= sizes(rank, processes) | under("dealt", dealt(processes))
     one = made(HYBRID, split(processes), torch.float32)
     found |= under("saved", steps(one, 3))
@@ -137,6 +138,15 @@ def copied(processes: int) -> Found:
     blank_gradients(one)
     one.team.reduce()
     return found | {"sent": torch.tensor(one.mesh.comm.sent["all_reduce"])}
+
+
+def offloaded() -> Found:
+    """Shards that stand on the host, and how many parameters of how many do."""
+    one = made(MODELS["moe"], mesh_of(shard=2, offload=True))
+    kept = [p for unit in units(one.model) for p in unit._get_fsdp_state()._fsdp_param_group.fsdp_params]  # type: ignore[union-attr]
+    trained = sum(p.requires_grad for p in one.model.parameters())
+    found = steps(one)
+    return found | {"kept": torch.tensor([sum(p.offload_to_cpu for p in kept), trained])}
 
 
 def by(kind: str, mesh: Mesh | None) -> Learner:

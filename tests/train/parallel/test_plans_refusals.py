@@ -16,7 +16,7 @@ GQA: dict[str, Any] = {"kind": "gqa", "heads": 4, "position": "rope"}
 @pytest.mark.parametrize(
     ("mixer", "more", "sizes", "told"),
     [
-        ({"kind": "mamba2", "heads": 2, "head_dim": 8, "state_size": 4}, {}, {"tensor": 2}, r"mamba2: .* 1 are not cut in two"),
+        ({"kind": "mamba2", "heads": 2, "head_dim": 8}, {}, {"tensor": 2}, "mamba2: tensor=2 .* 1 are not cut in two"),
         (GQA | {"heads": 6, "kv_heads": 2, "head_dim": 4}, {}, {"tensor": 3}, r"6 pieces; accepted: tensor in 1, 2, 6"),
         ({"kind": "s4d", "modes": 2}, {}, {"tensor": 2}, "s4d: tensor=2 .* its gate stands behind the sum"),
         (GQA | {"scores": {"dropout": 0.1}}, {}, {"tensor": 2}, "blocks.0.mixer: mixer gqa: tensor=2"),
@@ -38,6 +38,11 @@ def test_what_cannot_be_dealt_out_is_named(
 def test_experts_that_the_ranks_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"ffn moe: expert=3 .* 4 pieces; accepted: expert in 1, 2, 4"):
         deal(model(GQA, {"kind": "moe", "experts": 4, "width": 8}), {"expert": 3})
+
+
+def test_what_nothing_cuts_is_not_kept_on_the_host() -> None:
+    with pytest.raises(ValueError, match=r"offload: true keeps on the host what `shard` cuts, which is 1"):
+        ParallelSpec(data=2, offload=True)
 
 
 def test_tokens_without_ranks_to_spread_them_over() -> None:

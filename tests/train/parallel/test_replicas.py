@@ -140,6 +140,13 @@ def test_key_heads_are_copied_where_there_are_fewer_than_ranks(two: list[Found])
     check_copies(two)
 
 
+def test_shards_on_the_host_compute_the_same(two: list[Found]) -> None:
+    found = {n.removeprefix("offloaded:"): t for n, t in two[0].items() if n.startswith("offloaded:")}
+    kept, count = found.pop("kept").tolist()
+    assert kept == count
+    compare({f"shard2/moe:{name}": t for name, t in found.items()}, "shard2/moe")
+
+
 @pytest.mark.slow
 def test_two_of_four_ranks_share_a_key_head(four: list[Found]) -> None:
     check_copies(four)
