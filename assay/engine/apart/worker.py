@@ -56,14 +56,14 @@ class Worker:
         self.under_way = 0
         self.notes: list[dict[str, Any]] = []
         self.looked = 0.0
+        self.tidy = Tidy()
 
     def serve(self) -> None:
-        tidy = Tidy()
         while self._obey():
             if self.works:
                 self._step()
+                self.tidy.worked()
             self._send()
-            tidy()
 
     @property
     def works(self) -> bool:
@@ -76,6 +76,7 @@ class Worker:
                 if self.works:
                     return True
                 wire.put(self.pipe, {"is": "beat"})
+                self.tidy.rested()
                 continue
             message, state = wire.get(self.pipe)
             match message["do"]:

@@ -1,7 +1,9 @@
 """Free memory that the process still holds, given back to the system.
 
 Replies of all lengths leave holes in the heap of the C library (glibc), between blocks that stay: what is in use does
-not grow, but what the process occupies does, for hours. `malloc_trim` gives whole free pages back, in milliseconds.
+not grow, but what the process occupies does, for hours. `malloc_trim` gives whole free pages back. Among them are those
+of the activations, which the next step takes again and pays for page by page (`ops/heap.py`): so it is asked for when a
+server has come to rest, and seldom while it works.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import ctypes
 import time
 from collections.abc import Callable
 
-EVERY_S = 10.0
+WORKING_S, RESTED_S = 60.0, 1.0
 
 
 def trimmer() -> Callable[[], object]:
@@ -20,13 +22,31 @@ def trimmer() -> Callable[[], object]:
 
 
 class Tidy:
-    """Call it as often as you like: it trims once in `every` seconds."""
+    """Trims once in `working` seconds in which there was work, and once after `rested` seconds without."""
 
-    def __init__(self, every: float = EVERY_S, trim: Callable[[], object] | None = None) -> None:
-        self.every, self.trim, self.last = every, trim or trimmer(), time.monotonic()
+    def __init__(
+        self, working: float = WORKING_S, rested: float = RESTED_S, trim: Callable[[], object] | None = None
+    ) -> None:
+        self.working, self._rested, self._trim = working, rested, trim or trimmer()
+        self._last, self._owed = time.monotonic(), True
 
-    def __call__(self) -> None:
-        now = time.monotonic()
-        if now - self.last >= self.every:
-            self.trim()
-            self.last = now
+    @property
+    def patience(self) -> float | None:
+        """Seconds of rest until `rested` is to be called; None where that would do nothing."""
+        return self._rested if self._owed else None
+
+    def worked(self) -> None:
+        """After each step."""
+        self._owed = True
+        if time.monotonic() - self._last >= self.working:
+            self._now()
+
+    def rested(self) -> None:
+        """After a rest: nothing where nothing was done since the last one."""
+        if self._owed:
+            self._now()
+            self._owed = False
+
+    def _now(self) -> None:
+        self._trim()
+        self._last = time.monotonic()

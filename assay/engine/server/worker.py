@@ -102,6 +102,7 @@ class Worker:
         self._inbox: SimpleQueue[Callable[[Served], None]] = SimpleQueue()
         self._open: dict[int, _Open] = {}
         self._running, self._looked = True, 0.0
+        self.tidy = Tidy()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     async def start(self) -> None:
@@ -211,14 +212,13 @@ class Worker:
             self._tell(_settle, self._ready, error)
             return
         self._tell(_settle, self._ready, None)
-        tidy = Tidy()
         try:
             while self._running:
                 self._obey(engine)
                 if engine.busy and self._running:
                     self._step(engine)
+                    self.tidy.worked()
                 self._look(engine, not engine.busy)
-                tidy()
                 if isinstance(engine, Cluster) and engine.failed:
                     raise RuntimeError(engine.problem)
         except BaseException as error:  # nothing is known of the engine any more: better none than a wrong one
@@ -237,10 +237,12 @@ class Worker:
         wait = not engine.busy
         while True:
             try:
-                self._inbox.get(block=wait)(engine)
+                self._inbox.get(block=wait, timeout=self.tidy.patience)(engine)
+                wait = False
             except Empty:
-                return
-            wait = False
+                if not wait:
+                    return
+                self.tidy.rested()
 
     def _step(self, engine: Served) -> None:
         began = time.monotonic()
