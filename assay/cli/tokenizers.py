@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Data = Annotated[Path | None, typer.Option("--data", metavar="FILE", help="Text, a folder of texts, or .jsonl.")]
 Kinds = Annotated[str, typer.Option("--kinds", metavar="KIND,...", help="Which, by kind, in this order.")]
 Vocab = Annotated[int, typer.Option("--vocab", min=1, help="Ids of those that are trained.")]
-KINDS = "byte,char,word,bpe,wordpiece,unigram"
+KINDS = "byte,char,word,word_bytes,bpe,wordpiece,unigram"
 
 
 def run(data: Data = None, kinds: Kinds = KINDS, vocab: Vocab = 1024, json: Json = False) -> None:

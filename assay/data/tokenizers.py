@@ -39,10 +39,11 @@ class TokenizerSpec(Spec):
     bpe, wordpiece, unigram   pieces of words over bytes (`assay.data.vocabularies`), trained on the training documents:
           `vocab` ids in all, `<|endoftext|>` is id 0
     word  the most frequent words of the training documents: `vocab` ids in all; other words are unknown
+    word_bytes  the same, but other words are spelled in bytes, of which 256 ids are
     made  the one in the checkpoint (or folder of Hugging Face) `folder`
     """
 
-    kind: Literal["byte", "char", "bpe", "wordpiece", "unigram", "word", "made"] = "byte"
+    kind: Literal["byte", "char", "bpe", "wordpiece", "unigram", "word", "word_bytes", "made"] = "byte"
     vocab: int | None = None
     folder: str | None = None
 
@@ -133,10 +134,18 @@ class Tokenizer:
         return list(zip(made.ids, made.special_tokens_mask, strict=True))
 
     def known(self, text: str) -> str:
-        """A text without what `encode` refuses: characters outside a char tokenizer's corpus."""
+        """A text without what `encode` refuses: characters outside a char tokenizer's corpus, and words of which a
+        vocabulary has no token, not even one for those that it does not have (a task's symbols)."""
         if self._alphabet is None:
-            return text
+            return (
+                text if self._for_any_word else " ".join(w for w in text.split() if self.hf.token_to_id(w) is not None)
+            )
         return "".join(char for char in text if char in self.hf.get_vocab(with_added_tokens=False))
+
+    @property
+    def _for_any_word(self) -> bool:
+        model = self.hf.model
+        return not isinstance(model, models.WordLevel) or self.hf.token_to_id(model.unk_token) is not None
 
     def _encode_chars(self, text: str, alphabet: NDArray[np.int64]) -> NDArray[np.int64]:
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)

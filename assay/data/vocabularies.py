@@ -112,12 +112,26 @@ def word(texts: Iterable[str], vocab: int) -> hf.Tokenizer:
     return made
 
 
+def word_bytes(texts: Iterable[str], vocab: int) -> hf.Tokenizer:
+    """The most frequent words, each with the space before it; all others are spelled in bytes, so that any text comes
+    back and its bits a byte compare with those of the other vocabularies."""
+    found = word(texts, vocab + 2).get_vocab()
+    symbols = sorted(byte_symbols())
+    words = [piece for piece in sorted(found, key=found.__getitem__)[2:] if piece not in symbols]
+    kept = [END_OF_TEXT, *symbols, *words][:vocab]
+    # Without merges a word is one token where the vocabulary has it whole, and its bytes where it has not.
+    made = _byte_level(models.BPE({piece: i for i, piece in enumerate(kept)}, [], ignore_merges=True))
+    made.add_special_tokens([END_OF_TEXT])
+    return made
+
+
 BYTES_AND_END = 1 + 256
 TRAINED: Mapping[str, tuple[Callable[[Iterable[str], int], hf.Tokenizer], int, str]] = {
     "bpe": (bpe, BYTES_AND_END, f"256 bytes and {END_OF_TEXT}"),
     "wordpiece": (wordpiece, BYTES_AND_END + 256, f"256 bytes that begin a word, 256 inside one, and {END_OF_TEXT}"),
     "unigram": (unigram, BYTES_AND_END, f"256 bytes and {END_OF_TEXT}"),
     "word": (word, 3, f"{END_OF_TEXT}, {UNKNOWN} and a word"),
+    "word_bytes": (word_bytes, BYTES_AND_END, f"256 bytes and {END_OF_TEXT}"),
 }
 """By kind: how it is trained, the fewest ids that it can have, and what these are."""
 
@@ -130,6 +144,6 @@ def train(kind: str, texts: Iterable[str], vocab: int) -> hf.Tokenizer:
         raise ValueError(f"tokenizer kind {kind}: the corpus has no documents")
     made = TRAINED[kind][0](chain([first], given), vocab)
     if made.get_vocab_size() < vocab:
-        what = "words" if kind == "word" else "pieces" if kind == "unigram" else "pairs"
+        what = {"word": "words", "word_bytes": "words", "unigram": "pieces"}.get(kind, "pairs")
         raise ValueError(f"vocab: {vocab}; the corpus has {what} for {made.get_vocab_size()} ids only")
     return made

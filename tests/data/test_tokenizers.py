@@ -23,12 +23,12 @@ def corpus() -> Corpus:
 
 
 def tokenizer(kind: str) -> Tokenizer:
-    vocab = {"bpe": 400, "wordpiece": 600, "unigram": 300, "word": 60}.get(kind)
+    vocab = {"bpe": 400, "wordpiece": 600, "unigram": 300, "word": 60, "word_bytes": 300}.get(kind)
     texts = corpus() if kind != "char" else Corpus(Documents.of([TEXT]), Documents.of(["€"]))
     return build_tokenizer(TokenizerSpec.model_validate({"kind": kind, "vocab": vocab}), texts)
 
 
-LOSSLESS = ("byte", "bpe", "wordpiece", "unigram")
+LOSSLESS = ("byte", "bpe", "wordpiece", "unigram", "word_bytes")
 KINDS = {kind: tokenizer(kind) for kind in (*LOSSLESS, "char", "word")}
 
 
@@ -163,7 +163,7 @@ def test_bits_per_byte() -> None:
         ({"kind": "bpe", "vocab": 256}, "vocab: 256"),
         ({"kind": "byte", "vocab": 300}, "has 256 ids"),
         ({"kind": "char", "vocab": 65}, "leave it out"),
-        ({"kind": "words"}, "'byte', 'char', 'bpe', 'wordpiece', 'unigram', 'word' or 'made'"),
+        ({"kind": "words"}, "'byte', 'char', 'bpe', 'wordpiece', 'unigram', 'word', 'word_bytes' or 'made'"),
     ],
 )
 def test_bad_specs(fields: dict[str, object], message: str) -> None:

@@ -21,7 +21,7 @@ from assay.data.vocabularies import CONTINUES, END_OF_TEXT, LONGEST, UNKNOWN
 from assay.data.vocabulary_table import compare, misspelt
 
 CORPUS = open_corpus(CorpusSpec(kind="generated", documents=12, document_bytes=800))
-SIZES = {"bpe": 400, "wordpiece": 600, "unigram": 300, "word": 60}
+SIZES = {"bpe": 400, "wordpiece": 600, "unigram": 300, "word": 60, "word_bytes": 300}
 SYMBOLS = byte_symbols()
 
 
@@ -102,6 +102,16 @@ def test_words_are_the_most_frequent_ones_and_others_are_unknown() -> None:
     assert ours.decode(ids) == some
 
 
+@given(TEXTS)
+def test_words_that_are_not_in_the_vocabulary_are_spelled(text: str) -> None:
+    ours = MADE["word_bytes"]
+    vocab = ours.hf.get_vocab()
+    pieces = [[spelt(word)] if spelt(word) in vocab else list(spelt(word)) for word in words(text)]
+    assert ours.encode(text).tolist() == [vocab[piece] for found in pieces for piece in found]
+    held = {piece for piece in vocab if len(piece) > 1 and piece != END_OF_TEXT}
+    assert len(held) == SIZES["word_bytes"] - 257 and held <= made("word", 70).hf.get_vocab().keys()
+
+
 def test_words_of_any_length_and_any_byte_come_back_from_wordpiece() -> None:
     text = "x" * (3 * LONGEST + 7) + " " + "é" * LONGEST + " \x00\x1f\x7f" + "\U0010ffff"
     assert MADE["wordpiece"].decode(MADE["wordpiece"].encode(text)) == text
@@ -116,6 +126,7 @@ def test_words_of_any_length_and_any_byte_come_back_from_wordpiece() -> None:
         ("word", None, "vocab: None; a word tokenizer"),
         ("word", 10_000, "vocab: 10000; the corpus has words for"),
         ("wordpiece", 60_000, "vocab: 60000; the corpus has pairs for"),
+        ("word_bytes", 10_000, "vocab: 10000; the corpus has words for"),
         ("unigram", 60_000, "vocab: 60000; the corpus has pieces for"),
     ],
 )
