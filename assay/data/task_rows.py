@@ -70,7 +70,7 @@ class TaskStream:
 
 
 def batch_of(examples: Examples) -> Batch:
-    """Each row a sequence of its own; an answer counts as one byte."""
+    """Each row a sequence of its own, with the prefix that the task says; an answer counts as one byte."""
     rows, length = examples.inputs.shape
     targets = torch.from_numpy(np.ascontiguousarray(examples.targets, np.int64)).flatten()
     return Batch(
@@ -81,4 +81,5 @@ def batch_of(examples: Examples) -> Batch:
         starts=torch.arange(rows + 1) * length,
         target_bytes=(targets >= 0).long(),
         grid=(rows, length),
+        prefix=None if examples.prefix is None else torch.from_numpy(examples.prefix).repeat_interleave(length),
     )

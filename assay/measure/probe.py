@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from assay.cost.bill import Question, bill
+from assay.data.halves import halves
 from assay.data.task_rows import HELD_OUT, batch_of
 from assay.data.tasks.base import Task
 from assay.measure.subject import Subject
 from assay.model.lm import LM
 from assay.spec.load import dump, read_mapping, shelf
 from assay.spec.model import ModelSpec
-from assay.train.evaluate import LOGITS, step_of
+from assay.train.evaluate import LOGITS, step_of_halves
 from assay.train.loop import Options, train
 from assay.train.outcome import Diverged, Status, TrainResult
 from assay.train.precision import Runner
@@ -92,11 +93,11 @@ def accuracy(model: LM, task: Task, rows: int) -> float:
     right = asked = 0
     runner = Runner(model.eval(), "float32")
     for piece in batch.split(max(1, LOGITS // (task.length * model.spec.vocab))):
-        here = piece.to(device)
-        logits = runner(step_of(here)).logits
+        read = halves(piece, model.spec).to(device)
+        logits = runner(step_of_halves(read)).logits
         assert logits is not None
-        right += int((logits.argmax(-1) == here.targets).sum())
-        asked += here.counted
+        right += int((logits.argmax(-1) == read.own.targets).sum())
+        asked += read.own.counted
     model.train(was_training)
     return right / asked
 

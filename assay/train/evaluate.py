@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assay.data.halves import Halves, halves
 from assay.data.loader import Batch
 from assay.data.tokenizers import bits_per_byte
 from assay.model.lm import LM
 from assay.ops.precision import high
-from assay.ops.step import Step, training_step
+from assay.ops.step import RowsOf, Step, training_step
 from assay.train.precision import Runner
 
 LOGITS = 1 << 24
@@ -81,6 +82,12 @@ def step_of(batch: Batch, listen: frozenset[str] = frozenset()) -> Step:
     return step if batch.prefix is None else step.with_(prefix=batch.prefix)
 
 
+def step_of_halves(read: Halves, part: RowsOf | None = None) -> Step:
+    """The step in which a model reads what `assay.data.halves` has for it. part: of these rows, among others'."""
+    step = step_of(read.own).with_(part=part)
+    return step if read.source is None else step.with_(encode=step_of(read.source).with_(part=part))
+
+
 @torch.no_grad()
 def token_losses(model: LM, batch: Batch, precision: str = "float32") -> Tensor:
     """[N] float32: the loss of each target in nats, 0 where the target is -1."""
@@ -91,10 +98,12 @@ def token_losses(model: LM, batch: Batch, precision: str = "float32") -> Tensor:
 
 
 def _piece(runner: Runner, batch: Batch) -> Tensor:
-    logits = runner(step_of(batch)).logits
+    read, found = halves(batch, runner.model.spec), torch.zeros(batch.targets.shape, device=batch.targets.device)
+    logits = runner(step_of_halves(read)).logits
     if logits is None:  # a stage of a pipeline before the last
-        return torch.zeros(batch.targets.shape, device=batch.targets.device)
-    return F.cross_entropy(high(logits), batch.targets, ignore_index=-1, reduction="none").float()
+        return found
+    losses = F.cross_entropy(high(logits), read.own.targets, ignore_index=-1, reduction="none").float()
+    return found.index_add(0, read.places, losses)
 
 
 def evaluate(model: LM, batches: Iterable[Batch], precision: str = "float32") -> Evaluation:

@@ -12,6 +12,7 @@ from torch import Tensor
 from assay.cost.memory import Need, need_of
 from assay.cost.parallel import Spread, held
 from assay.data.dataset import Data
+from assay.data.halves import Halves, halves
 from assay.data.loader import Batch
 from assay.model.lm import LM, build, weight_table
 from assay.parts.base import Part
@@ -19,7 +20,7 @@ from assay.parts.heads.lm import LossOptions
 from assay.spec.model import ModelSpec
 from assay.spec.shard import deal
 from assay.train.ema import average_of
-from assay.train.evaluate import step_of
+from assay.train.evaluate import step_of_halves
 from assay.train.memory import SavedForBackward, available_bytes, loss_piece
 from assay.train.objective import posed
 from assay.train.optim.adamw import load_state, set_rate, state_tensors
@@ -70,6 +71,8 @@ class Learner:
         self._kept().check(self.available_on(self.home), "a narrower or shallower model needs less")
         if compiled and mesh.processes > 1:
             raise ValueError(f"--compile: compiled steps are for one process; recipe.parallel makes {mesh.processes}")
+        if compiled and spec.encoder is not None:
+            raise ValueError("--compile: compiled steps have one size, and an encoder's sources have many")
         self.parameters = sum(w.numel for w in table.values())
         # What is cut is cut on the host: a device need not have room for the whole.
         self.model = build(spec, recipe.seed, "cpu" if mesh.size("shard") > 1 else device).train()
@@ -126,8 +129,8 @@ class Learner:
         """
         own, place = self.team.part(piece)
         share = self.team.share(own.counted, total)
-        own = own.to(self.device)
-        out = self.runner(step_of(own).with_(part=place), own.targets, self.options)
+        read = halves(own, self.spec).to(self.device)
+        out = self.runner(step_of_halves(read, place), read.own.targets, self.options)
         assert out.loss is not None
         sums[NLL] = sums[NLL] + out.loss["nll"].detach()
         objective = out.loss["objective"] / total
@@ -179,7 +182,9 @@ class Learner:
         batch = Batch(ids, ids, seq, index, starts, torch.ones_like(ids), (count, length))
         options = replace(self.options, piece=max(1, self.options.piece * count // rows))
         with SavedForBackward(self.model) as saved:
-            Runner(self.model, self.precision)(step_of(batch), batch.targets, options)
+            # An encoder reads no more than a whole row, and what its decoder says is no longer.
+            read = Halves(batch if self.spec.encoder is not None else None, batch, ids)
+            Runner(self.model, self.precision)(step_of_halves(read), batch.targets, options)
         return saved.bytes
 
     def check_memory(self) -> None:

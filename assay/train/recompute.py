@@ -31,9 +31,12 @@ def apply(model: LM, how: Recompute) -> None:
     """Every block keeps its input, and with `selective` the results of its products. Chen et al. 2016, arXiv
     1604.06174; Korthikanti et al. 2022, arXiv 2205.05198, section 5. What `selective` keeps stands beside autograd's
     own, where `memory.SavedForBackward` does not see it."""
-    if how != "none":
-        for block in dict.fromkeys(model.blocks):
-            setattr(block, "forward", partial(again, Shell(block.forward, block), how))  # noqa: B010
+    if how == "none":
+        return
+    for block in dict.fromkeys(model.blocks):
+        setattr(block, "forward", partial(again, Shell(block.forward, block), how))  # noqa: B010
+    if model.encoder is not None:
+        apply(model.encoder, how)
 
 
 class Shell(nn.Module):

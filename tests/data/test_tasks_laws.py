@@ -43,7 +43,7 @@ def _others(kind: str, some: Callable[[int, int], int], draw: st.DrawFn) -> dict
         case "addition":
             least = some(1, 30)
             return {"length": 3 * least + 2 + spare, "least": least}
-        case "copy":
+        case "copy" | "reversal":
             least = some(1, 9)
             return {"length": 2 * least + spare, "least": least, "symbols": some(2, 30)}
         case "compression":
@@ -136,6 +136,9 @@ def test_the_oracle_is_always_right(kind: str, data: st.DataObject, seed: int) -
         assert array.shape == (8, task.length) and array.dtype == np.int64
     assert examples.inputs.min() >= 0 and max(examples.inputs.max(), examples.targets.max()) < task.vocab
     assert examples.targets[~examples.asked].tolist() == [IGNORED] * int((~examples.asked).sum())
+    if examples.prefix is not None:
+        first = examples.asked.argmax(1)
+        assert np.array_equal(first, examples.prefix - 1), "the last symbol of a prefix is asked what follows it"
     assert solved(task, examples)
 
 
@@ -158,7 +161,7 @@ def test_a_row_is_its_seed_and_its_number(kind: str) -> None:
     task = built(kind)
     whole = task.draw(24, 7)
     pieces = [task.draw(rows, 7, first) for first, rows in ((0, 5), (5, 1), (6, 18))]
-    for name in ("inputs", "targets"):
+    for name in ("inputs", "targets", *(() if whole.prefix is None else ("prefix",))):
         assert np.array_equal(np.concatenate([getattr(p, name) for p in pieces]), getattr(whole, name))
     other = task.draw(24, 8)
     assert (whole.inputs != other.inputs).any(1).all()
@@ -210,6 +213,7 @@ REFUSED = [
     ("dyck", {"length": 9}, "length: 9; accepted: even numbers, for every bracket is closed"),
     ("addition", {"length": 32, "least": 11}, "length: 32; numbers of 11 (least) digits need 35 or more"),
     ("copy", {"length": 9, "least": 5}, "length: 9; strings of 5 (least) symbols and their copies need 10 or more"),
+    ("reversal", {"length": 9, "least": 5}, "length: 9; strings of 5 (least) symbols, there and back, need 10 or more"),
     ("selective_copy", {"length": 32}, "length: 32; 16 symbols, a mark and as many answers need 33 or more"),
     ("induction", {"most": 8}, "most: 8; blocks of 16 (least) symbols need 16 or more"),
     ("induction", {"symbols": 31}, "symbols: 31; blocks of 32 (most) different symbols need 32 or more"),

@@ -16,7 +16,7 @@ from assay.data.loader import Loader
 from assay.data.tokenizers import Tokenizer
 from assay.measure import machine
 from assay.train.checkpoint import load_checkpoint
-from assay.train.learner import step_of
+from assay.train.evaluate import step_of
 from assay.train.loop import dataset
 from assay.train.recipe import load_recipe
 from tests.hub import tiny

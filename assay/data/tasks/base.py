@@ -34,10 +34,13 @@ Solver = Callable[[Ids], Ids]
 @dataclass(frozen=True)
 class Examples:
     """R rows: inputs [R, T]; targets [R, T], the answer that is due after reading the input at the same place, and
-    IGNORED where nothing is asked. A target is not the next input: what follows a question may be another question."""
+    IGNORED where nothing is asked. A target is not the next input: what follows a question may be another question.
+    prefix [R]: how many symbols of a row are a source that comes whole, whose last one is asked what follows it; None:
+    rows have none."""
 
     inputs: Ids
     targets: Ids
+    prefix: Ids | None = None
 
     @property
     def asked(self) -> NDArray[np.bool_]:
