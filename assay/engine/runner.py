@@ -19,6 +19,7 @@ from assay.engine.storage import Storage
 from assay.engine.tapes import Tapes
 from assay.model.lm import LM, Output, state_table
 from assay.ops.heap import keep_freed
+from assay.ops.largepages import in_large_pages
 from assay.ops.native import kernels
 from assay.ops.step import Piece, Step, joined
 from assay.spec.model import ModelSpec
@@ -155,6 +156,7 @@ class Runner:
             keep_freed()
         self.width = steady.width(model)
         self.cache = made(state_table(model.spec, model.prefix), size, weight, storage or Storage())
+        in_large_pages([*model.parameters(), *(pool for _, pool in self.cache.tensors())])
         self.tapes = Tapes(self.model)
         if self.width is not None and isinstance(self.cache, Quantised) and self.cache.forms:
             raise ValueError(
