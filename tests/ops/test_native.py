@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from assay.ops.linear import linear
+from assay.ops import linear as ops
+from assay.ops.linear import linear, linears
 from assay.ops.native import Kernels
 from tests.ops.natives import DTYPES, ROUND, as_compiled_for, drawn
 
@@ -83,6 +84,51 @@ def test_other_types_sizes_and_layouts_are_left_to_torch(kernels: Kernels) -> No
     assert kernels.linear(x[:0], w, None) is None
     assert kernels.linear(x[:, :0], w[:, :0], None) is None
     assert kernels.linear(x, w, torch.ones(4, dtype=torch.float64)) is None
+
+
+@given(st.integers(65, 200), st.one_of(sizes, st.just(1601)), st.integers(1, 100), st.booleans(), st.integers(0, 5))
+@settings(max_examples=20)
+def test_many_rows_of_bfloat16_are_multiplied_in_float32(
+    kernels: Kernels, rows: int, size: int, out: int, biased: bool, pad: int
+) -> None:
+    x, w = drawn(0, torch.bfloat16, rows, size + pad)[:, pad:], drawn(1, torch.bfloat16, out, size)
+    b = drawn(2, torch.bfloat16, out) if biased else None
+    found = kernels.many(x, [(w, b), (w[:1], None)])
+    assert found is not None and found[0].dtype == torch.bfloat16
+    exact = F.linear(x.double(), w.double(), None if b is None else b.double())
+    terms = x.double().abs() @ w.double().abs().T + (0 if b is None else b.double().abs())
+    assert ((found[0].double() - exact).abs() <= 2.0**-8 * exact.abs() + (size + 2) * 2.0**-24 * terms).all()
+    plain = kernels.many(x, [(w[:1], None)])
+    assert plain is not None and torch.equal(found[1], plain[0])
+
+
+@pytest.mark.parametrize("rows, size, out", [(65, 1600, 50), (1030, 33, 17)])
+def test_a_row_among_many_has_its_bits_whichever_they_are_and_with_any_number_of_threads(
+    kernels: Kernels, rows: int, size: int, out: int
+) -> None:
+    x, w = drawn(0, torch.bfloat16, rows, size), drawn(1, torch.bfloat16, out, size)
+    torch.set_num_threads(2)
+    try:
+        together = kernels.many(x.view(5, -1, size), [(w, None)])
+    finally:
+        torch.set_num_threads(1)
+    alike = kernels.many(torch.cat([x.flip(0), x[:3]]), [(w, None)])
+    assert together is not None and alike is not None
+    assert torch.equal(alike[0][:rows].flip(0), together[0].view(rows, out))
+
+
+def test_maps_of_many_rows_of_bfloat16_are_one_call(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = drawn(0, torch.bfloat16, 100, 64), drawn(1, torch.bfloat16, 33, 64)
+    maps = [(w, None), (w[:5], drawn(2, torch.bfloat16, 5))]
+    monkeypatch.setattr(ops, "multiplies_bfloat16", lambda: False)
+    with torch.inference_mode():
+        found = linears(x, maps)
+        assert used == ["linears", "many"]
+        assert all(torch.equal(y, linear(x, *one)) for y, one in zip(found, maps, strict=True))
+        monkeypatch.setattr(ops, "multiplies_bfloat16", lambda: True)
+        used.clear()
+        linear(x, w)
+    assert used == ["linear"]
 
 
 def test_only_inference_on_plain_tensors_is_served(used: list[str]) -> None:

@@ -7,6 +7,7 @@
 #include "attend.h"
 #include "experts.h"
 #include "linear.h"
+#include "many.h"
 #include "packed.h"
 #include "pointwise.h"
 #include "scans.h"
@@ -22,13 +23,24 @@ void assay_linear(int half, const void* x, long xs, int m, long k, const void* w
   else fan<float>(&map, 1, static_cast<const float*>(x), xs, m, k);
 }
 
-// The same x with several weights; maps: of each w, b, y, out and bits, which are 0 here.
-void assay_linears(int half, const void* x, long xs, long m, long k, const long* maps, int count) {
+static std::vector<Map> listed(const long* maps, int count) {
   std::vector<Map> several;
   for (const long* n = maps; n < maps + 5 * count; n += 5)
     several.push_back({(const void*)n[0], (const void*)n[1], (void*)n[2], n[3], n[3]});
+  return several;
+}
+
+// The same x with several weights; maps: of each w, b, y, out and bits, which are 0 here.
+void assay_linears(int half, const void* x, long xs, long m, long k, const long* maps, int count) {
+  const std::vector<Map> several = listed(maps, count);
   if (half) fan(several.data(), count, (const uint16_t*)x, xs, m, k);
   else fan(several.data(), count, (const float*)x, xs, m, k);
+}
+
+// The same in bfloat16 with any number of rows, in another order of the sums.
+void assay_many(const void* x, long xs, long m, long k, const long* maps, int count) {
+  const std::vector<Map> several = listed(maps, count);
+  many(several.data(), count, (const uint16_t*)x, xs, m, k);
 }
 
 // The same with weights of 8 or 4 bits; half: of x, b and y.
@@ -108,6 +120,7 @@ void assay_run(const void* entries, long count, double* took) { run((const Entry
 
 AGAIN(linear)
 AGAIN(linears)
+AGAIN(many)
 AGAIN(packed)
 AGAIN(grouped)
 AGAIN(rms_norm)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from assay.ops.packed import Packed
 
 ROWS = 64  # beyond this many, torch's blocked products are as fast
-LANES, WIDEST = 16, 256  # heads are whole lanes wide, and so many at most
+LANES, WIDEST = 16, 1024  # heads are whole lanes wide, and so many at most
 TYPES = (torch.float32, torch.bfloat16)
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 Numbers = LONG * 19  # of which one query a row leaves the last two out
@@ -49,6 +49,7 @@ class Kernels:
 
         self._linear = function("linear", INT, POINTER, LONG, INT, LONG, POINTER, POINTER, POINTER, LONG)
         self._linears = function("linears", INT, POINTER, LONG, LONG, LONG, POINTER, INT)
+        self._many = function("many", POINTER, LONG, LONG, LONG, POINTER, INT)
         self._packed = function("packed", INT, POINTER, LONG, LONG, LONG, POINTER, INT)
         self._grouped = function("grouped", INT, POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER, LONG, POINTER, LONG)
         self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
@@ -89,6 +90,22 @@ class Kernels:
         found = [x.new_empty(rows, w.shape[0]) for w, _ in maps]
         numbers = _numbers((w, b, y, y.shape[1], 0) for (w, b), y in zip(maps, found, strict=True))
         self._linears(dtype is torch.bfloat16, x.data_ptr(), x.stride(0), rows, size, numbers, len(maps))
+        return found
+
+    def many(self, x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor] | None:
+        """bfloat16 x [..., K] of more than 64 rows with each of these weights and biases, in float32, rounded once. A
+        row's bits are the same in any company of so many, and not those that it has among fewer."""
+        rows = x.reshape(-1, x.shape[-1]) if x.dim() > 2 else x
+        if rows.dim() != 2 or rows.shape[0] <= ROWS or not rows.shape[1]:
+            return None
+        given = (t for one in maps for t in one if t is not None)
+        if any(t.dtype is not torch.bfloat16 or not t.is_contiguous() for t in given) or x.dtype is not torch.bfloat16:
+            return None
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        count, size = rows.shape
+        found = [x.new_empty(*x.shape[:-1], w.shape[0]) for w, _ in maps]
+        numbers = _numbers((w, b, y, y.shape[-1], 0) for (w, b), y in zip(maps, found, strict=True))
+        self._many(rows.data_ptr(), rows.stride(0), count, size, numbers, len(maps))
         return found
 
     def packed(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor] | None:

@@ -3,15 +3,11 @@
 #pragma once
 
 #include "attend.h"
+#include "blocks.h"
 
 namespace {
 
 constexpr long KEYS = 64;  // of a tile, from a multiple of it on
-#if defined(__AVX512F__)
-constexpr int TALL = 6, BROAD = 4;  // rows and vectors of a product that stay in registers
-#else
-constexpr int TALL = 4, BROAD = 1;
-#endif
 
 // `a` says where keys, values and what comes out stand, and its strides of q are those of a token and a head. seen
 // [rows, tokens, entries]: which entries count for which token.
@@ -22,46 +18,6 @@ struct Tiled {
   // Tokens whose heads of a group are worked on together: enough that a tile of keys is worth its preparation.
   long queries() const { return std::max<long>(16, std::min<long>(192, 384 / a.shared() / 16 * 16)); }
 };
-
-// c[i, :] = (or +=) a[i, :depth] b[:depth, :], with M rows and N vectors.
-template <int M, int N, bool ADD>
-void block(const float* a, long as, const float* b, long bs, long depth, float* c, long cs) {
-  Vec acc[M][N];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) acc[i][n] = ADD ? load(c + i * cs + n * LANES) : Vec{};
-  for (long d = 0; d < depth; d++) {
-    Vec row[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) row[n] = load(b + d * bs + n * LANES);
-#pragma GCC unroll 8
-    for (int i = 0; i < M; i++) {
-      const float x = a[i * as + d];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) acc[i][n] += x * row[n];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) save(c + i * cs + n * LANES, acc[i][n]);
-}
-
-template <int N, bool ADD>
-void strip(long m, const float* a, long as, const float* b, long bs, long depth, float* c, long cs) {
-  long i = 0;
-  for (; i + TALL <= m; i += TALL) block<TALL, N, ADD>(a + i * as, as, b, bs, depth, c + i * cs, cs);
-  for (; i < m; i++) block<1, N, ADD>(a + i * as, as, b, bs, depth, c + i * cs, cs);
-}
-
-// The same with m rows and any number of whole vectors.
-template <bool ADD>
-void product(long m, const float* a, long as, const float* b, long depth, float* c, long width) {
-  long j = 0;
-  for (; j + BROAD * LANES <= width; j += BROAD * LANES) strip<BROAD, ADD>(m, a, as, b + j, width, depth, c + j, width);
-  for (; j < width; j += LANES) strip<1, ADD>(m, a, as, b + j, width, depth, c + j, width);
-}
 
 // What a thread works in: m rows of queries, logits and results, and a tile of keys (turned) and values.
 struct Bench {

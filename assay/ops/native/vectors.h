@@ -129,16 +129,21 @@ template <class M> long tiles_of(const M* maps, int count) {
   return found;
 }
 
-// Calls each(map, tile) for this thread's share of them, which lie behind one another.
-template <class M, class Each> void dealt(const M* maps, int count, Each each) {
+// Calls each(map, from, to) for this thread's share of them, which lie behind one another.
+template <class M, class Each> void shared_out(const M* maps, int count, Each each) {
   const long tiles = tiles_of(maps, count), threads = omp_get_num_threads(), me = omp_get_thread_num();
-  long t = tiles * me / threads, base = 0;
-  const long end = tiles * (me + 1) / threads;
-  for (int i = 0; i < count; i++) {
-    const long here = (maps[i].out + LANES - 1) / LANES;
-    for (; t < end && t < base + here; t++) each(maps[i], t - base);
-    base += here;
+  const long begin = tiles * me / threads, end = tiles * (me + 1) / threads;
+  for (long i = 0, base = 0; i < count; i++) {
+    const long own = (maps[i].out + LANES - 1) / LANES, from = std::max(begin - base, 0l), to = std::min(end - base, own);
+    if (from < to) each(maps[i], from, to);
+    base += own;
   }
+}
+
+template <class M, class Each> void dealt(const M* maps, int count, Each each) {
+  shared_out(maps, count, [&](const M& map, long from, long to) {
+    for (long t = from; t < to; t++) each(map, t);
+  });
 }
 
 // Many values are shared out among threads; a few are done before the others would have woken up.
