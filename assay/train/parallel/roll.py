@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -15,6 +15,10 @@ from torch._C._distributed_c10d import Store
 CALL_S = 5.0
 """How long a process has to answer when the others ask who is there."""
 BEAT_S = 0.2
+UNTOLD = (
+    "process 0, on whose machine the store is that could tell who is there, does not answer: that machine is gone, or "
+    "the network between"
+)
 T = TypeVar("T")
 WORDS = ("gloo", "connection", "socket", "nccl", "timed out", "timeout")
 
@@ -49,7 +53,7 @@ class Roll:
 
     def close(self) -> None:
         self._done.set()
-        self._answers.join()
+        self._answers.join(2 * BEAT_S)  # a store that does not answer holds it for ever
 
     def tell(self, reason: str) -> None:
         """Before this process stops: why."""
@@ -106,17 +110,23 @@ def guarded(roll: Roll) -> Iterator[None]:
             raise
         with patient():
             why = asked(roll.call)
-        raise Lost(f"{why or 'a process is gone, and so is the store that could tell which'}") from error
+        raise Lost(why or UNTOLD) from error
     finally:
         roll.close()
 
 
 def asked(ask: Callable[..., T], *args: Any) -> T | None:
-    """None where the store is gone as well."""
-    try:
-        return ask(*args)
-    except RuntimeError:
-        return None
+    """None where the store is gone as well, or cannot be reached: then what asks it may never come back."""
+    found: list[T] = []
+
+    def work() -> None:
+        with suppress(RuntimeError):
+            found.append(ask(*args))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(2 * CALL_S)
+    return found[0] if found else None
 
 
 def broken(error: BaseException) -> bool:
