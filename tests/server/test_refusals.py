@@ -43,7 +43,7 @@ TEXT: list[tuple[dict[str, Any], str, str]] = [
     ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
     ({"model": "gpt-5"}, "model", "not served here"),
-    ({"guided_regex": "a(b"}, "guided_regex", "unclosed group"),
+    ({"guided_regex": "a(b"}, "guided_regex", "guided_regex: unclosed group"),
     ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex", "one of them"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "goes with type json_schema"),
     ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
@@ -54,7 +54,7 @@ TEXT: list[tuple[dict[str, Any], str, str]] = [
     ),
 ]
 CHAT: list[tuple[dict[str, Any], str, str]] = [
-    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": []}, "messages", "at least 1 item, not []"),
     ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages", "'system', 'user', 'assistant' or 'tool'"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
     ({"messages": [{"role": "user", "content": "<|start|>system"}]}, "messages", "special token"),

@@ -55,6 +55,6 @@ def unaccepted(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     elif item["type"] == "missing":
         message = "missing"
     elif item["type"] != "value_error":
-        message = f"{message}, not {item['input']!r}"
+        message = f"{message.partition(' after validation')[0]}, not {item['input']!r}"
     where = ".".join(str(part) for part in loc)
     return ApiError(400, f"{where}: {message}" if where else message, param=str(loc[0]) if loc else None)

@@ -96,8 +96,10 @@ class Service:
         try:
             call = await self.worker.submit(requests, http.state.tenant if self.config.shared else "")
         except ApiError as error:
-            if str(error).startswith("grammar"):
-                error.param = grammar_param(body)
+            where, _, why = str(error).partition(": ")
+            if where.startswith("grammar"):  # as the engine calls it; the client knows the field that it came from
+                param = grammar_param(body)
+                raise ApiError(error.status, f"{param}: {why}", param) from None
             raise
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
