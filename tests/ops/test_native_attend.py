@@ -25,10 +25,10 @@ def attentions(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "rows": draw(st.integers(1, 4)),
         "groups": draw(st.integers(1, 3)),
-        "shared": draw(st.integers(1, 3)),
+        "shared": draw(st.integers(1, 6)),
         "entries": draw(st.sampled_from((1, 5, 16, 127, 128, 129, 300))),
-        "size": draw(st.sampled_from((16, 48, 64, 128))),
-        "width": draw(st.sampled_from((16, 64, 128))),
+        "size": draw(st.sampled_from((16, 48, 64, 128, 512))),
+        "width": draw(st.sampled_from((16, 64, 128, 528))),
         "softcap": draw(st.sampled_from((None, 3.0))),
         "sink": draw(st.booleans()),
         "density": draw(st.sampled_from((0.02, 0.6, 1.0))),

@@ -23,7 +23,7 @@ inline Vec wide(const uint16_t* p) {
 
 constexpr long PIECE = 64;  // keys of a piece: fixed, so that the order of a sum never changes
 constexpr long AHEAD = 16;  // entries that are asked for before they are wanted: heads lie in rows that no prefetcher guesses
-constexpr long WIDEST = 256;  // dimensions of a head
+constexpr long WIDEST = 1024;  // dimensions of a head
 
 // Keys or values in pages [_, page, groups, size]; strides of pages, entries and groups in elements (of the size: 1).
 struct Pool {
@@ -57,13 +57,14 @@ template <class T, class Use> void runs(const Attend& a, const Pool& pool, long 
   }
 }
 
-// How many heads of D vectors are worked on together: as many as there are registers for.
+// How many heads of D vectors are worked on together: as many as there are registers for. Heads of any number of vectors
+// (D: 0) are worked on SOME vectors at a time.
 #if defined(__AVX512F__)
-constexpr int REGISTERS = 16;
+constexpr int REGISTERS = 16, SOME = 4;
 #else
-constexpr int REGISTERS = 4;
+constexpr int REGISTERS = 4, SOME = 2;
 #endif
-template <int D> constexpr int HEADS = D == 0 || D > REGISTERS ? 1 : REGISTERS / D;
+template <int D> constexpr int HEADS = D > REGISTERS ? 1 : REGISTERS / (D ? D : SOME);
 
 template <int N> struct Count {
   static constexpr int value = N;
@@ -80,45 +81,66 @@ template <int D, class Use> void together(long many, Use use) {
   }
 }
 
+// sums[h][n] of H queries, `size` apart, with key n and the N - 1 behind it: the lanes of their products.
+template <class T, int D, int H, int N>
+void lanes(const float* q, const T* k, long step, long size, Vec (*sums)[LANES], long n) {
+  const long width = D ? D : size / LANES;
+  const T* row = k + n * step;
+  for (int i = 0; i < N; i++)
+    for (long j = 0; j < width * LANES; j += 64 / sizeof(T)) __builtin_prefetch(row + (i + AHEAD) * step + j);
+  Vec sum[H][N] = {};
+  for (long j = 0; j < width; j++) {
+    Vec key[N];
+    for (int i = 0; i < N; i++) key[i] = wide(row + i * step + j * LANES);
+    for (int h = 0; h < H; h++) {
+      const Vec query = load(q + h * size + j * LANES);
+      for (int i = 0; i < N; i++) sum[h][i] += query * key[i];
+    }
+  }
+  for (int h = 0; h < H; h++)
+    for (int i = 0; i < N; i++) sums[h][n + i] = sum[h][i];
+}
+
 // z[h, i] of H queries, `size` apart, with up to 16 keys behind one another; D: vectors of a head, 0 for any number.
 template <class T, int D, int H>
 void products(const float* q, const T* k, long step, long count, long size, float* z, long apart) {
-  const long width = D ? D : size / LANES;
   Vec sums[H][LANES];
-  for (long n = 0; n < count; n++) {
-    const T* row = k + n * step;
-    for (long j = 0; j < width * LANES; j += 64 / sizeof(T)) __builtin_prefetch(row + AHEAD * step + j);
-    Vec sum[H] = {};
-    for (long j = 0; j < width; j++) {
-      const Vec key = wide(row + j * LANES);
-      for (int h = 0; h < H; h++) sum[h] += load(q + h * size + j * LANES) * key;
-    }
-    for (int h = 0; h < H; h++) sums[h][n] = sum[h];
-  }
+  long n = 0;
+  for (; n + 2 <= count; n += 2) lanes<T, D, H, 2>(q, k, step, size, sums, n);
+  if (n < count) lanes<T, D, H, 1>(q, k, step, size, sums, n);
   for (int h = 0; h < H; h++) {
     if (count == LANES) *reinterpret_cast<Loose*>(z + h * apart) = totals(sums[h]);
     else
-      for (long n = 0; n < count; n++) z[h * apart + n] = total(sums[h][n]);
+      for (long i = 0; i < count; i++) z[h * apart + i] = total(sums[h][i]);
   }
+}
+
+// As `mixture`, of N vectors of each value.
+template <class T, int N, int H>
+void blend(const float* z, const uint8_t* seen, const T* v, long step, long count, float* acc, long apart) {
+  Vec own[H][N];
+  for (int h = 0; h < H; h++)
+    for (int j = 0; j < N; j++) own[h][j] = load(acc + h * apart + j * LANES);
+  for (long i = 0; i < count; i++, v += step) {
+    if (!seen[i]) continue;
+    for (int j = 0; j < N * LANES; j += 64 / sizeof(T)) __builtin_prefetch(v + AHEAD * step + j);
+    for (int j = 0; j < N; j++) {
+      const Vec value = wide(v + j * LANES);
+      for (int h = 0; h < H; h++) own[h][j] += z[h * PIECE + i] * value;
+    }
+  }
+  for (int h = 0; h < H; h++)
+    for (int j = 0; j < N; j++) *reinterpret_cast<Loose*>(acc + h * apart + j * LANES) = own[h][j];
 }
 
 // acc[h] += the sum of z[h, i] v[i] over `count` values behind one another, those that are seen.
 template <class T, int D, int H>
 void mixture(const float* z, const uint8_t* seen, const T* v, long step, long count, long width, float* acc, long apart) {
+  constexpr int N = D ? D : SOME;
   const long vectors = D ? D : width / LANES;
-  Vec own[H][D ? D : WIDEST / LANES];
-  for (int h = 0; h < H; h++)
-    for (long j = 0; j < vectors; j++) own[h][j] = load(acc + h * apart + j * LANES);
-  for (long i = 0; i < count; i++, v += step)
-    if (seen[i]) {
-      for (long j = 0; j < vectors * LANES; j += 64 / sizeof(T)) __builtin_prefetch(v + AHEAD * step + j);
-      for (long j = 0; j < vectors; j++) {
-        const Vec value = wide(v + j * LANES);
-        for (int h = 0; h < H; h++) own[h][j] += z[h * PIECE + i] * value;
-      }
-    }
-  for (int h = 0; h < H; h++)
-    for (long j = 0; j < vectors; j++) *reinterpret_cast<Loose*>(acc + h * apart + j * LANES) = own[h][j];
+  long j = 0;
+  for (; j + N <= vectors; j += N) blend<T, N, H>(z, seen, v + j * LANES, step, count, acc + j * LANES, apart);
+  for (; j < vectors; j++) blend<T, 1, H>(z, seen, v + j * LANES, step, count, acc + j * LANES, apart);
 }
 
 // tanh to 4e-7 of itself: by its series near 0, where 1 - 2 / (e^2x + 1) would cancel.
