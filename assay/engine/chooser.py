@@ -22,7 +22,7 @@ from torch import Tensor
 from assay.data.tokenizers import Tokenizer
 from assay.engine.grammar import Follower, Grammars
 from assay.engine.request import GrammarLimits, Request
-from assay.engine.sampler import Settings, draw, penalised, probabilities, uniform
+from assay.engine.sampler import Settings, draw, largest, penalised, probabilities, uniform
 
 Top = tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
 
@@ -179,13 +179,13 @@ class Chooser:
             self._batch = Batch(tuple(keys), tuple(self._rows[key] for key in keys), self.device)
         batch = self._batch
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        best = logits.max(-1)
-        values = best.values.tolist()
-        wrong = [key for key, value in zip(batch.keys, values, strict=True) if not math.isfinite(value)]
+        values, indices = largest(logits)
+        wrong = [key for key, value in zip(batch.keys, values.tolist(), strict=True) if not math.isfinite(value)]
         if wrong:
             raise Unchoosable(wrong, "the model returned logits that are not numbers: its weights are damaged")
         changed = edited(logits, batch) if batch.edits else logits
-        indices = changed.argmax(-1) if batch.edits else best.indices
+        if batch.edits:
+            indices = largest(changed)[1]
         if batch.drawing:
             indices = drawn(changed, indices, batch)
         tokens: list[int] = indices.tolist()

@@ -121,6 +121,16 @@ def _sorted(z: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(z.numpy(), -1)) if z.device.type == "cpu" else z.sort(-1).values
 
 
+def largest(logits: Float[Tensor, "B V"]) -> tuple[Float[Tensor, "B"], Int[Tensor, "B"]]:
+    """The largest of each row, a NaN where there is one, and where it stands first. NumPy's is some 10 times as fast as
+    torch's on a CPU."""
+    if logits.device.type != "cpu":
+        found = logits.max(-1)
+        return found.values, found.indices
+    indices = torch.from_numpy(logits.detach().numpy().argmax(-1))
+    return logits.gather(-1, indices[:, None])[:, 0], indices
+
+
 def probabilities(logits: Float[Tensor, "B V"], settings: Settings) -> Float[Tensor, "B V"]:
     """What each row draws from, without penalties: temperature 0 puts all on the argmax (of equal ones the first)."""
     drawn = warped(logits, settings).softmax(-1)
@@ -150,14 +160,14 @@ def sample(
     ValueError when the model's logits are not numbers.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    best = logits.max(-1)
-    if bool(best.values.isnan().any()):
+    values, indices = largest(logits)
+    if bool(values.isnan().any()):
         raise ValueError("the model returned logits that are not numbers (NaN): its weights are damaged or it diverged")
     greedy = not bool(settings.temperature.any())
     if history is not None:
         logits = penalised(logits, settings, *history)
         return logits.argmax(-1) if greedy else draw(probabilities(logits, settings), uniforms)
-    return best.indices if greedy else draw(probabilities(logits, settings), uniforms)
+    return indices if greedy else draw(probabilities(logits, settings), uniforms)
 
 
 def uniform(seed: int, number: int, choice: int = 0) -> float:
