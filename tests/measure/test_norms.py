@@ -73,7 +73,7 @@ def test_rows_of_the_model_s_sizes_and_of_others() -> None:
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"(?s)powernorm.*batchnorm, dyt, layernorm, rmsnorm"):
+    with pytest.raises(ValueError, match=r"(?s)powernorm.*batchnorm, dyt, layernorm, ngpt, rmsnorm"):
         norms.measure(subject(), kinds=["powernorm"])
     with pytest.raises(ValueError, match=r"tokens: \[0\].*from 1 on"):
         norms.measure(subject(), tokens=[0])

@@ -20,7 +20,7 @@ from tests.model.small import VOCAB, ids, logits, made, packed
 from tests.parts.small import D, close, part, put, rows, x
 
 UNITS: dict[str, Any] = {
-    "mixer": {"kind": "gqa", "heads": 4, "position": "p", "qk_norm": {"norm": "rmsnorm", "when": "after"}},
+    "mixer": {"kind": "gqa", "heads": 4, "position": "p", "qk_norm": {"norm": {"kind": "ngpt", "size": 4}, "over": "full", "when": "after"}},
     "ffn": {"kind": "ngpt", "width": 24},
     "norm": {"place": "none"},
     "residual": {"kind": "ngpt", "start": 0.5},
@@ -158,13 +158,19 @@ def test_ngpt_lives_on_the_sphere() -> None:
 
 @torch.no_grad()
 def test_scores_of_ngpt_are_scaled_cosines() -> None:
-    """A root-mean-square norm on both sides and K^-0.5 is sqrt(K) cos(q, k) (2410.01131, eqs. 15 to 18)."""
+    """Eqs. 15 and 16 of 2410.01131: sqrt(K) times the product of s q / |q| and s k / |k|, s by head and dimension."""
     lm = made(UNITS, **NGPT)
+    s = torch.rand(2, 4, 4, dtype=torch.float64) + 0.5
+    lm.blocks[0].mixer.q_norm.weight.copy_(s[0].flatten() / 4)
+    lm.blocks[0].mixer.k_norm.weight.copy_(s[1].flatten() / 4)
+    plain = made({**UNITS, "mixer": {**UNITS["mixer"], "qk_norm": None}}, **NGPT)
+    plain.load_state_dict({k: v for k, v in lm.state_dict().items() if "mixer.q_n" not in k and "mixer.k_n" not in k})
     taps = lm(rows_step(ids(6)[None], listen=frozenset(["*.q", "*.k"]))).taps
     q, k = taps["blocks.0.mixer.q"], taps["blocks.0.mixer.k"]
     z = torch.einsum("ihk,jhk->hij", q, k) * q.shape[-1] ** -0.5
-    cosines = torch.einsum("ihk,jhk->hij", F.normalize(q, dim=-1), F.normalize(k, dim=-1))
-    close(z, q.shape[-1] ** 0.5 * cosines, 1e-4)  # its epsilon, 1e-6 beside a mean square of 1/64 and more
+    bare = plain(rows_step(ids(6)[None], listen=frozenset(["*.q", "*.k"]))).taps
+    unit = [F.normalize(bare[f"blocks.0.mixer.{name}"], dim=-1) * s[i] for i, name in enumerate("qk")]
+    close(z, q.shape[-1] ** 0.5 * torch.einsum("ihk,jhk->hij", *unit), 1e-12)
 
 
 @torch.no_grad()
