@@ -137,9 +137,8 @@ class Tokenizer:
         """A text without what `encode` refuses: characters outside a char tokenizer's corpus, and words of which a
         vocabulary has no token, not even one for those that it does not have (a task's symbols)."""
         if self._alphabet is None:
-            return (
-                text if self._for_any_word else " ".join(w for w in text.split() if self.hf.token_to_id(w) is not None)
-            )
+            words = (w for w in text.split() if self.hf.token_to_id(w) is not None)
+            return text if self._for_any_word else " ".join(words)
         return "".join(char for char in text if char in self.hf.get_vocab(with_added_tokens=False))
 
     @property
