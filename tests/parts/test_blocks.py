@@ -20,7 +20,12 @@ from tests.model.small import VOCAB, ids, logits, made, packed
 from tests.parts.small import D, close, part, put, rows, x
 
 UNITS: dict[str, Any] = {
-    "mixer": {"kind": "gqa", "heads": 4, "position": "p", "qk_norm": {"norm": {"kind": "ngpt", "size": 4}, "over": "full", "when": "after"}},
+    "mixer": {
+        "kind": "gqa",
+        "heads": 4,
+        "position": "p",
+        "qk_norm": {"norm": {"kind": "ngpt", "size": 4}, "over": "full", "when": "after"},
+    },
     "ffn": {"kind": "ngpt", "width": 24},
     "norm": {"place": "none"},
     "residual": {"kind": "ngpt", "start": 0.5},
