@@ -67,7 +67,7 @@ def alike(found: list[Found], place: str, losses: Tensor, made: LM, close: float
             )
 
 
-def together(work: str, processes: int, limit_s: float = 120.0) -> list[Found]:
+def together(work: str, processes: int, limit_s: float = 300.0) -> list[Found]:
     """Run `module:function(rank, processes) -> tensors` in as many processes, which meet in a file of theirs."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(

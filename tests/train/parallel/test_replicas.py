@@ -56,12 +56,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def two(place: Path) -> list[Found]:
-    return together("tests.train.parallel.replicas:everything", 2, 300.0)
+    return together("tests.train.parallel.replicas:everything", 2, 600.0)
 
 
 @pytest.fixture(scope="module")
 def four(place: Path) -> list[Found]:
-    return together("tests.train.parallel.replicas:everything", 4, 300.0)
+    return together("tests.train.parallel.replicas:everything", 4, 600.0)
 
 
 @lru_cache(maxsize=8)
