@@ -1,6 +1,6 @@
 """What one CUDA device does with these models, beside a plain PyTorch GPT in the same run.
 
-python benchmarks/gpu.py [train decode attend scans memory] [--out FILE.json]
+python benchmarks/gpu.py [train verb decode scans steps memory] [--out FILE.json]
 
 `gpt-124m` is gpt-11m with 12 layers, 768 wide, 12 heads, a vocabulary of 50,304 and a context of 1,024. Prints a JSON
 line a measurement and, with --out, writes all of them.
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,12 @@ from assay.measure.machine import matmul_flop_s, memory_byte_s
 from assay.measure.serving import Load, Serving, roofline
 from assay.measure.training import bench_recipe, utilisation
 from assay.model.lm import build
+from assay.ops.attend import Scores, attend, plan
+from assay.ops.linear import linear
+from assay.ops.packed import pack
+from assay.ops.scan.delta import delta_rule, run
+from assay.ops.sees import Sees
+from assay.ops.step import InPages, Layout, View, rows_step
 from assay.spec.load import load_model
 from assay.spec.model import ModelSpec
 from assay.train.learner import Learner
@@ -220,6 +227,45 @@ def scan_row(name: str, mixer: Mapping[str, Any], length: int) -> Row:
     }
 
 
+def steps() -> Iterator[Row]:
+    """What Triton's kernels save in a decode step: 8 rows, 32 heads over 8, 4,096 entries; weights of 4,096 x 4,096."""
+    for name, call in {"attend": attend_step, "packed": packed_step, "scan": scan_step}.items():
+        yield measured(step_row, name, call)
+
+
+def step_row(name: str, call: Callable[[], Callable[[], object]]) -> Row:
+    """Microseconds of a call with the kernels and without them."""
+    step = call()
+    with torch.inference_mode():
+        mine = pace(step)
+        with patch("assay.ops.triton.kernels", lambda _: None):
+            return {"kernel": name, "triton_us": round(1e6 * mine, 1), "torch_us": round(1e6 * pace(step), 1)}
+
+
+def attend_step() -> Callable[[], object]:
+    step = rows_step(torch.zeros(8, 1, dtype=torch.long, device=CUDA), 4095)
+    seq, index = (t.expand(8, 4096) for t in (step.seq[:, None], torch.arange(4096, device=CUDA)))
+    q = torch.randn(8, 32, 128, device=CUDA, dtype=torch.bfloat16)
+    pools = {name: torch.randn(2048, 16, 8, 128, device=CUDA, dtype=torch.bfloat16) for name in ("k", "v")}
+    pages = InPages(pools, torch.randperm(2048, device=CUDA).view(8, 256))
+    view = View(pages, Layout(seq, index, index, True))
+    made = plan(step, view.layout, Sees())
+    return lambda: attend(q, view, step, Sees(), Scores(128**-0.5), made)
+
+
+def packed_step() -> Callable[[], object]:
+    x, w = (torch.randn(n, 4096, device=CUDA, dtype=torch.bfloat16) for n in (8, 4096))
+    held = pack(w.float(), 4).to(torch.bfloat16)
+    return lambda: linear(x, held)
+
+
+def scan_step() -> Callable[[], object]:
+    q, k, v = (torch.randn(8, 1, 16, 128, device=CUDA) for _ in range(3))
+    updates = delta_rule(q, F.normalize(k, dim=-1), v, torch.rand(8, 1, 16, device=CUDA))
+    past = torch.zeros(8, 16, 128, 128, device=CUDA)
+    return lambda: run(updates, past, keeps=True)
+
+
 def memory() -> Iterator[Row]:
     """What `assay train` expects to need, what the bill says, and what torch's allocator held at most."""
     cases = {
@@ -266,6 +312,7 @@ PARTS: Mapping[str, Callable[[], Iterator[Row]]] = {
     "verb": verbs,
     "decode": decoding,
     "scans": scans,
+    "steps": steps,
     "memory": memory,
 }
 

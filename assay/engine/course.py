@@ -15,6 +15,7 @@ from assay.cache import Slot
 from assay.cache.onward import Onward
 from assay.engine.told import Told
 from assay.model.lm import LM, Output
+from assay.ops.graph import Replay
 from assay.ops.state import State
 from assay.ops.step import Step
 from assay.ops.tape import Tape, Unrecordable
@@ -51,7 +52,7 @@ class Recorded:
     """A tape, the step and states that it was recorded with and their tensors, and where its answer is. weights: where
     the model's were."""
 
-    tape: Tape
+    tape: Replay
     step: Step
     states: Mapping[str, State]
     inputs: tuple[Tensor, ...]
@@ -113,14 +114,15 @@ class Course:
         self.ahead = deque[list[list[np.ndarray]]]()
 
     def _tables(self) -> Iterator[Table]:
-        known = set[object]()
+        known, tape = set[object](), self.recorded.tape
+        assert isinstance(tape, Tape)
         for part, number in self.model._planned:
             state = self.recorded.states.get(part.name)
             key = (number, getattr(state, "layout_key", None))
             if key not in known and (table := self.recorded.step.table(part)) is not None:
                 own, new = Told(), Told()
                 own.key(table)
-                told, looked = new.key(part.prepare(self.bare, state)), self.recorded.tape.reads(own.tensors)
+                told, looked = new.key(part.prepare(self.bare, state)), tape.reads(own.tensors)
                 if len(new.tensors) != len(own.tensors):
                     raise Unrecordable(f"{part.name}: another table of the same step")
                 read = ((i, array(t)) for i, t in enumerate(own.tensors) if looked[i])

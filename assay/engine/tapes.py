@@ -22,10 +22,11 @@ from assay.engine.course import Clock, Course, Recorded
 from assay.engine.told import Copies, Told
 from assay.model.lm import LM, Output
 from assay.ops import native
-from assay.ops.native.kernels import ROWS, Kernels
+from assay.ops.graph import captured
+from assay.ops.native.kernels import ROWS
 from assay.ops.state import State
 from assay.ops.step import Step
-from assay.ops.tape import Recorder, Unrecordable
+from assay.ops.tape import Recorder, Tape, Unrecordable
 
 MOST, TAPES = 64, 4  # steps that are known at once, and those with a tape, whose buffers stay: the oldest is forgotten
 MET = "it was met once"
@@ -56,15 +57,16 @@ class Tapes:
     def follow(self, store: object, slots: Sequence[Slot]) -> None:
         """Remember whose step was run last, so that `again` can go on from it."""
         last, self._course = self._last, None
-        onward = None if last is None else Onward.of(store, slots, last.step, last.states)
-        if last is not None and onward is not None:
+        if last is None or not isinstance(last.tape, Tape):
+            return
+        onward = Onward.of(store, slots, last.step, last.states)
+        if onward is not None:
             with suppress(Unrecordable):
                 self._course = Course(self.model, last, onward, self._stored)
 
     def run(self, step: Step, states: Mapping[str, State]) -> Output:
         self._last, self._course = None, None
-        compiled = native.kernels() if self._may(step) else None
-        if compiled is None:
+        if not self._may(step):
             return self.model(step, states)
         step = self.model.prepared(step, states, {})
         told = Told()
@@ -84,7 +86,7 @@ class Tapes:
             self._keep(key, MET)
         if found is None or (isinstance(found, str) and found != MET):
             return self.model.stacked(step, states, {})
-        return self._recorded(key, step, states, compiled)
+        return (self._captured if step.ids.is_cuda else self._recorded)(key, step, states)
 
     @contextmanager
     def clocked(self) -> Iterator[Clock]:
@@ -99,8 +101,8 @@ class Tapes:
         """Few tokens, each of another sequence, and nobody who looks on."""
         count = step.tokens
         plain = not (step.listen or step.pieces or step.encode is not None or step.memory is not None)
-        few = step.longest == 1 and step.decodes == count == step.past.shape[0] <= ROWS and step.ids.is_cpu
-        return plain and few and _alone()
+        few = step.longest == 1 and step.decodes == count == step.past.shape[0] <= ROWS
+        return plain and few and _alone() and (step.ids.is_cuda or (step.ids.is_cpu and native.kernels() is not None))
 
     def _weights(self) -> list[int]:
         found: list[Tensor | None] = list(chain.from_iterable(map(dict.values, self._held)))
@@ -118,8 +120,27 @@ class Tapes:
         while len(self.made) > MOST:
             self.made.popitem(last=False)
 
-    def _recorded(self, key: Hashable, step: Step, states: Mapping[str, State], compiled: Kernels) -> Output:
+    def _captured(self, key: Hashable, step: Step, states: Mapping[str, State]) -> Output:
+        """The step's answer on a CUDA device, and its graph from now on. Its cache's tables are made by `begin` each
+        step: nothing of it stands on the host to be moved on there."""
+        own_step, own_states = Copies().of((step, states))
+        told = Told()
+        told.key((own_step, own_states))
+        try:
+            out, graph = captured(lambda: self.model.stacked(own_step, own_states, {}))
+        except Unrecordable as error:
+            self.refused[str(error)] += 1
+            self._keep(key, str(error))
+            return self.model.stacked(step, states, {})
+        assert out.logits is not None
+        made = Recorded(graph, own_step, own_states, tuple(told.tensors), self._weights(), out.logits)
+        self._keep(key, made)
+        return made.play(self.clock)
+
+    def _recorded(self, key: Hashable, step: Step, states: Mapping[str, State]) -> Output:
         """The step's answer, and its tape from now on."""
+        compiled = native.kernels()
+        assert compiled is not None
         copies = Copies()
         own_step, own_states = copies.of((step, states))
         told, recorder = Told(), Recorder(compiled.library, compiled.table)

@@ -1,5 +1,5 @@
-"""Attention in inference on a CPU, by compiled kernels that read keys and values where they are stored: one query a
-sequence, or a chunk of them."""
+"""Attention in inference, by compiled kernels that read keys and values where they are stored: one query a sequence,
+or on a CPU a chunk of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from assay.ops.attend.plan import Plan
 from assay.ops.attend.rule import Scores
-from assay.ops.native import serving
+from assay.ops.native import serving, stepping
 from assay.ops.step import InPages, View
 
 
@@ -18,11 +18,14 @@ def run(q: Tensor, view: View, scores: Scores, made: Plan | None) -> Tensor | No
     layout, mask = view.layout, made.mask
     if not layout.aligned or mask.shape[0] != layout.seq.shape[0] or mask.shape[0] * mask.shape[1] != q.shape[0]:
         return None
-    native = None if scores.bias is not None or scores.dropout else serving(q)
+    if scores.bias is not None or scores.dropout:
+        return None
+    alone = mask.shape[1] == 1
+    native = stepping(q) if alone else serving(q)
     if native is None:
         return None
-    kernel = native.attend if mask.shape[1] == 1 else native.attend_tiled
-    rule = (mask[:, 0] if mask.shape[1] == 1 else mask, scores.scale, scores.softcap, scores.sink)
+    kernel = native.attend if alone else native.attend_tiled
+    rule = (mask[:, 0] if alone else mask, scores.scale, scores.softcap, scores.sink)
     if isinstance(view.fields, InPages):
         found = kernel(q, (view.fields.pools["k"], view.fields.pools["v"]), *rule, view.fields.table)
         if found is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +12,11 @@ from torch import Tensor
 from assay.ops.native.build import Unbuildable, library
 from assay.ops.native.kernels import Kernels
 from assay.ops.tape import recorder
+from assay.ops.triton import launched
 from assay.spec.environment import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from assay.ops.triton.launch import Launched
 
 
 @cache
@@ -33,9 +38,9 @@ def unwatched(x: Tensor) -> bool:
     return plain and (not torch._C._len_torch_dispatch_stack() or recorder() is not None)
 
 
-def rounding(x: Tensor) -> Kernels | None:
-    """The kernels, for products that have no gradient: unwatched."""
-    return kernels() if unwatched(x) else None
+def rounding(x: Tensor) -> Kernels | Launched | None:
+    """The kernels, or a GPU's, for products that have no gradient: unwatched."""
+    return kernels() if unwatched(x) else launched(x)
 
 
 def serving(x: Tensor) -> Kernels | None:
@@ -44,4 +49,11 @@ def serving(x: Tensor) -> Kernels | None:
     return kernels() if unwatched(x) and torch.is_inference_mode_enabled() else None
 
 
-__all__ = ["Kernels", "Unbuildable", "kernels", "library", "rounding", "serving", "unwatched"]
+def stepping(x: Tensor) -> Kernels | Launched | None:
+    """As `serving`, or a GPU's: of what reads a cache or carries a state."""
+    if not x.is_cuda:
+        return serving(x)
+    return launched(x) if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() else None
+
+
+__all__ = ["Kernels", "Unbuildable", "kernels", "library", "rounding", "serving", "stepping", "unwatched"]

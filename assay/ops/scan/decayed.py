@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from assay.ops.lanes import Lanes
-from assay.ops.native import serving
+from assay.ops.native import serving, stepping
 from assay.ops.native.scans import Streams
 from assay.ops.state import Rows
 from assay.spec.values import Cost
@@ -79,7 +79,7 @@ def decayed(
 
 def walked(given: Streams, past: Float[Tensor, "L H K V"] | Rows, lanes: Lanes) -> tuple[Tensor, Tensor] | None:
     """By the compiled kernel, where it may serve."""
-    native = serving(given.q) if lanes.segment is None else None
+    native = stepping(given.q) if lanes.segment is None else None
     return None if native is None else native.scans.scan(lanes.rows(past), given)
 
 

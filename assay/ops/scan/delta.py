@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from assay.ops.native import serving
+from assay.ops.native import stepping
 from assay.ops.native.scans import Streams
 from assay.ops.scan.decayed import halves, segment_sums, shared
 from assay.ops.state import Rows
@@ -111,7 +111,7 @@ def run(
     pool = past if isinstance(past, Tensor) else past.pool
     high = pool.dtype if dtype in (torch.bfloat16, torch.float16) else dtype
     given = updates.each(lambda x: x.to(high))
-    native = serving(given.q) if segment is None else None
+    native = stepping(given.q) if segment is None else None
     rows = Rows(past, torch.arange(len(past))) if isinstance(past, Tensor) else past
     found = None if native is None else native.scans.scan(rows, given.streams(), given.late)
     if found is None:
