@@ -24,7 +24,6 @@ from assay.ops.native import rounding
 GROUP, TILE, LINE = 32, 16, 64
 BITS = (8, 4)
 AT_ONCE = 1 << 22  # weights that are worked on together
-STEPS = range(-9, 10)  # how far from absmax / 8 the scale of 4 bits is looked for, in tenths of a level
 
 
 def packed_bytes(out: int, size: int, bits: int) -> int:
@@ -132,9 +131,8 @@ def held_bytes(w: Tensor) -> int:
 
 
 def pack(w: Float[Tensor, "*E N K"], bits: int) -> Packed:
-    """The nearest matrix, or each of several, in 8 bits (scales of absmax / 127), or in 4 (of 19 scales about absmax /
-    8 the one with the least squared error, fitted to its codes). ValueError for other bits and for values that are not
-    finite."""
+    """The nearest matrix, or each of several: in 8 bits with scales of absmax / 127, in 4 with absmax / 8 of the sign
+    that gives the largest value a code. ValueError for other bits and for values that are not finite."""
     if bits not in BITS:
         raise ValueError(f"packed weights of {bits} bits; accepted: {', '.join(map(str, BITS))}")
     if not bool(w.isfinite().all()):
@@ -169,16 +167,8 @@ def eighths(w: Float[Tensor, "T 16 G 32"]) -> Float[Tensor, "T 16 G"]:
 
 
 def sixteenths(w: Float[Tensor, "T 16 G 32"]) -> Float[Tensor, "T 16 G"]:
-    """Scales for codes of -8 to 7; the largest value gets one of -7.1 to -8.9, whichever leaves the least error."""
-    most = w.gather(-1, w.abs().argmax(-1, keepdim=True))[..., 0]
-    best, least = torch.zeros_like(most), torch.full_like(most, torch.inf)
-    for tenths in STEPS:
-        codes = _codes(w, most / (-8 - tenths / 10), -8, 7)
-        length = codes.square().sum(-1)
-        scales = ((w * codes).sum(-1) / torch.where(length == 0, 1.0, length)).bfloat16().float()
-        error = (w - _codes(w, scales, -8, 7) * scales[..., None]).square().sum(-1)
-        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
-    return best
+    """Scales for codes of -8 to 7, of which the largest value gets -8, as in llama.cpp's Q4_0."""
+    return w.gather(-1, w.abs().argmax(-1, keepdim=True))[..., 0] / -8
 
 
 def rounded(x: Float[Tensor, "M K"]) -> tuple[Float[Tensor, "M G 32"], Float[Tensor, "M G"]]:
