@@ -15,7 +15,7 @@ from assay.data.corpora import Corpus, CorpusSpec, open_corpus
 from assay.data.documents import Documents
 from assay.data.draws import permutation
 from assay.data.loader import Batch, Loader, Source, Stream, windows
-from assay.data.packing import BestFit, Blend, Epochs, Packing, Rowed
+from assay.data.packing import BestFit, Blend, Epochs, Packing, Rowed, Rows
 from assay.data.shards import Shard, default_cache, encode_documents, locked
 from assay.data.store import StoredData
 from assay.data.tokenizers import Tokenizer, TokenizerSpec, build_tokenizer
@@ -44,9 +44,9 @@ class Data(Protocol):
 class Dataset:
     """Training and validation documents as ids; valid is None for a corpus without validation documents.
 
-    packing: how training documents become rows (`assay.data.packing`); validation reads them one after another. parts:
-    of a mixture, the weight of each part and how many of the training documents are its own, in their order. unique:
-    rows are cut from so many tokens of the documents (`some`), again and again; null: from all.
+    packing, valid_packing: how documents become rows (`assay.data.packing`), of training and of validation. parts: of a
+    mixture, the weight of each part and how many of the training documents are its own, in their order. unique: rows
+    are cut from so many tokens of the documents (`some`), again and again; null: from all.
     """
 
     train: Shard
@@ -56,6 +56,7 @@ class Dataset:
     packing: Packing = "concatenate"
     parts: tuple[tuple[float, int], ...] = ()
     unique: int | None = None
+    valid_packing: Packing = "concatenate"
 
     @property
     def validates(self) -> bool:
@@ -81,8 +82,11 @@ class Dataset:
         return Blend([made(shard, length, seed) for shard in own], [weight for weight, _ in self.parts], seed)
 
     def held_out(self, length: int, count: int) -> Batch:
-        """Windows from all over the validation documents, packed as in training."""
+        """Windows from all over the validation documents; whole ones, if they are packed by best fit."""
         assert self.valid is not None
+        if self.valid_packing == "best_fit":
+            whole = BestFit(self.valid, length, 0)
+            return Batch.of(Rows.stack([whole.row(i) for i in range(min(count, whole.rows))]), self.valid.token_bytes)
         return windows(self.valid, length, count)
 
 

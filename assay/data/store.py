@@ -221,6 +221,7 @@ class StoredData:
     tokenizer: Tokenizer
     packing: Packing = "concatenate"
     unique: int | None = None
+    valid_packing: Packing = "concatenate"
 
     @classmethod
     def open(cls, url: str, tokenizer: Tokenizer) -> StoredData:
@@ -242,8 +243,10 @@ class StoredData:
 
     def stream(self, rows: int, length: int, seed: int, mix: Sequence[tuple[Source, float]] = ()) -> Loader:
         """Rows of the training parts; mix: `assay.data.loader.Loader`."""
-        if self.packing != "concatenate" or self.unique is not None:
-            raise ValueError("batch.packing, batch.epochs: a store is streamed as it is: leave them out")
+        if {self.packing, self.valid_packing} != {"concatenate"} or self.unique is not None:
+            raise ValueError(
+                "batch.packing, batch.epochs, evaluation.packing: a store is streamed as it is: leave them out"
+            )
         none = np.zeros(0, np.int64)
         index = Shard(none, none, self.store.token_bytes, self.digest)
         return Loader(index, rows, length, seed, mix, Streamed(self.store, length, seed))

@@ -129,7 +129,8 @@ def dataset(recipe: Recipe, cache: Path | None = None) -> Data:
         return TaskRows(recipe.data)
     fixed = recipe.data.kind in ("stdlib", "generated")
     opened = (_opened if fixed else open_dataset)(recipe.data, recipe.tokenizer, cache)
-    return replace(opened, packing=recipe.batch.packing, unique=recipe.unique)
+    packing, valid_packing = recipe.batch.packing, recipe.evaluation.packing
+    return replace(opened, packing=packing, unique=recipe.unique, valid_packing=valid_packing)
 
 
 _opened = lru_cache(maxsize=2)(open_dataset)

@@ -131,12 +131,15 @@ class EvaluationSpec(Spec):
     """Validation on the same `tokens` tokens (at most) every time, `points` times, evenly spread, last at the end.
 
     tokens: 0 leaves validation out. ema: an average of the weights is kept beside them, which forgets at this rate a
-    step (`assay.train.ema`); it is evaluated too, and saved as a checkpoint in the run's folder, `ema`.
+    step (`assay.train.ema`); it is evaluated too, and saved as a checkpoint in the run's folder, `ema`. packing: of
+    documents into rows, as in batch. Windows cut one after another begin inside documents, which a run that read whole
+    documents has never seen.
     """
 
     tokens: int = Field(65_536, ge=0)
     points: int = Field(4, ge=1)
     ema: float | None = Field(None, gt=0.0, lt=1.0)
+    packing: Packing = "concatenate"
 
 
 def data_class(kind: Any) -> type[CorpusSpec | Task]:
@@ -224,8 +227,8 @@ class Recipe(ConductSpec):
             return self
         if self.batch.length != self.data.length:
             raise ValueError(f"batch.length: {self.batch.length}; the rows of data have {self.data.length} symbols")
-        if self.batch.packing != "concatenate" or self.batch.epochs is not None:
-            raise ValueError("batch.packing, batch.epochs: a task brings its own rows: leave them out")
+        if {self.batch.packing, self.evaluation.packing} != {"concatenate"} or self.batch.epochs is not None:
+            raise ValueError("batch.packing, batch.epochs, evaluation.packing: a task has its own rows: leave them out")
         for name in ("tokenizer", "mix"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: a task ({self.data.kind_name()}) brings its own symbols: leave it out")

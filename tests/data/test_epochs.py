@@ -54,5 +54,5 @@ def test_what_cannot_be_read_again_is_refused() -> None:
         some(SHARD, 5000)
     with pytest.raises(ValueError, match=r"batch.epochs: how much text a run reads has to be said"):
         dataset(recipe(batch__epochs=2, tokens={"per_param": 20}))
-    with pytest.raises(ValueError, match=r"batch.packing, batch.epochs: a task brings its own rows"):
+    with pytest.raises(ValueError, match=r"batch.packing, batch.epochs, evaluation.packing: a task has its own rows"):
         recipe(batch__epochs=2, batch__length=64, data=Mqar(length=64).model_dump())

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.data.corpora import CorpusSpec
-from assay.data.dataset import open_dataset
+from assay.data.dataset import Dataset, open_dataset
 from assay.data.loader import Loader
 from assay.data.packing import BLOCK, BestFit, Blend, Epochs, Rows, packed, pieces
 from assay.data.shards import Shard
-from assay.data.tokenizers import TokenizerSpec
+from assay.data.tokenizers import Tokenizer, TokenizerSpec
+from assay.data.vocabularies import from_bytes
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
@@ -66,6 +67,20 @@ def test_an_epoch_has_every_target_once_and_cuts_only_what_is_too_long(lengths: 
             assert token % 1000 == 0 or lengths[token // 1000] > length + 1
     expected = Counter((1000 * i + j, 1000 * i + j + 1) for i, n in enumerate(lengths) for j in range(n - 1))
     assert pairs == expected
+
+
+def test_validation_of_whole_documents_begins_no_sequence_inside_one() -> None:
+    """Every target of the documents that were not cut, and nothing else of them."""
+    valid, length = shard([9, 30, 7, 16, 5, 12]), 16
+    data = Dataset(valid, valid, Tokenizer(from_bytes()), "", valid_packing="best_fit")
+    batch = data.held_out(length, 100)
+    asked = batch.targets[batch.targets >= 0].tolist()
+    assert Counter(asked) == Counter(t for i in range(6) for t in valid.document(i)[1:].tolist())
+    first = batch.inputs[batch.index == 0]
+    assert {int(t) for t in first if t >= 1000} <= {1000, 1016, 2000, 3000, 4000, 5000}
+    windows = Dataset(valid, valid, Tokenizer(from_bytes()), "").held_out(length, 100)
+    assert {int(t) % 1000 for t in windows.inputs[windows.index == 0]} - {0, 16}
+    assert len(data.held_out(length, 1).inputs) == length
 
 
 def test_padding_is_seen_by_nothing_and_predicted_from_nothing() -> None:

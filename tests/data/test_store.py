@@ -139,7 +139,8 @@ def test_a_run_trains_on_a_store_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"tokenizer__kind": "char"}, "tokenizer.kind: char; a store holds no text: accepted: byte, made"),
-        ({"batch__epochs": 2}, r"batch.packing, batch.epochs: a store is streamed as it is"),
+        ({"batch__epochs": 2}, r"batch.packing, batch.epochs, evaluation.packing: a store is streamed as it is"),
+        ({"evaluation__packing": "best_fit"}, r"evaluation.packing: a store is streamed as it is"),
         ({"data__valid_one_in": 3}, "clean, valid_one_in: a store was cleaned and split"),
     ],
 )
