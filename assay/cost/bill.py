@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
+from assay.cost.packed import packed
 from assay.model.lm import embed_site, head_site
-from assay.ops.packed import TILE, packed_bytes
+from assay.ops.packed import packed_bytes
+from assay.ops.sees import Sees
 from assay.spec.base import DTYPE_BYTES, Cost, PartSpec, PositionSpec, Site, StateField, Weight
 from assay.spec.model import ModelSpec
 
@@ -57,7 +59,8 @@ def layer_of(name: str) -> int | None:
 @dataclass(frozen=True)
 class Placed:
     """A part at its true site with its weights. owns: they are its own, not another layer's by `like`. reads: the
-    state fields that one decoded token reads, which for borrowed keys and values are the giver's."""
+    state fields that one decoded token reads, which for borrowed keys and values are the giver's. scheme: the position
+    scheme that a mixer names, at its own site."""
 
     site: Site
     part: PartSpec
@@ -65,6 +68,7 @@ class Placed:
     weights: dict[str, Weight]
     state: tuple[StateField, ...]
     reads: tuple[StateField, ...]
+    scheme: tuple[Site, PositionSpec] | None = None
 
     @property
     def own_weights(self) -> dict[str, Weight]:
@@ -76,7 +80,15 @@ class Placed:
         total = Cost(linear, linear) + self.part.cost(self.site, new, seen, memory)
         for child, place in self.part.children(self.site).values():
             total += child.cost(place, new, seen, memory)
-        return total
+        return total + self._biases(new, seen)
+
+    def _biases(self, new: int, seen: int) -> Cost:
+        """Of the position scheme, in this layer."""
+        if self.scheme is None:
+            return Cost()
+        (place, scheme), sees = self.scheme, getattr(self.part, "sees", Sees())
+        kept = seen if sees.keep is None else min(seen, sees.keep)
+        return scheme.told(place, getattr(self.part, "heads"), new, sees.pairs(new, seen), new * (new + kept))  # noqa: B009
 
 
 def remembers(spec: ModelSpec) -> bool:
@@ -100,7 +112,9 @@ def placed(spec: ModelSpec) -> Iterator[Placed]:
             given[gives] = state
         reads = given[takes] if isinstance(takes, str) else state
         owns = layer is None or spec.sources[layer] == layer
-        yield Placed(site, part, owns, part.weights(site), state, reads)
+        named = getattr(part, "position", None)
+        scheme = (spec.root(f"positions.{named}"), spec.positions[named]) if isinstance(named, str) else None
+        yield Placed(site, part, owns, part.weights(site), state, reads, scheme)
 
 
 def field_bytes(field: StateField, entries: int, question: Question) -> int:
@@ -122,21 +136,6 @@ def stored(fields: Iterable[StateField], ask: Question) -> int:
 def reserved(fields: Iterable[StateField], ask: Question) -> int:
     """Bytes of the whole pages that hold it."""
     return ask.batch * sum(field_bytes(f, f.slots(ask.context, ask.page, ask.memory), ask) for f in fields)
-
-
-def packed(part: PartSpec, site: Site, prefix: str = "") -> Iterator[str]:
-    """The weights of a part that are held in 8 or 4 bits (`passes.quantise`): of its linear maps and those of the parts
-    inside it with as many outputs as a tile, but for maps that decide where to look; its experts; and a token table."""
-    if part.slot in ("routers", "selectors"):
-        return
-    if part.slot == "embeds":
-        yield from (f"{prefix}{name}" for name in ("weight",) if name in part.own(site))
-    yield from (f"{prefix}{name}.weight" for name, fan in part.linears(site).items() if fan.d_out >= TILE)
-    for name, weight in part.own(site).items():
-        if weight.role == "expert" and len(weight.shape) == 3 and weight.shape[1] >= TILE:
-            yield f"{prefix}{name}"
-    for name, (child, place) in part.children(site).items():
-        yield from packed(child, place, f"{prefix}{name}.")
 
 
 def params(weights: dict[str, Weight]) -> dict[str, int]:

@@ -27,17 +27,10 @@ from assay.spec.values import DTYPE_BYTES as DTYPE_BYTES
 from assay.spec.values import Cost as Cost
 from assay.spec.values import Fan as Fan
 from assay.spec.values import Init as Init
+from assay.spec.values import NestedError as NestedError
 from assay.spec.values import Role as Role
 from assay.spec.values import StateField as StateField
 from assay.spec.values import Weight as Weight
-
-
-class NestedError(ValueError):
-    """A problem inside a part's own fields: `loc` is the path below the field that holds the part."""
-
-    def __init__(self, loc: tuple[Any, ...], message: str) -> None:
-        super().__init__(message)
-        self.loc = loc
 
 
 class Spec(BaseModel):
@@ -256,6 +249,10 @@ class PositionSpec(PartSpec):
 
     def fits(self, heads: int, head_dim: int) -> None:
         """Raise ValueError for query heads of a number or size that the scheme cannot serve."""
+
+    def told(self, site: Site, heads: int, new: int, pairs: int, square: int) -> Cost:
+        """Products for a layer's biases: `new` tokens, `pairs` pairs that are seen, `square` that are multiplied."""
+        return Cost()
 
     def limit(self, site: Site) -> int | None:
         """How many positions the scheme has (0 to limit - 1); a later one raises. None: no end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["embed", "matrix", "vector", "expert", "head"]
 Per = Literal["token", "sequence", "memory"]
@@ -20,6 +20,14 @@ DTYPE_BYTES: Mapping[str, int] = {
     "int32": 4,
     "int8": 1,
 }
+
+
+class NestedError(ValueError):
+    """A problem inside a part's own fields: `loc` is the path below the field that holds the part."""
+
+    def __init__(self, loc: tuple[Any, ...], message: str) -> None:
+        super().__init__(message)
+        self.loc = loc
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from assay.cost.bill import Question, bill
 from assay.model.lm import LM, build, state_table
 from assay.ops.sees import Sees
 from assay.ops.step import rows_step
-from assay.spec.load import load_model, validate
+from assay.spec.load import change, load_model, validate
 from assay.spec.model import ModelSpec
 from tests.cost.models import MIXERS, small
 
@@ -44,6 +44,36 @@ def test_mixers_run_what_is_billed(layers: list[str], length: int) -> None:
     spec = small(layers)
     told = bill(spec, Question(length)).flops
     assert counted(build(spec), rows_step(tokens(1, length))) == told["prefill_executed"]
+
+
+BIASES = {
+    "fire": ({"kind": "fire", "heads": 4, "width": 5}, lambda new, pairs: 2 * 5 * 5 * pairs),
+    "shaw": ({"kind": "shaw", "head_dim": 8, "reach": 6}, lambda new, pairs: 2 * 4 * 7 * 8 * new),
+    "transformer_xl": (
+        {"kind": "transformer_xl", "heads": 4, "head_dim": 8, "dim": 6},
+        lambda new, pairs: 2 * 4 * 6 * (8 * new + pairs),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_that_are_products_are_billed(name: str) -> None:
+    """In every layer that names them: as they run, in a prefill and for a decoded token, and by the pairs seen."""
+    scheme, by_hand = BIASES[name]
+    mixer = {"kind": "gqa", "heads": 4, "head_dim": 8, "position": "p"}
+    alibi = {"positions.p": {"kind": "alibi", "heads": 4}, "blocks.*.mixer": mixer}
+    plain = change(small(["full", "full"]), alibi)
+    spec = change(plain, {"positions.p": scheme})
+    told, bare = (bill(one, Question(12)).flops for one in (spec, plain))
+    assert told["prefill"] - bare["prefill"] == 2 * by_hand(12, 12 * 13 // 2)
+    assert told["decode_per_token"] - bare["decode_per_token"] == 2 * by_hand(1, 12)
+    lm, store = build(spec), Cache(state_table(spec), Size(1, 12), torch.float32)
+    assert counted(lm, rows_step(tokens(1, 12))) == told["prefill_executed"]
+    slots = [store.open()]
+    for i in range(12):
+        step = rows_step(tokens(1, 1), i)
+        executed = counted(lm, step, store.begin(slots, step))
+    assert executed == told["decode_per_token_executed"]
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))

@@ -14,7 +14,7 @@ from torch import Tensor
 from assay.ops.attend import Bias
 from assay.parts.base import Position
 from assay.parts.positions._distance import between, refuse_heads
-from assay.spec.base import Init, PositionSpec, Site, Weight
+from assay.spec.base import Cost, Init, PositionSpec, Site, Weight
 
 
 class Fire(PositionSpec):
@@ -22,8 +22,7 @@ class Fire(PositionSpec):
 
     f: one hidden layer of `width` ReLUs, an output a head, shared by the layers that name this scheme. c starts at
     `curve`, and L at `length`, which is learned as a factor of it; both act by their absolute value. Up to L tokens
-    the bias is one of the distance; from there on the same shares of a longer text get the same biases. The bill leaves
-    the network out: 2 width (heads + 1) FLOPs for each pair and layer.
+    the bias is one of the distance; from there on the same shares of a longer text get the same biases.
     """
 
     kind: Literal["fire"] = "fire"
@@ -48,6 +47,10 @@ class Fire(PositionSpec):
             "outer": Weight((self.heads, self.width), "vector", outer, split=0),
             "outer_bias": Weight((self.heads,), "vector", outer, split=0),
         }
+
+    def told(self, site: Site, heads: int, new: int, pairs: int, square: int) -> Cost:
+        """The hidden layer once a pair, and an output a head. Executed: only the second is a matrix product."""
+        return Cost(2 * self.width * (heads + 1) * pairs, 2 * self.width * heads * square)
 
     def build(self, site: Site) -> FirePosition:
         return FirePosition(self, site)

@@ -22,8 +22,8 @@ class Kerple(PositionSpec):
     """Adds a learned kernel of the distance d = |i - j| for each head. Chi et al. 2022, arXiv 2205.09921.
 
     form: `log` is -a ln(1 + b d), `power` is -a d^b with 0 < b < 2 (section 4.2; ALiBi is b = 1 with a fixed). The
-    parameters are ln a, and ln b or, for `power`, the logit of b / 2: positive without a clamp. Drawn: a evenly up to
-    2, b evenly up to 1, or up to 2 for `power`.
+    parameters are ln a, and ln b or, for `power`, the logit of b / 2: positive without a clamp. Drawn evenly, as in the
+    paper's code: a up to 2 and b up to 1, for `power` a up to 1 and b up to 2.
     """
 
     kind: Literal["kerple"] = "kerple"
@@ -37,10 +37,10 @@ class Kerple(PositionSpec):
         return {"tensor": self.heads}
 
     def own(self, site: Site) -> dict[str, Weight]:
-        bend = Init.between(LEAST, 1.0, link="log")
+        drawn = {"strength": Init.between(LEAST, 2.0, link="log"), "bend": Init.between(LEAST, 1.0, link="log")}
         if self.form == "power":
             bend = Init.between(LEAST / 2, 1.0 - LEAST / 2, link="sigmoid")
-        drawn = {"strength": Init.between(LEAST, 2.0, link="log"), "bend": bend}
+            drawn = {"strength": Init.between(LEAST, 1.0, link="log"), "bend": bend}
         return {name: Weight((self.heads,), "vector", init, split=0) for name, init in drawn.items()}
 
     def build(self, site: Site) -> KerplePosition:

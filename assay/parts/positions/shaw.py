@@ -12,7 +12,7 @@ from torch import Tensor
 from assay.ops.attend import Bias
 from assay.parts.base import Position
 from assay.parts.positions._distance import between
-from assay.spec.base import Init, PositionSpec, Site, Weight
+from assay.spec.base import Cost, Init, PositionSpec, Site, Weight
 
 
 class Shaw(PositionSpec):
@@ -38,6 +38,11 @@ class Shaw(PositionSpec):
 
     def own(self, site: Site) -> dict[str, Weight]:
         return {"weight": Weight((self.rows, self.head_dim), "vector", Init.fan_in(self.head_dim))}
+
+    def told(self, site: Site, heads: int, new: int, pairs: int, square: int) -> Cost:
+        """Each query with the vector of every distance."""
+        flops = 2 * heads * self.rows * self.head_dim * new
+        return Cost(flops, flops)
 
     def build(self, site: Site) -> ShawPosition:
         return ShawPosition(self, site)

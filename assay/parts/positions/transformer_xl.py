@@ -17,7 +17,7 @@ from assay.parts.base import Position
 from assay.parts.positions._distance import refuse_heads
 from assay.parts.positions._scaling import inverse
 from assay.parts.positions.shaw import refuse_queries, refuse_size
-from assay.spec.base import Init, PositionSpec, Site, Weight
+from assay.spec.base import Cost, Init, PositionSpec, Site, Weight
 
 
 class TransformerXl(PositionSpec):
@@ -57,6 +57,12 @@ class TransformerXl(PositionSpec):
         dim, biases = self.size(site), Init.constant(0.0)
         found = {n: Weight((self.heads, self.head_dim), "vector", biases, split=0) for n in ("content", "distance")}
         return found | {"map": Weight((self.heads, self.head_dim, dim), "vector", site.init.matrix(dim), split=0)}
+
+    def told(self, site: Site, heads: int, new: int, pairs: int, square: int) -> Cost:
+        """Each query with W, and what it asks with the sinusoids of each key's place."""
+        dim = self.size(site)
+        asked = 2 * heads * self.head_dim * dim * new
+        return Cost(asked + 2 * heads * dim * pairs, asked + 2 * heads * dim * square)
 
     def build(self, site: Site) -> TransformerXlPosition:
         return TransformerXlPosition(self, site)
