@@ -48,6 +48,7 @@ def test_near_duplicates_are_those_of_all_pairs(threshold: float) -> None:
 
 def test_order_and_case_and_short_texts() -> None:
     assert shingles("A b") == {"a b"} and shingles("") == {""}
+    assert shingles("a b c d E") == {"a b c d e"} and shingles("a b c d e f") == {"a b c d e", "b c d e f"}
     documents = Documents.of(["one two three four five six", "ONE two  three\nfour five six", "x", "y", "x "])
     assert list(distinct(documents, 1.0)) == [0, 2, 3]
 
@@ -69,6 +70,33 @@ GOOD = "The point of this text is to be plain prose that nobody would leave out,
 )
 def test_each_rule_of_prose(text: str) -> None:
     assert is_prose(GOOD) and not is_prose(text)
+
+
+def page(*words: str, head: str = "", tail: str = "", marked: int = 0) -> str:
+    """These words and others before two that are stop words, 100 in all, in ten lines of which the first are marked."""
+    every = [*words, *["word"] * (98 - len(words)), "the", "and"]
+    lines = [" ".join(every[i : i + 10]) for i in range(0, len(every), 10)]
+    return "\n".join(head + line + tail if n < marked else line for n, line in enumerate(lines))
+
+
+@pytest.mark.parametrize(
+    ("kept", "out"),
+    [
+        (" ".join(page().split()[-50:]), " ".join(page().split()[-49:])),
+        (page() + " word" * 99_900, page() + " word" * 99_901),
+        (page(*["abc"] * 98), page(*["abc"] * 97, "ab")),  # 3 letters a word
+        (page(*["x" * 10] * 84, *["x" * 11] * 14), page(*["x" * 10] * 83, *["x" * 11] * 15)),  # 10 letters a word
+        (page(*["word#"] * 10), page(*["word#"] * 11)),
+        (page(head="-", marked=9), page(head="-", marked=10)),
+        (page(tail="...", marked=3), page(tail="...", marked=4)),
+        (page(*["1234"] * 20), page(*["1234"] * 21)),
+        (page(), page().replace("and", "the")),
+    ],
+    ids=["few", "many", "short", "long", "symbols", "bullets", "trailing", "letters", "stop"],
+)
+def test_each_rule_at_its_border(kept: str, out: str) -> None:
+    """The numbers of Rae et al. 2021, table A1, belong to what stays."""
+    assert is_prose(kept) and not is_prose(out)
 
 
 def test_what_is_left_out_is_out_of_both_sides(tmp_path: object) -> None:

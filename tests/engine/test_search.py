@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from assay.cache import Slot
 from assay.cli.main import main
 from assay.data.tokenizers import Tokenizer
 from assay.engine import search as searching
@@ -67,6 +68,17 @@ def test_all_beams_are_brute_force(kind: str, penalty: float, ends: set[int]) ->
     assert [one.score for one in found] == pytest.approx(
         [value for value, _ in every], abs=1e-7 if kind == "linear" else 1e-12
     )
+
+
+def test_only_what_is_among_the_likeliest_ends() -> None:
+    """Three replies end and are likelier than all that go on: the third is not among the two likeliest of all."""
+    request = Request(prompt=PROMPT, max_new=5, stop_tokens=frozenset({0, 1, 2}))
+    beam = searching.Beam(Slot(0, 0), searching.Row.of(request, 0, None), (4,), -1.0)
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
+    going, ended = searching.grown([beam], logits, request, 2)
+    assert [one.said for one in ended] == [(4, 0), (4, 1)] and [one.said for one in going] == [(4, 3), (4, 4)]
+    log = logits.log_softmax(-1)[0]
+    assert [one.total for one in (*ended, *going)] == pytest.approx([-1.0 + float(log[i]) for i in (0, 1, 3, 4)])
 
 
 @pytest.fixture(scope="module")
