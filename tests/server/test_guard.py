@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import socket
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from assay.cli.main import main
 from assay.engine.server.config import ServerConfig, is_loopback, read_keys
+from assay.engine.server.logs import LIBRARIES, Log, adopt
 from tests.server.live import Live, until
 from tests.server.test_refusals import refusal
 
@@ -105,6 +108,19 @@ def test_the_log_has_counts_and_no_texts(live: Live) -> None:
     assert lines[0]["prompt_tokens"] == len(ASK["prompt"]) and lines[0]["completion_tokens"] == 2  # type: ignore[arg-type]
     text = live.written.getvalue()
     assert "no log may" not in text and "secret" not in text and whole["choices"][0]["text"] not in text
+
+
+def test_what_libraries_say_are_lines_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in map(logging.getLogger, LIBRARIES):
+        for name, value in (("handlers", []), ("propagate", True)):  # put back after the test
+            monkeypatch.setattr(library, name, value)
+    written = io.StringIO()
+    adopt(Log(written))
+    logging.getLogger("asyncio").warning("socket.send() raised exception.")
+    logging.getLogger("uvicorn.error").error("in: %s", ASK["prompt"])
+    lines = [json.loads(line) for line in written.getvalue().splitlines()]
+    assert [(line["event"], line["level"]) for line in lines] == [("asyncio", "warning"), ("uvicorn", "error")]
+    assert "no log may" not in written.getvalue()
 
 
 def test_a_key_file_is_for_its_owner(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from assay.engine.server.wire import dumps
 
+LIBRARIES = ("asyncio", "uvicorn")
+
 
 class Log:
     """Writes events to `stream` (stderr). An exception is told by its type and places: its message may quote a text."""
@@ -27,13 +29,21 @@ class Log:
         stream.flush()
 
 
-class Uvicorn(logging.Handler):
-    """uvicorn's own warnings and errors as lines of the same log."""
+class Library(logging.Handler):
+    """The warnings and errors of a library as lines of the same log; not what stands in them, which may be a text."""
 
     def __init__(self, log: Log) -> None:
         super().__init__(logging.WARNING)
         self.log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        self.log("uvicorn", error, level=record.levelname.lower(), message=str(record.msg).partition("\n")[0])
+        error, event = record.exc_info[1] if record.exc_info else None, record.name.partition(".")[0]
+        self.log(event, error, level=record.levelname.lower(), message=str(record.msg).partition("\n")[0])
+
+
+def adopt(log: Log) -> None:
+    """From here on what the libraries below the server say goes to `log` alone. asyncio speaks of clients that left in
+    the middle of an answer."""
+    for name in LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers, library.propagate = [Library(log)], False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from assay.engine.server.config import ServerConfig
 from assay.engine.server.connection import Connection
 from assay.engine.server.errors import ApiError
 from assay.engine.server.guard import Gate
-from assay.engine.server.logs import Log, Uvicorn
+from assay.engine.server.logs import Log, adopt
 from assay.engine.server.metrics import Metrics
 from assay.engine.server.worker import Served, Worker
 
@@ -133,6 +132,5 @@ def serve(config: ServerConfig, make: Callable[[], Served], limit: int, ready: C
     """Answer until SIGTERM or SIGINT. `ready` is told the URL once the first request can be answered."""
     listener = listen(config.host, config.port)
     server = Server(config, make, limit)
-    uvicorn_log = logging.getLogger("uvicorn")
-    uvicorn_log.handlers, uvicorn_log.propagate = [Uvicorn(server.log)], False
+    adopt(server.log)
     asyncio.run(_main(server, listener, lambda: ready(url(listener))))
