@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assay.ops.attend import decode, gathered, invariant, matmul, oracle, sdpa, tiled
+from assay.ops.attend import decode, gathered, invariant, lookup, matmul, oracle, sdpa, tiled
 from assay.ops.attend.apart import Apart
 from assay.ops.attend.call import Call
 from assay.ops.attend.plan import BACKENDS, Plan, materialised
@@ -98,6 +98,7 @@ def attend(
             return invariant.run(q, view, step, sees, scores, made)
         made = made if made is not None else plan(step, view.layout, sees)
         found = decode.run(q, view, scores, made)
+        found = found if found is not None else lookup.run(q, view, scores, made)
         if found is not None:
             return found
     call, name = _call(q, view, step, sees, scores, made)

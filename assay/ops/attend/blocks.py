@@ -46,13 +46,15 @@ class Blocks(Spec):
 
     def gathers(self, new: int, entries: int) -> bool:
         """Whether so many queries, of whom each could see so many keys, are multiplied with what they choose alone."""
-        return new > 1 and new * entries >= SMALLEST and entries >= 2 * self.size * self.keep
+        return entries >= 2 * self.size * self.keep and (new == 1 or new * entries >= SMALLEST)
 
     def multiplied(self, new: int, seen: int) -> int:
         """(query, key) pairs that are multiplied where blocks are gathered: the chosen blocks, which are full, and the
-        squares of the queries' own; else the square."""
+        squares of the queries' own, of one query the whole budget; else the square."""
         if not self.gathers(new, new + seen):
             return new * (new + seen)
+        if new == 1:
+            return self.keep * self.size
         chosen = sum(min(self.keep - 1, i // self.size) * self.size for i in range(seen, seen + new))
         own = (new + seen - 1) // self.size - seen // self.size + 1
         return chosen + own * min(self.size, new) * self.size
@@ -108,8 +110,9 @@ class Runs:
         """The entries of each block; some other entries for one that is not real."""
         rows, count = self.first.shape
         inside = self.first[..., None] + torch.arange(self.size, device=self.first.device)
-        row = torch.arange(rows, device=inside.device)[:, None]
-        return entries[row, inside.view(rows, -1)].view(rows, count, self.size, *entries.shape[2:])
+        row = torch.arange(rows, device=inside.device)[:, None, None] * entries.shape[1]
+        found = entries.flatten(0, 1).index_select(0, (row + inside).flatten())
+        return found.view(rows, count, self.size, *entries.shape[2:])
 
     def before(self, seq: Int[Tensor, "R T"], place: Int[Tensor, "R T"]) -> Bool[Tensor, "R T C"]:
         """Which blocks end before the place of each query in its own sequence."""
@@ -176,7 +179,8 @@ def choices(
 def gathers(rule: Blocks, step: Step, layout: Layout) -> bool:
     """Whether chosen blocks are multiplied alone, and the square is not made."""
     rows = layout.seq.shape[0] if layout.aligned else 1
-    large = step.longest != 1 and rule.gathers(step.tokens // rows, layout.seq.numel() // rows)
+    new = step.tokens // rows
+    large = (step.longest == 1) == (new == 1) and rule.gathers(new, layout.seq.numel() // rows)
     return large and may_gather(step.seq)
 
 
@@ -210,10 +214,33 @@ def opened(
     backend = "auto" if made is None else made.backend
     if backend == "auto" and sees == CAUSAL and gathers(rule, step, layout):
         heads = picked.shape[1]
-        own = own_parts(rule.size, heads, step, layout, groups)
-        parts = (*chosen_parts(found, picked, layout, groups), *own)
+        if picked.shape[2] == 1:
+            parts: tuple[Part, ...] = (one_part(rule, found, picked, step, layout, groups),)
+        else:
+            own = own_parts(rule.size, heads, step, layout, groups)
+            parts = (*chosen_parts(found, picked, layout, groups), *own)
         return Plan(backend, parts=parts, by_head=heads, allowed=lambda: entered(found, picked, step, layout))
     return within(entered(found, picked, step, layout), made, step, layout, sees)
+
+
+def one_part(
+    rule: Blocks, found: Runs, picked: Bool[Tensor, "R G 1 C"], step: Step, layout: Layout, groups: int
+) -> Part:
+    """Of one query a row: the `keep` - 1 blocks that it picks, by head, and its own up to it, of a size that no content
+    decides."""
+    q_seq, q_index, _, k_seq, k_index, _ = aligned(step, layout)
+    (rows, entries), heads, inside = k_seq.shape, picked.shape[1], torch.arange(rule.size)
+    block = picked[:, :, 0].byte().sort(dim=-1, descending=True, stable=True).indices[..., : rule.keep - 1]
+    there = picked[:, :, 0].gather(-1, block)[..., None].expand(*block.shape, rule.size)
+    far = found.first[:, None].expand(rows, heads, -1).gather(-1, block)[..., None] + inside
+    begins = q_index // rule.size * rule.size
+    first = ((k_seq == q_seq) & (k_index == begins)).byte().argmax(1, keepdim=True)
+    near, seen = first + inside, (begins + inside <= q_index) & (q_seq >= 0)
+    near, seen = (t[:, None].expand(rows, heads, -1) for t in (near.clamp(max=entries - 1), seen))
+    group = torch.arange(rows)[:, None] * groups + torch.arange(heads) // (heads // groups)
+    k = group[..., None] * entries + torch.cat([far.flatten(2), near], 2)
+    mask = torch.cat([there.flatten(2), seen], 2)
+    return Part(torch.arange(rows * heads)[:, None], k.flatten(0, 1), mask.flatten(0, 1)[None, :, None])
 
 
 def chosen_parts(found: Runs, picked: Bool[Tensor, "R G T C"], layout: Layout, groups: int) -> Iterator[Part]:
