@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/python demo/smollm2.py --out $(DEMO)
 
 test: setup
-	$(TEST) -m "not slow" tests
+	$(TEST) -m "not slow" --durations=60 --durations-min=1 tests
 
 test-full: setup
 	$(TEST) tests
