@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
-from assay.engine.chooser import Chooser, Unchoosable
+from assay.engine.chooser import Chooser, Unchoosable, _constrain
 from assay.engine.request import Request, SamplingParams
 from assay.engine.sampler import Settings, probabilities, sample, uniform
 from tests.engine.test_text import tokenizer
@@ -163,6 +165,21 @@ def test_logits_that_are_not_numbers_name_their_rows_and_spoil_no_other() -> Non
     assert rest == fresh.choose(["a", "c"], made[[0, 2]])
     with pytest.raises(ValueError, match="not numbers"):
         some.choose(["c"], torch.full((1, VOCAB), -math.inf))
+
+
+def test_a_row_keeps_the_tokens_whose_bits_are_set() -> None:
+    """By NumPy's unpacking, in a vocabulary that ends inside a byte; a row without a grammar keeps all."""
+    made, draw = logits(3, 6), np.random.default_rng(1)
+    masks = draw.integers(0, 256, (2, -(-VOCAB // 8)), dtype=np.uint8)
+    rows = [SimpleNamespace(follower=None)]
+    for mask in masks:
+        follower = SimpleNamespace(allowed=lambda may_end, mask=mask: mask)
+        rows.append(SimpleNamespace(follower=follower, said=0, request=SimpleNamespace(min_new=0)))
+    left = made.clone()
+    _constrain(left, SimpleNamespace(rows=rows, constrained=[1, 2], keys=[0, 1, 2]))  # type: ignore[arg-type]
+    kept = np.unpackbits(masks, axis=1, count=VOCAB, bitorder="little").astype(bool)
+    assert torch.equal(left[0], made[0])
+    assert torch.equal(left[1:], torch.where(torch.from_numpy(kept), made[1:], -math.inf))
 
 
 def test_what_a_model_does_not_have_is_refused_on_entering() -> None:
