@@ -173,5 +173,5 @@ def attend(
 
 
 def _sizes(heads: int, groups: int, size: int, width: int, capped: bool) -> Sizes:
-    wide = (max(LEAST, triton.next_power_of_2(n)) for n in (heads // groups, size, width))
-    return Sizes(heads, groups, size, width, *wide, PIECE, capped, INTERPRETED)
+    shared, wide_size, wide_width = (max(LEAST, triton.next_power_of_2(n)) for n in (heads // groups, size, width))
+    return Sizes(heads, groups, size, width, shared, wide_size, wide_width, PIECE, capped, INTERPRETED)

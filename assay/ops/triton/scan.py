@@ -32,6 +32,20 @@ class Stream(NamedTuple):
     shared: int
 
 
+class Given(NamedTuple):
+    """`Streams`, in its order; what is left out stands for any of them, and is not read."""
+
+    q: Stream
+    k: Stream
+    v: Stream
+    decay: Stream
+    a: Stream
+    b: Stream
+    s: Stream
+    rate: Stream
+    skip: Stream
+
+
 class States(NamedTuple):
     """The pool [_, H, K, V], the place of each lane's state in it, outputs [L, T, H, V] and states at the end."""
 
@@ -120,7 +134,7 @@ def scan(past: Rows, given: Streams, late: bool = False) -> tuple[Tensor, Tensor
         return None
     pool, kept = past.pool.contiguous(), [None if t is None else dense(t) for t in given]
     y, end = pool.new_empty(lanes, tokens, heads, values), pool.new_empty(lanes, heads, keys, values)
-    read = Streams(*(Stream(pool, 0, 0, 0, 1) if t is None else Stream(t, *stream(t, heads)[1:]) for t in kept))
+    read = Given(*(Stream(pool, 0, 0, 0, 1) if t is None else Stream(t, *stream(t, heads)[1:]) for t in kept))
     channels = given.decay is not None and given.decay.dim() == 4 and given.decay.shape[3] == keys
     there = (t is not None for t in (given.decay, given.a, given.k, given.rate, given.skip))
     sizes = Sizes(heads, keys, values, wide, COLUMNS, late, channels, *there)
