@@ -63,6 +63,8 @@ def test_parquet_that_is_broken_or_a_bomb(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(parquet, "LARGEST", 1 << 20)
     with pytest.raises(ValueError, match="bytes of text; at most 1048576 are read at once"):
         corpus("parquet", path)
+    pq.write_table(pa.table({"text": ["a"] * 400, "page": ["x" * 100_000] * 400}), path, use_dictionary=False)
+    assert corpus("parquet", path) == ["a"] * 400
 
 
 def record(kind: str, body: bytes, content: str, http: str = "") -> bytes:
@@ -80,7 +82,7 @@ RESPONSE = "application/http; msgtype=response"
 WET = [record("warcinfo", b"software: x", "application/warc-fields")]
 WET += [record("conversion", text.encode(), "text/plain") for text in TEXTS]
 PAGE = (
-    "<html><head><title>T</title><style>p{}</style></head><body><p>Caf\xe9 &amp; <b>bar</b></p>"
+    "</style><html><head><title>T</title><style>p{}</style></head><body><p>Caf\xe9 &amp; <b>bar</b></p>"
     "<script>if (a<b) {}</script><div>two</div></body></html>"
 )
 
@@ -96,6 +98,7 @@ def test_wet_is_its_plain_texts(tmp_path: Path, packed: bool) -> None:
 def test_warc_is_the_visible_text_of_its_pages(tmp_path: Path, packed: bool) -> None:
     parts = [
         record("request", b"GET / HTTP/1.1\r\n\r\n", "application/http; msgtype=request"),
+        record("metadata", b"fetched in 3 ms", "text/plain"),
         record("response", PAGE.encode("latin-1"), RESPONSE, "text/html; charset=ISO-8859-1"),
         record("response", b"\x89PNG", RESPONSE, "image/png"),
         record("response", "naïve".encode(), RESPONSE, "text/plain"),
@@ -157,6 +160,7 @@ def test_a_folder_of_a_dataset_is_streamed_once_and_kept(cache: Path) -> None:
     for split, texts in (("train", TEXTS), ("test", ["held"])):
         pq.write_table(pa.table({"content": texts}), folder / f"{split}-00000.parquet")
     assert corpus("hub", folder, field="content", documents=3) == TEXTS[:3]
+    assert corpus("hub", folder, field="content", documents=2) == TEXTS[:2]
     assert corpus("hub", folder, field="content", hub={"split": "test"}) == ["held"]
     (folder / "train-00000.parquet").unlink()
     assert corpus("hub", folder, field="content", documents=3) == TEXTS[:3]

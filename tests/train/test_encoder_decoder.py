@@ -127,13 +127,12 @@ def test_a_step_is_of_the_pairs(changes: dict[str, Any]) -> None:
         assert kept < 0.6 * gradients(learner(SPEC, PREFIX), batch)[2]
 
 
-@pytest.mark.parametrize("how", [PREFIX, REVERSAL], ids=["text", "task"])
-def test_a_run_goes_on_bit_for_bit_and_is_read_again(how: Recipe, tmp_path: Path) -> None:
+def test_a_run_goes_on_bit_for_bit_and_is_read_again(tmp_path: Path) -> None:
     spec = change(SPEC, {"embed.dropout": 0.1})
-    whole = train(spec, how)
+    whole = train(spec, REVERSAL)
     with pytest.raises(KeyboardInterrupt):
-        train(spec, how, tmp_path, on_progress=stop_at(3), options=Options(report_s=0.0))
-    resumed = train(spec, how, tmp_path, resume=True)
+        train(spec, REVERSAL, tmp_path, on_progress=stop_at(3), options=Options(report_s=0.0))
+    resumed = train(spec, REVERSAL, tmp_path, resume=True)
     assert same(whole, resumed) and whole.losses == resumed.losses
     assert whole.evaluation == resumed.evaluation and whole.evaluation.tokens > 0
     loaded, trained = (dict(m.named_parameters()) for m in (load_checkpoint(tmp_path)[0], whole.model))
