@@ -29,8 +29,8 @@ INTEL = {
 def built(tool: str, place: Path, *flags: str) -> Path:
     if shutil.which(tool) is None:
         pytest.skip(f"no {tool}")
-    own = [flag for flag in FLAGS if flag not in ("-march=native", "-fPIC")]
-    command = [tool, *own, *flags, "-I", str(SOURCE.parent), str(DRIVER), "-o", str(place)]
+    own = [flag for flag in FLAGS if flag not in ("-O3", "-march=native", "-fPIC")]
+    command = [tool, *own, "-O2", *flags, "-I", str(SOURCE.parent), str(DRIVER), "-o", str(place)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return place
 
