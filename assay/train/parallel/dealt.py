@@ -121,23 +121,27 @@ def _in_group(held: Mapping[str, Tensor], layouts: Mapping[str, Layout], work: W
     blank = {name: torch.empty(layouts[name].shape, device="meta") for name in names}
     shapes = {name: [layouts[name].part(blank[name], r).shape for r in range(count)] for name in names}
 
+    none = held[names[0]].new_empty(0)
     give = [[held[n] for n in names if owner[n] == to and rank in givers[n]] for to in range(count)]
     take = [[shapes[n][source] for n in mine if source in givers[n]] for source in range(count)]
-    came = [iter(some) for some in _exchanged(give, take, first)]
+    came = [iter(some) for some in _exchanged(give, take, first, none)]
     done = {name: work(layouts[name].joined([next(came[source]) for source in givers[name]])) for name in mine}
 
     give = [[layouts[n].part(done[n], to) for n in mine] for to in range(count)]
     take = [[shapes[n][rank] for n in names if owner[n] == source] for source in range(count)]
-    came = [iter(some) for some in _exchanged(give, take, first)]
+    came = [iter(some) for some in _exchanged(give, take, first, none)]
     return {name: next(came[owner[name]]) for name in names}
 
 
-def _exchanged(give: list[list[Tensor]], take: list[list[torch.Size]], layout: Layout) -> list[list[Tensor]]:
-    """give[i]: what goes to process i. Returns what came from each, in the shapes that are told."""
+def _exchanged(
+    give: list[list[Tensor]], take: list[list[torch.Size]], layout: Layout, none: Tensor
+) -> list[list[Tensor]]:
+    """give[i]: what goes to process i. Returns what came from each, in the shapes that are told. none: an empty tensor,
+    which is what a process sends where it has nothing to give."""
     flat = [t.reshape(-1) for some in give for t in some]
     sizes = [[shape.numel() for shape in some] for some in take]
     came = layout.mesh.comm.all_to_all(
-        torch.cat(flat),
+        torch.cat([none, *flat]),
         [sum(t.numel() for t in some) for some in give],
         [sum(some) for some in sizes],
         layout.mesh.group(*layout.axes),

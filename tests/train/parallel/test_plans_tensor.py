@@ -27,6 +27,7 @@ QK = {
 MLA = {"kind": "mla", "heads": 2, "kv_rank": 6, "q_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4,
        "position": "rope", "bias": True}  # fmt: skip
 DELTA = {"kind": "gated_deltanet", "heads": 2, "head_dim": 8}
+MAMBA2 = {"kind": "mamba2", "heads": 4, "head_dim": 4, "state_size": 3, "groups": 2, "bias": True}
 MOE = {"kind": "moe", "experts": 4, "width": 8, "router": {"kind": "topk", "balance": 0.1},
        "shared": {"kind": "gated", "width": 8, "share": True}}  # fmt: skip
 MODELS: dict[str, ModelSpec] = {
@@ -36,6 +37,10 @@ MODELS: dict[str, ModelSpec] = {
     "hybrid": model(
         QK, blocks={"a": {"mixer": QK, "ffn": {"kind": "gated", "width": 24}}, "d": {"mixer": DELTA}}, layers=3,
         pattern=["d", "a"],
+    ),
+    "state_space": model(
+        QK, blocks={"a": {"mixer": MAMBA2, "conv": {"kind": "conv", "bias": True, "act": "silu"}},
+                    "s": {"mixer": {"kind": "s4d", "modes": 3, "gate": False}}}, pattern=["a", "s"],
     ),
     "t5": model(QK | {"position": "t"}, positions={"t": {"kind": "t5", "heads": 4, "buckets": 8, "max_distance": 12}}),
 }  # fmt: skip
