@@ -17,7 +17,7 @@ import pytest
 
 from assay.cli.main import main
 from assay.train.checkpoint import save_checkpoint
-from tests.server.live import CONTEXT, events, tiny, words
+from tests.server.live import CONTEXT, events, tiny, until, words
 
 SHORT = {"prompt": "a", "max_tokens": 3, "temperature": 0}
 LONG = {"prompt": "a", "max_tokens": CONTEXT - 10, "ignore_eos": True, "stream": True}
@@ -68,15 +68,17 @@ def test_it_says_where_it_is_and_sigterm_lets_replies_finish(process: Process, t
     assert (tmp_path / "ready").read_text().strip() == process.line.split()[-1]
     assert process.client.get("/health").status_code == 200
     told: list[str] = []
-    body = {**LONG, "max_tokens": 300}
-    with process.client.stream("POST", "/v1/completions", json=body) as answer:
+    body = {**LONG, "max_tokens": 150}  # long enough to be asked beside it, and done in 8 s on a busy machine
+    with (
+        httpx.Client(base_url=process.client.base_url) as late,
+        process.client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
         lines = events(answer.iter_lines())
         next(lines)
         process.end(signal.SIGTERM)
-        time.sleep(0.1)
-        with httpx.Client(base_url=process.client.base_url) as late:
-            for refused in (late.post("/v1/completions", json=SHORT), late.get("/health")):
-                assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
+        until(lambda: late.get("/health").status_code == 503)
+        for refused in (late.post("/v1/completions", json=SHORT), late.get("/health")):
+            assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
         told = list(lines)
     assert told[-1] == "[DONE]" and json.loads(told[-2])["choices"][0]["finish_reason"] == "length"
     assert process.status() == 0
