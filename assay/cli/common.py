@@ -159,15 +159,13 @@ def pick_device(name: str) -> torch.device:
 
 def in_dtype(model: LM, dtype: str) -> LM:
     """The model with weights in f32, bf16, int8 or int4. The last two are for inference; what they leave float is
-    bfloat16 where its device multiplies that natively, else float32."""
+    bfloat16, and so is what is stored of a sequence."""
     import torch
 
     from assay.passes.quantise import DTYPES, quantise
-    from assay.train.precision import native_bfloat16
 
-    low = native_bfloat16(next(model.parameters()).device.type) if dtype in DTYPES else dtype == "bf16"
-    model = model.to(torch.bfloat16 if low else torch.float32)
-    return quantise(model, dtype) if dtype in DTYPES else model
+    model = quantise(model, dtype) if dtype in DTYPES else model  # of the weights as they are, not rounded twice
+    return model.to(torch.float32 if dtype == "f32" else torch.bfloat16)
 
 
 def load_parts(files: Iterable[Path] | None) -> None:
