@@ -44,7 +44,8 @@ def entries(view: View, name: str, at: Int[Tensor, "B s"]) -> Float[Tensor, "B s
     if pages is None:
         entry = row * length + entry
     else:
-        page = stored.shape[1]
-        entry = pages.table[row, entry // page] * page + entry % page
+        page, table = stored.shape[1], pages.table
+        number = table.flatten().index_select(0, (row * table.shape[1] + entry // page).flatten()).view(at.shape)
+        entry = number * page + entry % page
     found = stored.reshape(-1, stored.shape[-1]).index_select(0, (entry * groups + group).flatten())
     return found.view(*at.shape, -1)
