@@ -57,13 +57,13 @@ class States(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What the kernel is compiled for; wide_keys: the next power of two. late: as in `Updates`. The others say what is
-    there."""
+    """What the kernel is compiled for; size: of keys, wide: the next power of two, width: of values. late: as in
+    `Updates`. The others say what is there."""
 
     heads: int
-    keys: int
-    values: int
-    wide_keys: int
+    size: int
+    width: int
+    wide: int
     columns: int
     late: bool
     channels: bool
@@ -85,11 +85,11 @@ def at(x, lane, t, head):
 def scan_kernel(given, states, SIZES: tl.constexpr):
     """Some columns of the state of one lane and head."""
     lane, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, SIZES.wide_keys)
+    i = tl.arange(0, SIZES.wide)
     j = tl.program_id(2) * SIZES.columns + tl.arange(0, SIZES.columns)
-    key, value = i < SIZES.keys, j < SIZES.values
-    inside = head * SIZES.keys * SIZES.values + i[:, None] * SIZES.values + j
-    whole: tl.constexpr = SIZES.heads * SIZES.keys * SIZES.values
+    key, value = i < SIZES.size, j < SIZES.width
+    inside = head * SIZES.size * SIZES.width + i[:, None] * SIZES.width + j
+    whole: tl.constexpr = SIZES.heads * SIZES.size * SIZES.width
     held = key[:, None] & value
     state = tl.load(states.pool + tl.load(states.index + lane) * whole + inside, mask=held, other=0.0)
     for t in range(states.tokens):
@@ -119,7 +119,7 @@ def scan_kernel(given, states, SIZES: tl.constexpr):
         if SIZES.skips:
             out += tl.load(at(given.skip, lane, t, head)) * v
         row = (lane * states.tokens + t) * SIZES.heads + head
-        tl.store(states.y + row * SIZES.values + j, out, mask=value)
+        tl.store(states.y + row * SIZES.width + j, out, mask=value)
     tl.store(states.end + lane * whole + inside, state, mask=held)
 
 
