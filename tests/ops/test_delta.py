@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from assay.ops.scan.delta import Updates, chunkwise, delta_rule, rank_one, recurrent, run
+from assay.ops.state import Rows
 
 L, H, K, V = 2, 2, 4, 3
 KINDS = ("plain", "head", "channel", "rank")
@@ -110,6 +111,18 @@ def test_a_state_is_carried(kind: str) -> None:
     assert end is not None and run(updates(x), x["past"])[1] is None
     equal(torch.cat(pieces, 1), whole)
     equal(state, end)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lane_starts_from_its_row_of_a_pool(kind: str, length: int) -> None:
+    x = drawn(length, kind)
+    past, order = x["past"], torch.arange(len(x["past"])).flip(0)
+    pool = torch.cat([torch.full_like(past[:1], torch.nan), past.flip(0)])
+    out, end = run(updates(x), Rows(pool, order + 1), keeps=True, chunk=4)
+    assert end is not None
+    for found, exact in zip((out, end), by_definition(x), strict=True):
+        equal(found, exact)
 
 
 def test_what_reduces_to_what() -> None:
