@@ -12,7 +12,7 @@ import pytest
 
 from assay.train.folder import METRICS, read_metrics
 from assay.train.loop import Options, train
-from assay.train.tracking.base import kinds, public
+from assay.train.tracking.base import kinds, public, told
 from tests.train.small import model, recipe
 from tests.train.test_resume import stop_at
 
@@ -118,5 +118,6 @@ def test_names_and_what_is_public() -> None:
         kinds("neptune")
     with pytest.raises(ValueError, match="given twice"):
         kinds("wandb,wandb")
+    assert told({"step": 3, "tokens": 8, "loss_nats": 1.5}) == {"tokens": 8.0, "loss_nats": 1.5}
     assert public("s3://me:secret@host/a") == "s3://host/a" and public("a@b") == "a@b" and public(3) == 3
     assert recipe(track=["wandb"]).computed == recipe() and recipe(track=["wandb"]).digest == recipe().digest
