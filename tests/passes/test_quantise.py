@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from assay.cli.common import in_dtype
 from assay.cli.main import main
 from assay.engine.engine import generate
 from assay.engine.request import Request, SamplingParams
 from assay.model.lm import LM, build
-from assay.ops.packed import Packed, packed_bytes
+from assay.ops.packed import Packed, pack, packed_bytes
 from assay.ops.step import rows_step
 from assay.passes.quantise import quantise
 from assay.spec.load import load_model
@@ -116,6 +117,16 @@ def test_training_is_refused_and_so_is_another_dtype() -> None:
     model.blocks[0].mixer_norm.weight.requires_grad_()
     with pytest.raises(ValueError, match="for inference; train with float weights"):
         model(rows_step(drawn(1, 4, 17)))
+
+
+def test_codes_are_of_the_weights_as_they_are_and_the_rest_is_bfloat16() -> None:
+    model = made().float()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = in_dtype(model, "int8")
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+    codes = {name: p.codes for name, p in packed(found).items()}
+    assert all(torch.equal(held, pack(before[name], 8).codes) for name, held in codes.items())
+    assert not all(torch.equal(held, pack(before[name].bfloat16(), 8).codes) for name, held in codes.items())
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("int8", 8), ("int4", 4)])
