@@ -128,7 +128,6 @@ def run(
     config = ServerConfig(name=name, host=host, port=port, keys=keys, watchers=watchers, limits=limits)
     pick_device(device)
     load_parts(part)
-
     from assay.engine.config import EngineConfig
     from assay.engine.server.run import serve
     from assay.engine.sides import Setup
