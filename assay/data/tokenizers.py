@@ -90,6 +90,8 @@ class Tokenizer:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
         if self._alphabet is not None:
             return self._encode_chars(text, self._alphabet)
+        if self._symbols and (strange := [word for word in text.split() if self.hf.token_to_id(word) is None]):
+            raise ValueError(f"{strange[0]!r} is no symbol of this task: accepted: 0 to {self.vocab_size - 1}")
         return np.asarray(self.hf.encode(text, add_special_tokens=False).ids, np.int64)
 
     def marked(self, text: str) -> NDArray[np.int64]:
@@ -134,17 +136,20 @@ class Tokenizer:
         return list(zip(made.ids, made.special_tokens_mask, strict=True))
 
     def known(self, text: str) -> str:
-        """A text without what `encode` refuses: characters outside a char tokenizer's corpus, and words of which a
-        vocabulary has no token, not even one for those that it does not have (a task's symbols)."""
+        """A text that `encode` does not refuse: without characters outside a char tokenizer's corpus; of a task's
+        tokenizer, which has no words at all, its first symbols."""
+        if self._symbols:
+            return " ".join(str(i) for i in range(min(3, self.vocab_size)))
         if self._alphabet is None:
-            words = (w for w in text.split() if self.hf.token_to_id(w) is not None)
-            return text if self._for_any_word else " ".join(words)
+            return text
         return "".join(char for char in text if char in self.hf.get_vocab(with_added_tokens=False))
 
-    @property
-    def _for_any_word(self) -> bool:
-        model = self.hf.model
-        return not isinstance(model, models.WordLevel) or self.hf.token_to_id(model.unk_token) is not None
+    @cached_property
+    def _symbols(self) -> bool:
+        """Whether words are the numbers of their ids, as a task's symbols are."""
+        last = self.hf.get_vocab_size(with_added_tokens=False) - 1
+        numbered = all(self.hf.token_to_id(str(i)) == i for i in {0, last // 2, last})
+        return numbered and isinstance(self.hf.model, models.WordLevel)
 
     def _encode_chars(self, text: str, alphabet: NDArray[np.int64]) -> NDArray[np.int64]:
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)

@@ -16,6 +16,7 @@ from assay.engine.runner import Runner
 from assay.measure.machine import nbytes
 from assay.measure.subject import Subject
 from assay.model.lm import LM, state_table
+from assay.ops.heap import give_back
 
 SECONDS = 0.1
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -69,7 +70,8 @@ def measured(model: LM, batch: int, context: int) -> int:
 
 
 def start_peak() -> bool:
-    """Forget the peak so far; False where the system does not offer that."""
+    """Forget the peak so far, and what was freed of it; False where the system does not offer that."""
+    give_back()  # malloc keeps what is freed, and the next peak would begin with it
     try:
         CLEAR.write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process."""
+"""Memory that is freed stays with the process, until it is given back."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def keep_freed() -> bool:
         return False
     library = ctypes.CDLL(None)
     return all(library.mallopt(name, value) == 1 for name, value in ((LARGE, 1 << 30), (TRIM, MOST)))
+
+
+def give_back() -> None:
+    """Return to the kernel what is free (glibc's `malloc_trim`); nothing where the C library has no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -133,6 +133,20 @@ TITLES: dict[tuple[str, str], Callable[[ModelSpec, Stages], bool]] = {
         ("emergence", arm): lambda m, s, width=int(arm[1:]): m.d_model == width  # type: ignore[misc]
         for arm in load_study("emergence")[1].all_arms
     },
+    **{
+        ("encoder-decoder", arm): lambda m, s, told=told: (
+            (m.encoder.layers if m.encoder else 0, m.layers, {x.sees.prefix for x in _mixers(s) if x.kind == "gqa"})
+            == told
+        )  # type: ignore[misc]
+        for arm, told in {
+            "decoder": (0, 4, {False}),
+            "prefix": (0, 4, {True}),
+            "decoder-2": (0, 2, {False}),
+            "prefix-2": (0, 2, {True}),
+            "encoder-decoder": (2, 2, {False}),
+            "deep-encoder": (3, 1, {False}),
+        }.items()
+    },
     ("sparse-attention", "dense"): lambda m, s: {(x.kind, x.scores.blocks) for x in _mixers(s)} == {("gqa", None)},
     **{
         ("sparse-attention", arm): lambda m, s, by=by: (

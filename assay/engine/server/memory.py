@@ -8,26 +8,21 @@ server has come to rest, and seldom while it works.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 
+from assay.ops.heap import give_back
+
 WORKING_S, RESTED_S = 60.0, 1.0
-
-
-def trimmer() -> Callable[[], object]:
-    """glibc's `malloc_trim(0)`; nothing where the C library has none."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return (lambda: None) if trim is None else lambda: trim(0)
 
 
 class Tidy:
     """Trims once in `working` seconds in which there was work, and once after `rested` seconds without."""
 
     def __init__(
-        self, working: float = WORKING_S, rested: float = RESTED_S, trim: Callable[[], object] | None = None
+        self, working: float = WORKING_S, rested: float = RESTED_S, trim: Callable[[], object] = give_back
     ) -> None:
-        self.working, self._rested, self._trim = working, rested, trim or trimmer()
+        self.working, self._rested, self._trim = working, rested, trim
         self._last, self._owed = time.monotonic(), True
 
     @property

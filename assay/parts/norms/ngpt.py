@@ -35,6 +35,7 @@ class NgptNorm(NormSpec):
         return {"weight": Weight((site.d_in,), "vector", Init.constant(site.d_in**-0.5))}
 
     def build(self, site: Site) -> NgptNormPart:
+        self.check(site)  # inside a mixer a norm is built and not checked beside the others
         return NgptNormPart(self, site)
 
     @classmethod
