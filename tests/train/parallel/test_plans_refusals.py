@@ -17,7 +17,8 @@ GQA: dict[str, Any] = {"kind": "gqa", "heads": 4, "position": "rope"}
     ("mixer", "more", "sizes", "told"),
     [
         ({"kind": "mamba2", "heads": 2, "head_dim": 8}, {}, {"tensor": 2}, "mamba2: tensor=2 .* 1 are not cut in two"),
-        (GQA | {"heads": 6, "kv_heads": 2, "head_dim": 4}, {"vocab": 33}, {"tensor": 3}, r"6 pieces; accepted: tensor in 1, 2, 6"),
+        (GQA | {"heads": 6, "kv_heads": 2, "head_dim": 4}, {"vocab": 33}, {"tensor": 3},
+         r"6 pieces; accepted: tensor in 1, 2, 6"),
         ({"kind": "s4d", "modes": 2}, {}, {"tensor": 2}, "s4d: tensor=2 .* its gate stands behind the sum"),
         (GQA | {"scores": {"dropout": 0.1}}, {}, {"tensor": 2}, "blocks.0.mixer: mixer gqa: tensor=2"),
         (GQA | {"qk_norm": {"over": "full"}}, {}, {"tensor": 2}, "accepted: tensor=1"),
