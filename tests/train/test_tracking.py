@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,16 +91,24 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(tmp_path, "wandb", monkeypatch)
-    found: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime):
-        for data in records(path.read_bytes()):
-            record: Any = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            row = {(i.key or i.nested_key[0]): float(i.value_json) for i in record.history.item}
-            for name in set(row) & {"loss_nats", "valid_nats"}:
-                found.setdefault(name, []).append((int(row["step"]), row[name]))
+    wanted, until = expected(tmp_path, "loss_nats"), time.monotonic() + 30
+    while len((found := logged(tmp_path, wandb_internal_pb2.Record))["loss_nats"]) < len(wanted):
+        assert time.monotonic() < until, found  # its own process writes the last records when the run has ended
+        time.sleep(0.1)
     assert close(found["loss_nats"], expected(tmp_path, "loss_nats"))
     assert close(found["valid_nats"], expected(tmp_path, "valid_nats"))
+
+
+def logged(folder: Path, message: Any) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {"loss_nats": [], "valid_nats": []}
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):  # named by the second that they began in
+        for data in records(path.read_bytes()):
+            record = message()
+            record.ParseFromString(data)
+            row = {(i.key or i.nested_key[0]): float(i.value_json) for i in record.history.item}
+            for name in found.keys() & row.keys():
+                found[name].append((int(row["step"]), row[name]))
+    return found
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "mlflow"])
