@@ -89,10 +89,11 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its record of a run without a network: a log of protocol buffers."""
     from wandb.proto import wandb_internal_pb2
 
+    written: Any = wandb_internal_pb2
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(tmp_path, "wandb", monkeypatch)
     wanted, until = expected(tmp_path, "loss_nats"), time.monotonic() + 30
-    while len((found := logged(tmp_path, wandb_internal_pb2.Record))["loss_nats"]) < len(wanted):
+    while len((found := logged(tmp_path, written.Record))["loss_nats"]) < len(wanted):
         assert time.monotonic() < until, found  # its own process writes the last records when the run has ended
         time.sleep(0.1)
     assert close(found["loss_nats"], expected(tmp_path, "loss_nats"))
