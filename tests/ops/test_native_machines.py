@@ -22,6 +22,7 @@ INTEL = {
     "haswell": ("avx2",),
     "skylake-avx512": ("avx512_f", "avx512_bw"),
     "cascadelake": ("avx512_f", "avx512_bw", "avx512_vnni"),
+    "cooperlake": ("avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16"),
     "sapphirerapids": ("avx512_f", "avx512_bf16", "amx_bf16", "avx512_fp16"),
 }
 

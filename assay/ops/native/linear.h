@@ -1,6 +1,10 @@
 // A few rows times a weight [out, k].
 #pragma once
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include "vectors.h"
 
 namespace {
@@ -20,29 +24,41 @@ typedef float LooseReg __attribute__((vector_size(4 * WIDTH), aligned(4), may_al
 typedef uint32_t RegBits __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t LooseRegBits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 
-// What a weight is read by: 16 floats, or 32 halves as the 16 of even and the 16 of odd place.
+// What a weight is read by, and how its products with x are added: 16 floats, or 32 halves as the 16 of odd and then the
+// 16 of even place, which is the order of the instruction that takes them in pairs. (A product of two halves is exact in
+// float32, so their bits are the same; numbers below 2^-126 it takes for 0.)
 template <class T> struct Unit;
 template <> struct Unit<float> {
   static constexpr int parts = 1, size = LANES;
   static Reg part(const float* w, int, int half) { return *reinterpret_cast<const LooseReg*>(w + half * WIDTH); }
+  static Reg add(Reg sum, Reg w, Reg x) { return sum + w * x; }
 };
 template <> struct Unit<uint16_t> {
-  static constexpr int parts = 2, size = 2 * LANES;
-  static Reg part(const uint16_t* w, int odd, int half) {
-    const RegBits u = *reinterpret_cast<const LooseRegBits*>(w + 2 * half * WIDTH);
-    return reinterpret_cast<Reg>(odd ? (u & 0xffff0000u) : (u << 16));
+  static constexpr int size = 2 * LANES;
+#if defined(__AVX512BF16__)
+  static constexpr int parts = 1;
+  static Reg part(const uint16_t* w, int, int) { return reinterpret_cast<Reg>(_mm512_loadu_ps(w)); }
+  static Reg add(Reg sum, Reg w, Reg x) {
+    return reinterpret_cast<Reg>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)w, (__m512bh)x));
   }
+#else
+  static constexpr int parts = 2;
+  static Reg part(const uint16_t* w, int even, int half) {
+    const RegBits u = *reinterpret_cast<const LooseRegBits*>(w + 2 * half * WIDTH);
+    return reinterpret_cast<Reg>(even ? (u << 16) : (u & 0xffff0000u));
+  }
+  static Reg add(Reg sum, Reg w, Reg x) { return sum + w * x; }
+#endif
 };
 
 // N rows of the weight as they are held, `apart` from each other.
 template <class T, int N> struct Held {
-  static constexpr int parts = Unit<T>::parts, outs = N;
+  typedef Unit<T> unit;
+  static constexpr int outs = N;
   const T* from;
   long apart;
 
-  Reg at(int n, long unit, int part, int half) const {
-    return Unit<T>::part(from + n * apart + unit * Unit<T>::size, part, half);
-  }
+  Reg at(int n, long i, int part, int half) const { return unit::part(from + n * apart + i * unit::size, part, half); }
 };
 
 // Rows of the weight that will be wanted next, fetched as a tile goes along.
@@ -64,13 +80,13 @@ template <int M, bool FRESH, class W> void tile(const W& w, long units, const fl
     for (long i = 0; i < units; i++, next += ahead.step) {
       if (rows) __builtin_prefetch(next, 0, NEXT);
       for (long r = 1; r < rows; r++) __builtin_prefetch(next + r * apart, 0, NEXT);
-      for (int part = 0; part < W::parts; part++) {
+      for (int part = 0; part < W::unit::parts; part++) {
         Reg v[M];
         for (int m = 0; m < M; m++)
-          v[m] = *reinterpret_cast<const Reg*>(x + ((i * W::parts + part) * M + m) * LANES + half * WIDTH);
+          v[m] = *reinterpret_cast<const Reg*>(x + ((i * W::unit::parts + part) * M + m) * LANES + half * WIDTH);
         for (int n = 0; n < N; n++) {
           const Reg row = w.at(n, i, part, half);
-          for (int m = 0; m < M; m++) sum[m][n] += row * v[m];
+          for (int m = 0; m < M; m++) sum[m][n] = W::unit::add(sum[m][n], row, v[m]);
         }
       }
     }
@@ -99,7 +115,7 @@ void tile(bool fresh, int m, const W& w, long units, const float* x, Line* acc, 
   else tile<false>(m, w, units, x, acc, ahead);
 }
 
-// Rows of x as tiles read them: in float32, padded to whole units, the rows of a tile in turns.
+// Rows of x as tiles read them: as the weight's units, padded to whole ones, the rows of a tile in turns.
 struct Spread {
   Line* lines;
   long k, units, each;  // lines of a row
