@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-#include "vectors.h"
+#include "units.h"
 
 namespace {
 
@@ -22,7 +22,7 @@ inline Vec wide(const uint16_t* p) {
 }
 
 constexpr long PIECE = 64;  // keys of a piece: fixed, so that the order of a sum never changes
-constexpr long AHEAD = 16;  // entries that are asked for before they are wanted: heads lie in rows that no prefetcher guesses
+constexpr long AHEAD = 16;  // entries that are asked for before they are wanted: nothing guesses where a page stands
 constexpr long WIDEST = 1024;  // dimensions of a head
 
 // Keys or values in pages [_, page, groups, size]; strides of pages, entries and groups in elements (of the size: 1).
@@ -47,13 +47,37 @@ struct Attend {
   long shared() const { return heads / groups; }
 };
 
-// Calls use(i, count, base) for every run of entries of [first, last) that lie behind one another in a page.
-template <class T, class Use> void runs(const Attend& a, const Pool& pool, long row, long first, long last, Use use) {
+// Where entry i of a row stands.
+template <class T> const T* stands(const Attend& a, const Pool& pool, long row, long i) {
+  const long number = i / a.page, page = a.table ? a.table[row * a.table_row + number] : row;
+  return static_cast<const T*>(pool.base) + page * pool.strides[0] + (i - number * a.page) * pool.strides[1];
+}
+
+// Entries that lie behind one another, `step` apart, and where those begin that are wanted next.
+template <class T> struct Run {
+  const T* base;
+  long step, count;
+  const T* next;
+
+  // Asks for `size` values at `offset` of the entry AHEAD of entry i. (A call that is not inlined GCC leaves out: it does
+  // nothing that can be seen.)
+  __attribute__((always_inline)) void ask(long i, long offset, long size) const {
+    const long far = i + AHEAD;
+    const T* from = (far < count ? base + far * step : next + (far - count) * step) + offset;
+    for (long j = 0; j < size; j += 64 / sizeof(T)) __builtin_prefetch(from + j);
+  }
+};
+
+// Calls use(i, run) for every run of entries of [first, last); `then` is wanted after the last.
+template <class T, class Use>
+void runs(const Attend& a, const Pool& pool, long row, long first, long last, const T* then, Use use) {
+  const T* base = stands<T>(a, pool, row, first);
   for (long i = first; i < last;) {
-    const long number = i / a.page, inside = i - number * a.page, count = std::min(last - i, a.page - inside);
-    const long page = a.table ? a.table[row * a.table_row + number] : row;
-    use(i - first, count, static_cast<const T*>(pool.base) + page * pool.strides[0] + inside * pool.strides[1]);
+    const long count = std::min(last - i, a.page - i % a.page);
+    const T* next = i + count < last ? stands<T>(a, pool, row, i + count) : then;
+    use(i - first, Run<T>{base, pool.strides[1], count, next});
     i += count;
+    base = next;
   }
 }
 
@@ -81,33 +105,43 @@ template <int D, class Use> void together(long many, Use use) {
   }
 }
 
-// sums[h][n] of H queries, `size` apart, with key n and the N - 1 behind it: the lanes of their products.
+// sums[h][n] of H queries, `lines` apart, with the values at `offset` of entry n and the N - 1 behind it: the lanes of
+// their products. D: vectors of a head, 0 for any number.
 template <class T, int D, int H, int N>
-void lanes(const float* q, const T* k, long step, long size, Vec (*sums)[LANES], long n) {
-  const long width = D ? D : size / LANES;
-  const T* row = k + n * step;
-  for (int i = 0; i < N; i++)
-    for (long j = 0; j < width * LANES; j += 64 / sizeof(T)) __builtin_prefetch(row + (i + AHEAD) * step + j);
+void lanes(const Line* q, long lines, const Run<T>& k, long offset, long size, Vec (*sums)[LANES], long from, long n) {
+  typedef Unit<T, Vec> U;
+  const long whole = (D ? D * LANES : size) / U::size, rest = (D ? D * LANES : size) % U::size;
+  const T* row = k.base + (from + n) * k.step + offset;
+  for (int i = 0; i < N; i++) k.ask(from + n + i, offset, D ? D * LANES : size);
   Vec sum[H][N] = {};
-  for (long j = 0; j < width; j++) {
-    Vec key[N];
-    for (int i = 0; i < N; i++) key[i] = wide(row + i * step + j * LANES);
-    for (int h = 0; h < H; h++) {
-      const Vec query = load(q + h * size + j * LANES);
-      for (int i = 0; i < N; i++) sum[h][i] += query * key[i];
+  const auto add = [&](long u, const T* keys, long step) {
+    for (int part = 0; part < U::parts; part++) {
+      Vec key[N];
+      for (int i = 0; i < N; i++) key[i] = U::part(keys + i * step, part, 0);
+      for (int h = 0; h < H; h++) {
+        const Vec query = load(q[h * lines + u * U::parts + part].at);
+        for (int i = 0; i < N; i++) sum[h][i] = U::add(sum[h][i], key[i], query);
+      }
     }
+  };
+  for (long u = 0; u < whole; u++) add(u, row + u * U::size, k.step);
+  if (rest) {
+    T last[N][U::size] = {};
+    for (int i = 0; i < N; i++) std::memcpy(last[i], row + i * k.step + whole * U::size, rest * sizeof(T));
+    add(whole, last[0], U::size);
   }
   for (int h = 0; h < H; h++)
     for (int i = 0; i < N; i++) sums[h][n + i] = sum[h][i];
 }
 
-// z[h, i] of H queries, `size` apart, with up to 16 keys behind one another; D: vectors of a head, 0 for any number.
+// z[h, i] of H queries with up to 16 keys from entry `from` on.
 template <class T, int D, int H>
-void products(const float* q, const T* k, long step, long count, long size, float* z, long apart) {
+void products(const Line* q, long lines, const Run<T>& k, long offset, long from, long size, float* z, long apart) {
+  const long count = std::min<long>(LANES, k.count - from);
   Vec sums[H][LANES];
   long n = 0;
-  for (; n + 2 <= count; n += 2) lanes<T, D, H, 2>(q, k, step, size, sums, n);
-  if (n < count) lanes<T, D, H, 1>(q, k, step, size, sums, n);
+  for (; n + 2 <= count; n += 2) lanes<T, D, H, 2>(q, lines, k, offset, size, sums, from, n);
+  if (n < count) lanes<T, D, H, 1>(q, lines, k, offset, size, sums, from, n);
   for (int h = 0; h < H; h++) {
     if (count == LANES) *reinterpret_cast<Loose*>(z + h * apart) = totals(sums[h]);
     else
@@ -115,17 +149,19 @@ void products(const float* q, const T* k, long step, long count, long size, floa
   }
 }
 
-// As `mixture`, of N vectors of each value.
+// As `mixture`, of N vectors at `offset` of each value.
 template <class T, int N, int H>
-void blend(const float* z, const uint8_t* seen, const T* v, long step, long count, float* acc, long apart) {
+void blend(const float* z, const uint8_t* seen, const Run<T>& v, long offset, long first, float* acc, long apart) {
   Vec own[H][N];
   for (int h = 0; h < H; h++)
     for (int j = 0; j < N; j++) own[h][j] = load(acc + h * apart + j * LANES);
-  for (long i = 0; i < count; i++, v += step) {
+  const long last = std::min(v.count, first + LANES);
+  for (long i = first; i < last; i++) {
+    v.ask(i, offset, N * LANES);
     if (!seen[i]) continue;
-    for (int j = 0; j < N * LANES; j += 64 / sizeof(T)) __builtin_prefetch(v + AHEAD * step + j);
+    const T* from = v.base + i * v.step + offset;
     for (int j = 0; j < N; j++) {
-      const Vec value = wide(v + j * LANES);
+      const Vec value = wide(from + j * LANES);
       for (int h = 0; h < H; h++) own[h][j] += z[h * PIECE + i] * value;
     }
   }
@@ -133,14 +169,15 @@ void blend(const float* z, const uint8_t* seen, const T* v, long step, long coun
     for (int j = 0; j < N; j++) *reinterpret_cast<Loose*>(acc + h * apart + j * LANES) = own[h][j];
 }
 
-// acc[h] += the sum of z[h, i] v[i] over `count` values behind one another, those that are seen.
+// acc[h] += the sum of z[h, i] v[i] over up to 16 values from entry `from` on, those that are seen.
 template <class T, int D, int H>
-void mixture(const float* z, const uint8_t* seen, const T* v, long step, long count, long width, float* acc, long apart) {
+void mixture(const float* z, const uint8_t* seen, const Run<T>& v, long offset, long from, long width, float* acc,
+             long apart) {
   constexpr int N = D ? D : SOME;
   const long vectors = D ? D : width / LANES;
   long j = 0;
-  for (; j + N <= vectors; j += N) blend<T, N, H>(z, seen, v + j * LANES, step, count, acc + j * LANES, apart);
-  for (; j < vectors; j++) blend<T, 1, H>(z, seen, v + j * LANES, step, count, acc + j * LANES, apart);
+  for (; j + N <= vectors; j += N) blend<T, N, H>(z, seen, v, offset + j * LANES, from, acc + j * LANES, apart);
+  for (; j < vectors; j++) blend<T, 1, H>(z, seen, v, offset + j * LANES, from, acc + j * LANES, apart);
 }
 
 // tanh to 4e-7 of itself: by its series near 0, where 1 - 2 / (e^2x + 1) would cancel.
@@ -191,24 +228,31 @@ inline float weights(float* z, long count, float top) {
   return total(sum);
 }
 
+// Lines that a head of a query takes.
+template <class T> long lines_of(const Attend& a) {
+  typedef Unit<T, Vec> U;
+  return (a.size + U::size - 1) / U::size * U::parts;
+}
+
 // All heads of a row with the keys [first, last): of each, out[0] is the largest logit, out[1] the sum of
-// e^(z - out[0]), and then the values in those shares. Heads are `apart` in out. q [heads, size] in float32.
+// e^(z - out[0]), and then the values in those shares. Heads are `apart` in out. q: lines of each head.
 template <class T, int K, int V>
-void piece(const Attend& a, long row, long first, long last, const float* q, float* z, float* out, long apart) {
-  const long count = last - first, shared = a.shared();
+void piece(const Attend& a, long row, long first, long last, const Line* q, float* z, float* out, long apart) {
+  const long count = last - first, shared = a.shared(), lines = lines_of<T>(a);
   const uint8_t* seen = a.seen + row * a.seen_row + first;
   if (!std::memchr(seen, 1, count)) {  // pages of a view that is as long as its longest row
     for (long h = 0; h < a.heads; h++) out[h * apart] = -INFINITY, out[h * apart + 1] = 0.0f;
     return;
   }
+  const T *values = stands<T>(a, a.v, row, first), *then = last < a.entries ? stands<T>(a, a.k, row, last) : values;
   // All groups of an entry lie side by side: they are read together, so that memory is walked once, in its order.
-  runs<T>(a, a.k, row, first, last, [&](long at, long many, const T* k) {
-    for (long i = 0; i < many; i += LANES)
+  runs<T>(a, a.k, row, first, last, values, [&](long at, const Run<T>& k) {
+    for (long i = 0; i < k.count; i += LANES)
       for (long group = 0; group < a.groups; group++)
         together<K>(shared, [&](auto heads, long h) {
-          products<T, K, decltype(heads)::value>(
-              q + (group * shared + h) * a.size, k + i * a.k.strides[1] + group * a.k.strides[2], a.k.strides[1],
-              std::min<long>(LANES, many - i), a.size, z + (group * shared + h) * PIECE + at + i, PIECE);
+          const long head = group * shared + h;
+          products<T, K, decltype(heads)::value>(q + head * lines, lines, k, group * a.k.strides[2], i, a.size,
+                                                 z + head * PIECE + at + i, PIECE);
         });
   });
   for (long h = 0; h < a.heads; h++) {
@@ -217,14 +261,13 @@ void piece(const Attend& a, long row, long first, long last, const float* q, flo
     part[1] = part[0] == -INFINITY ? 0.0f : weights(z + h * PIECE, count, part[0]);
     std::memset(part + 2, 0, a.width * sizeof(float));
   }
-  runs<T>(a, a.v, row, first, last, [&](long at, long many, const T* v) {
-    for (long i = 0; i < many; i += LANES)
+  runs<T>(a, a.v, row, first, last, then, [&](long at, const Run<T>& v) {
+    for (long i = 0; i < v.count; i += LANES)
       for (long group = 0; group < a.groups; group++)
         together<V>(shared, [&](auto heads, long h) {
-          mixture<T, V, decltype(heads)::value>(
-              z + (group * shared + h) * PIECE + at + i, seen + at + i,
-              v + i * a.v.strides[1] + group * a.v.strides[2], a.v.strides[1], std::min<long>(LANES, many - i),
-              a.width, out + (group * shared + h) * apart + 2, apart);
+          const long head = group * shared + h;
+          mixture<T, V, decltype(heads)::value>(z + head * PIECE + at, seen + at, v, group * a.v.strides[2], i, a.width,
+                                                out + head * apart + 2, apart);
         });
   });
 }
@@ -255,23 +298,26 @@ template <class T> void merge(const Attend& a, long head, const float* parts, lo
 template <class T, int K, int V> void attend(const Attend& a) {
   static thread_local std::vector<float> buffer;
   const long pieces = std::max<long>(1, (a.entries + PIECE - 1) / PIECE), step = a.width + 2;
-  const long tasks = a.rows * pieces;
+  const long tasks = a.rows * pieces, lines = lines_of<T>(a), own = (a.heads * PIECE + LANES - 1) / LANES;
   buffer.resize(a.rows * a.heads * pieces * step);
   float* parts = buffer.data();
-#pragma omp parallel for schedule(static) if (tasks > 1 && tasks * a.heads * PIECE * (a.size + a.width) > 4 * ALONE)
-  for (long task = 0; task < tasks; task++) {
-    static thread_local std::vector<float> scratch;
-    const long p = task % pieces, row = task / pieces;
-    scratch.resize(a.heads * (a.size + PIECE));
-    for (long h = 0; h < a.heads; h++)
-      for (long j = 0; j < a.size; j += LANES)
-        save(scratch.data() + h * a.size + j,
-             load(static_cast<const T*>(a.q) + row * a.strides[0] + h * a.strides[1] + j));
-    piece<T, K, V>(a, row, p * PIECE, std::min(a.entries, (p + 1) * PIECE), scratch.data(),
-                   scratch.data() + a.heads * a.size, parts + (row * a.heads * pieces + p) * step, pieces * step);
+#pragma omp parallel if (tasks > 1 && tasks * a.heads * PIECE * (a.size + a.width) > 4 * ALONE)
+  {
+    static thread_local std::vector<Line> scratch;
+    scratch.resize(a.heads * lines + own);
+    Line* q = scratch.data();
+#pragma omp for schedule(dynamic, 1)  // rows are not equally long
+    for (long task = 0; task < tasks; task++) {
+      const long p = task % pieces, row = task / pieces;
+      for (long h = 0; h < a.heads; h++)
+        lay<T, Vec>(static_cast<const T*>(a.q) + row * a.strides[0] + h * a.strides[1], a.size, q + h * lines, 1);
+      piece<T, K, V>(a, row, p * PIECE, std::min(a.entries, (p + 1) * PIECE), q, q[a.heads * lines].at,
+                     parts + (row * a.heads * pieces + p) * step, pieces * step);
+    }
+#pragma omp for schedule(static)
+    for (long i = 0; i < a.rows * a.heads; i++)
+      merge<T>(a, i % a.heads, parts + i * pieces * step, pieces, static_cast<T*>(a.y) + i * a.width);
   }
-  for (long i = 0; i < a.rows * a.heads; i++)
-    merge<T>(a, i % a.heads, parts + i * pieces * step, pieces, static_cast<T*>(a.y) + i * a.width);
 }
 
 // The sizes of heads that are common are known to the compiler, so that sums stay in registers.

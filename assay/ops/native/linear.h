@@ -1,11 +1,7 @@
 // A few rows times a weight [out, k].
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
-#include "vectors.h"
+#include "units.h"
 
 namespace {
 
@@ -20,40 +16,11 @@ constexpr int WIDTH = LANES / HALVES;
 constexpr long NEAR = 20 << 10;  // bytes of the weight that stay in the nearest cache
 
 typedef float Reg __attribute__((vector_size(4 * WIDTH)));
-typedef float LooseReg __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef uint32_t RegBits __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t LooseRegBits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
-
-// What a weight is read by, and how its products with x are added: 16 floats, or 32 halves as the 16 of odd and then the
-// 16 of even place, which is the order of the instruction that takes them in pairs. (A product of two halves is exact in
-// float32, so their bits are the same; numbers below 2^-126 it takes for 0.)
-template <class T> struct Unit;
-template <> struct Unit<float> {
-  static constexpr int parts = 1, size = LANES;
-  static Reg part(const float* w, int, int half) { return *reinterpret_cast<const LooseReg*>(w + half * WIDTH); }
-  static Reg add(Reg sum, Reg w, Reg x) { return sum + w * x; }
-};
-template <> struct Unit<uint16_t> {
-  static constexpr int size = 2 * LANES;
-#if defined(__AVX512BF16__)
-  static constexpr int parts = 1;
-  static Reg part(const uint16_t* w, int, int) { return reinterpret_cast<Reg>(_mm512_loadu_ps(w)); }
-  static Reg add(Reg sum, Reg w, Reg x) {
-    return reinterpret_cast<Reg>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)w, (__m512bh)x));
-  }
-#else
-  static constexpr int parts = 2;
-  static Reg part(const uint16_t* w, int even, int half) {
-    const RegBits u = *reinterpret_cast<const LooseRegBits*>(w + 2 * half * WIDTH);
-    return reinterpret_cast<Reg>(even ? (u << 16) : (u & 0xffff0000u));
-  }
-  static Reg add(Reg sum, Reg w, Reg x) { return sum + w * x; }
-#endif
-};
+template <class T> using Of = Unit<T, Reg>;
 
 // N rows of the weight as they are held, `apart` from each other.
 template <class T, int N> struct Held {
-  typedef Unit<T> unit;
+  typedef Of<T> unit;
   static constexpr int outs = N;
   const T* from;
   long apart;
@@ -125,17 +92,8 @@ struct Spread {
 };
 
 template <class T> void spread(const T* x, long xs, const Spread& s, long t) {
-  const long first = s.rows.first(t), count = s.rows.size(t), whole = s.k / Unit<T>::size;
-  for (long m = 0; m < count; m++) {
-    const T* from = x + (first + m) * xs;
-    T rest[Unit<T>::size] = {};
-    std::memcpy(rest, from + whole * Unit<T>::size, (s.k - whole * Unit<T>::size) * sizeof(T));
-    for (long i = 0; i < s.units; i++)
-      for (int part = 0; part < Unit<T>::parts; part++)
-        for (int half = 0; half < HALVES; half++)
-          *reinterpret_cast<Reg*>(s.lines[first * s.each + (i * Unit<T>::parts + part) * count + m].at + half * WIDTH) =
-              Unit<T>::part(i < whole ? from + i * Unit<T>::size : rest, part, half);
-  }
+  const long first = s.rows.first(t), count = s.rows.size(t);
+  for (long m = 0; m < count; m++) lay<T, Reg>(x + (first + m) * xs, s.k, s.lines + first * s.each + m, count);
 }
 
 // What a thread needs: sums of the rows with some outputs, their totals with 16, and rows of the weight where there
@@ -154,16 +112,16 @@ struct Scratch {
 // The units [from, to) of N rows of the weight with tile t. The last unit may be cut off: it is padded with zeros.
 template <class T, int N>
 void held(const T* w, const Spread& x, long t, long from, long to, Scratch& s, Ahead ahead) {
-  const long whole = std::min(to, x.k / Unit<T>::size), parts = Unit<T>::parts;
+  const long whole = std::min(to, x.k / Of<T>::size), parts = Of<T>::parts;
   const int m = x.rows.size(t);
   Line* acc = &s.acc[x.rows.first(t) * N];
-  tile(from == 0, m, Held<T, N>{w + from * Unit<T>::size, x.k}, whole - from, x.tile(t, from * parts),
+  tile(from == 0, m, Held<T, N>{w + from * Of<T>::size, x.k}, whole - from, x.tile(t, from * parts),
        acc, ahead);
   if (whole == to) return;
-  T rest[N][Unit<T>::size] = {};
+  T rest[N][Of<T>::size] = {};
   for (int n = 0; n < N; n++)
-    std::memcpy(rest[n], w + n * x.k + whole * Unit<T>::size, (x.k - whole * Unit<T>::size) * sizeof(T));
-  const Held<T, N> last{rest[0], Unit<T>::size};
+    std::memcpy(rest[n], w + n * x.k + whole * Of<T>::size, (x.k - whole * Of<T>::size) * sizeof(T));
+  const Held<T, N> last{rest[0], Of<T>::size};
   tile<false>(m, last, 1, x.tile(t, whole * parts), acc, Ahead{});
 }
 
@@ -173,7 +131,7 @@ template <class T, int N> void outputs(const T* w, const Spread& x, Scratch& s) 
   const long bytes = x.k * sizeof(T);
   for (long p = 0; p < x.pieces.parts; p++) {
     const long from = x.pieces.first(p), to = from + x.pieces.size(p);
-    const char* next = reinterpret_cast<const char*>(w + N * x.k + from * Unit<T>::size);
+    const char* next = reinterpret_cast<const char*>(w + N * x.k + from * Of<T>::size);
     for (long t = 0; t < x.rows.parts; t++) {
       const long rows = t < x.ahead.parts ? x.ahead.size(t) : 0;
       held<T, N>(w, x, t, from, to, s, {rows ? next + x.ahead.first(t) * bytes : nullptr, rows, bytes, sizeof(Line)});
@@ -211,7 +169,7 @@ template <class T, int N> void sixteen(const Map& map, long first, long m, const
 
 template <class T, int M, int N> void fan(const Map* maps, int count, const T* x, long xs, long m, long k) {
   static thread_local std::vector<Line> lines;
-  const long units = (k + Unit<T>::size - 1) / Unit<T>::size, each = units * Unit<T>::parts;
+  const long units = (k + Of<T>::size - 1) / Of<T>::size, each = units * Of<T>::parts;
   const long tiles = (m + M - 1) / M, pieces = tiles == 1 ? 1 : (N * k * sizeof(T) + NEAR - 1) / NEAR;
   if (lines.size() < static_cast<size_t>(m * each)) lines.resize(m * each);
   const Spread s{lines.data(), k, units, each, {m, tiles}, {units, pieces}, {N, std::min<long>(N, tiles)}};

@@ -35,19 +35,19 @@ struct Bench {
 
 template <class T> void load_keys(const Attend& a, long row, long group, long first, long last, Bench& b) {
   std::memset(b.keys, 0, (last - first < KEYS) * a.size * KEYS * sizeof(float));
-  runs<T>(a, a.k, row, first, last, [&](long at, long many, const T* k) {
-    for (long i = 0; i < many; i++) {
-      const T* from = k + i * a.k.strides[1] + group * a.k.strides[2];
+  runs<T>(a, a.k, row, first, last, nullptr, [&](long at, const Run<T>& k) {
+    for (long i = 0; i < k.count; i++) {
+      const T* from = k.base + i * k.step + group * a.k.strides[2];
       for (long d = 0; d < a.size; d++) b.keys[d * KEYS + at + i] = get(from + d);
     }
   });
 }
 
 template <class T> void load_values(const Attend& a, long row, long group, long first, long last, long wide, Bench& b) {
-  runs<T>(a, a.v, row, first, last, [&](long at, long many, const T* v) {
-    for (long i = 0; i < many; i++)
+  runs<T>(a, a.v, row, first, last, nullptr, [&](long at, const Run<T>& v) {
+    for (long i = 0; i < v.count; i++)
       for (long j = 0; j < wide; j += LANES)
-        save(b.values + (at + i) * wide + j, some(v + i * a.v.strides[1] + group * a.v.strides[2] + j, a.width - j));
+        save(b.values + (at + i) * wide + j, some(v.base + i * v.step + group * a.v.strides[2] + j, a.width - j));
   });
 }
 
