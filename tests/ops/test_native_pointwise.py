@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from assay.ops.activations import Activation, activate, glu, reference
 from assay.ops.native import Kernels
 from assay.ops.tape import agrees
 from assay.parts.positions.rope import Rope, turns
@@ -50,6 +51,33 @@ def test_silu_is_the_formula_in_float64_to_the_rounding(kernels: Kernels, count:
     kernels.table["silu"](dtype is torch.bfloat16, x.data_ptr(), y.data_ptr(), count)
     wide = x.double()
     torch.testing.assert_close(y.double(), wide / (1 + (-wide).exp()), rtol=ROUND[dtype] + 3e-7, atol=1e-30)
+
+
+@given(st.integers(1, 200), floats, st.sampled_from(("silu", "gelu_tanh")))
+def test_a_gate_in_one_pass_is_the_formula_rounded_twice(
+    kernels: Kernels, count: int, dtype: torch.dtype, act: Activation
+) -> None:
+    gate, up = 12 * drawn(count, dtype, count), drawn(count + 1, dtype, count)
+    found = kernels.gated(act, gate, up)
+    assert found is not None
+    stored = reference(act, gate.double()).to(dtype).double()
+    torch.testing.assert_close(found.double(), stored * up.double(), rtol=2 * ROUND[dtype] + 4e-7, atol=1e-7)
+
+
+def test_a_gate_of_what_is_not_finite_is_torchs(kernels: Kernels) -> None:
+    gate = torch.tensor([float("inf"), -float("inf"), float("nan"), 1e30, -1e30, 0.0, -200.0])
+    for act in ("silu", "gelu_tanh"):
+        found = kernels.gated(act, gate, torch.ones(7))
+        torch.testing.assert_close(found, activate(act, gate), equal_nan=True, rtol=1e-6, atol=1e-30)
+    assert kernels.gated("gelu", gate, gate) is None and kernels.gated("silu", gate, gate[:3]) is None
+
+
+def test_a_gate_is_its_activation_times_the_rest(kernels: Kernels) -> None:
+    """With the kernel and without one."""
+    gate, up = drawn(0, torch.float32, 3, 50), drawn(1, torch.float32, 3, 50)
+    for act in ("silu", "gelu_tanh", "gelu", "relu2"):
+        with torch.inference_mode():
+            torch.testing.assert_close(glu(act, gate, up), reference(act, gate) * up, rtol=1e-4, atol=1e-6)
 
 
 def test_silu_joins_a_tape_only_with_torchs_bits(kernels: Kernels) -> None:

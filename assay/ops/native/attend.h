@@ -2,24 +2,9 @@
 // into pieces that are merged at the end: Dao et al. 2023, Flash-Decoding; in pages: Kwon et al. 2023, arXiv 2309.06180.
 #pragma once
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include "units.h"
 
 namespace {
-
-// As `load`, which GCC makes six instructions of for halves.
-inline Vec wide(const float* p) { return load(p); }
-inline Vec wide(const uint16_t* p) {
-#if defined(__AVX512F__)
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return reinterpret_cast<Vec>(_mm512_slli_epi32(bits, 16));
-#else
-  return load(p);
-#endif
-}
 
 constexpr long PIECE = 64;  // keys of a piece: fixed, so that the order of a sum never changes
 constexpr long AHEAD = 16;  // entries that are asked for before they are wanted: nothing guesses where a page stands
@@ -161,7 +146,7 @@ void blend(const float* z, const uint8_t* seen, const Run<T>& v, long offset, lo
     if (!seen[i]) continue;
     const T* from = v.base + i * v.step + offset;
     for (int j = 0; j < N; j++) {
-      const Vec value = wide(from + j * LANES);
+      const Vec value = load(from + j * LANES);
       for (int h = 0; h < H; h++) own[h][j] += z[h * PIECE + i] * value;
     }
   }

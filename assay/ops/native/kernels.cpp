@@ -114,6 +114,13 @@ void assay_silu(int half, const void* x, void* y, long count) {
   else silu((const float*)x, (float*)y, count);
 }
 
+// act(x) u: SiLU, or GELU by tanh.
+void assay_gated(int half, int gelu, const void* x, const void* u, void* y, long count) {
+  const auto act = [gelu](Vec v) { return gelu ? gelu_tanh(v) : silu(v); };
+  if (half) gated((const uint16_t*)x, (const uint16_t*)u, (uint16_t*)y, count, act);
+  else gated((const float*)x, (const float*)u, (float*)y, count, act);
+}
+
 // Row i of `from`, `size` bytes, becomes row index[i] of `into`.
 void assay_put(void* into, const int64_t* index, long count, const void* from, long size) {
   for (long i = 0; i < count; i++) std::memcpy((char*)into + index[i] * size, (const char*)from + i * size, size);
@@ -133,6 +140,7 @@ AGAIN(attend_tiled)
 AGAIN(add)
 AGAIN(mul)
 AGAIN(silu)
+AGAIN(gated)
 AGAIN(put)
 
 }  // extern "C"

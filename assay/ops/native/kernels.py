@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ROWS = 64  # beyond this many, torch's blocked products are as fast
 LANES, WIDEST = 16, 1024  # heads are whole lanes wide, and so many at most
 TYPES = (torch.float32, torch.bfloat16)
+GATES = ("silu", "gelu_tanh")
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 Numbers = LONG * 19  # of which one query a row leaves the last two out
 
@@ -54,6 +55,7 @@ class Kernels:
         self._packed = function("packed", INT, POINTER, LONG, LONG, LONG, POINTER, INT)
         self._grouped = function("grouped", INT, POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER, LONG, POINTER, LONG)
         self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
+        self._gated = function("gated", INT, INT, POINTER, POINTER, POINTER, LONG)
         self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
         attention = (INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT)
         self._attend, self._attend_tiled = function("attend", *attention), function("attend_tiled", *attention)
@@ -147,6 +149,18 @@ class Kernels:
         rows, weight = x.numel() // size, None if w is None else w.data_ptr()
         apart = x.stride(0) if x.dim() == 2 else size
         self._rms_norm(half, x.data_ptr(), apart, rows, size, weight, shift, eps, y.data_ptr())
+        return y
+
+    def gated(self, act: str, x: Tensor, u: Tensor) -> Tensor | None:
+        """act(x) * u of two dense tensors of one shape, for act silu and gelu_tanh, rounded after either step."""
+        dtype = x.dtype
+        if act not in GATES or dtype not in TYPES or u.dtype is not dtype or u.shape != x.shape or not x.numel():
+            return None
+        if not x.is_contiguous() or not u.is_contiguous():
+            return None
+        y = torch.empty_like(x)
+        given = (x.data_ptr(), u.data_ptr(), y.data_ptr(), x.numel())
+        self._gated(dtype is torch.bfloat16, act == "gelu_tanh", *given)
         return y
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:

@@ -41,7 +41,11 @@ void turn(const T* x, long xs, long xh, long m, long heads, long d, long half, c
 }
 
 // x / ln 2 as a product of its own: inside the sum that follows it would not be rounded.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+inline Vec halvings(Vec x) { return __builtin_assoc_barrier(x * 1.442695040888963407f); }
+#else
 __attribute__((noinline)) Vec halvings(Vec x) { return x * 1.442695040888963407f; }
+#endif
 
 // e^x as torch's loops have it, to the bit where the compiler fuses products with sums: Sleef's expf of 1.0 ULP (Shibata
 // and Petrogalli 2020).
@@ -63,13 +67,22 @@ inline Vec sleef_exp(Vec x) {
   return x > 100.0f ? Vec{} + INFINITY : p;
 }
 
+inline Vec silu(Vec v) { return v / (sleef_exp(-v) + 1.0f); }
+
+// x (1 + tanh(c (x + 0.044715 x^3))) / 2 with c = sqrt(2 / pi), by tanh's exponential.
+inline Vec gelu_tanh(Vec v) { return v / (sleef_exp(v * (v * v * -0.07135481283f - 1.595769122f)) + 1.0f); }
+
 // y[i] = x[i] / (1 + e^-x[i]) of `count` numbers.
 template <class T> void silu(const T* x, T* y, long count) {
 #pragma omp parallel for if (count > ALONE)
-  for (long i = 0; i < count; i += LANES) {
-    const Vec v = some(x + i, count - i);
-    store(y + i, v / (sleef_exp(-v) + 1.0f), count - i);
-  }
+  for (long i = 0; i < count; i += LANES) store(y + i, silu(some(x + i, count - i)), count - i);
+}
+
+// y[i] = act(x[i]) u[i] of `count` numbers, rounded as if act(x[i]) had been stored.
+template <class T, class Act> void gated(const T* x, const T* u, T* y, long count, Act act) {
+#pragma omp parallel for if (count > ALONE)
+  for (long i = 0; i < count; i += LANES)
+    store(y + i, saved(x, act(some(x + i, count - i))) * some(u + i, count - i), count - i);
 }
 
 // z[i] = op(x[i], y[i]) in float32, of `count` numbers.

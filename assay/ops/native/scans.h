@@ -4,8 +4,8 @@
 // last. So a result does not depend on how a text was cut into steps, on other lanes, or on the number of threads.
 #pragma once
 
+#include "pointwise.h"
 #include "tape.h"
-#include "vectors.h"
 
 namespace {
 
@@ -172,8 +172,6 @@ template <class T> const T* entered(const Conv& c, long lane, long at) {
   if (before < 0) return static_cast<const T*>(c.past) + c.rows[lane] * c.past_lane + at * c.past_time;
   return static_cast<const T*>(c.x) + lane * c.lane + before * c.time;
 }
-
-inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
 
 template <class T, int N> void convolve(const Conv& c, long lane, long first, long count) {
   static thread_local std::vector<Vec> taps;

@@ -1,10 +1,6 @@
 // What the rows of a product are read by, and how their products are added up.
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "vectors.h"
 
 namespace {

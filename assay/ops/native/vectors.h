@@ -2,6 +2,9 @@
 #pragma once
 
 #include <omp.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -43,8 +46,13 @@ inline void put(uint16_t* p, float f) { *p = narrowed(f); }
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 inline Vec load(const uint16_t* p) {
+#if defined(__AVX512F__)  // what GCC makes six instructions of
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(bits, 16));
+#else
   const Half h = *reinterpret_cast<const Half*>(p);
   return reinterpret_cast<Vec>(__builtin_convertvector(h, Bits) << 16);
+#endif
 }
 
 // Lane i with lane i + 8, then + 4, + 2, + 1.
@@ -99,12 +107,15 @@ template <class T> inline Vec some(const T* p, long count) {  // up to 16 of the
 }
 
 inline void save(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
-inline void save(uint16_t* p, Vec v) {
+// To the nearest half, in the upper bits; a NaN stays one.
+inline Bits nearest(Vec v) {
   const Bits u = reinterpret_cast<Bits>(v);
-  const Bits near = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const Bits kept = (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : near;
-  *reinterpret_cast<Half*>(p) = __builtin_convertvector(kept, Half);
+  return (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000u : u + 0x7fffu + ((u >> 16) & 1u);
 }
+inline void save(uint16_t* p, Vec v) { *reinterpret_cast<Half*>(p) = __builtin_convertvector(nearest(v) >> 16, Half); }
+// What would be read again of what was saved.
+inline Vec saved(const float*, Vec v) { return v; }
+inline Vec saved(const uint16_t*, Vec v) { return reinterpret_cast<Vec>(nearest(v) & 0xffff0000u); }
 
 template <class T> inline void store(T* p, Vec v, long count) {  // the first `count` of them
   if (count >= LANES) return save(p, v);

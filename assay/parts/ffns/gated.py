@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.activations import Activation, activate
+from assay.ops.activations import Activation, glu
 from assay.ops.activations import reference as reference_activation
 from assay.ops.here import Here
 from assay.ops.step import Step
@@ -63,7 +63,7 @@ class GatedFfn(Ffn):
 
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         gate, up = together(x, step, self.gate, self.up)
-        y = self.down(activate(self.spec.act, gate) * up, step)
+        y = self.down(glu(self.spec.act, gate, up), step)
         return y * torch.sigmoid(self.share(x, step)) if self.spec.share else y
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.activations import Activation, activate
+from assay.ops.activations import Activation, activate, glu
 from assay.ops.activations import reference as reference_activation
 from assay.ops.grouped import chosen, grouped
 from assay.ops.here import Here
@@ -211,7 +211,7 @@ class MoeFfn(Ffn):
             return activate(self.spec.act, made[0])
         gate, up = made
         if rule is None:
-            return activate(self.spec.act, gate) * up
+            return glu(self.spec.act, gate, up)
         gate, up = gate.clamp(max=rule.limit), up.clamp(-rule.limit, rule.limit)
         return (up + 1) * gate * torch.sigmoid(rule.alpha * gate)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assay.ops.activations import activate
+from assay.ops.activations import glu
 from assay.ops.activations import reference as reference_activation
 from assay.ops.here import Here
 from assay.ops.step import Step
@@ -43,7 +43,7 @@ class NgptFfnPart(GatedFfn):
     def forward(self, x: Float[Tensor, "N D"], step: Step, here: Here) -> Float[Tensor, "N D"]:
         gate, up = together(x, step, self.gate, self.up)
         gate, up = gate * (self.scale_gate * self.site.d_in**0.5), up * self.scale_up
-        y = self.down(activate(self.spec.act, gate) * up, step)
+        y = self.down(glu(self.spec.act, gate, up), step)
         return y * torch.sigmoid(self.share(x, step)) if self.spec.share else y
 
 

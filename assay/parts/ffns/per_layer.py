@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.activations import Activation, activate
+from assay.ops.activations import Activation, glu
 from assay.ops.activations import reference as reference_activation
 from assay.ops.here import Here
 from assay.ops.step import Step
@@ -76,7 +76,7 @@ class PerLayerFfn(Ffn):
         elif GIVEN not in here.given:
             raise ValueError(f"{self.name}: layer 0 has no `per_layer` network that gives its embeddings")
         e = here.take(GIVEN)[:, self.site.layer]
-        return self.down(activate(self.spec.act, self.gate(x, step)) * e, step)
+        return self.down(glu(self.spec.act, self.gate(x, step), e), step)
 
     def embedded(self, embed: Float[Tensor, "N D"], step: Step) -> Float[Tensor, "N L P"]:
         """Every layer's embedding of the step's tokens, from the ids and from the embedding the stack starts with."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.activations import Activation, activate
+from assay.ops.activations import Activation, glu
 from assay.ops.activations import reference as reference_activation
 from assay.ops.conv import short_conv
 from assay.ops.here import Here
@@ -125,7 +125,7 @@ class RgLruMixer(Recurrent):
         h, end = scan(lanes.lay(log_a.exp()), lanes.lay(share * enters * u), past, lanes)
         if here.state.keeps:
             here.state.store(step, tail=lanes.ends(tail, step), h=lanes.ends(end, step))
-        return self.out(here.tap("mix", lanes.flat(h).to(x.dtype) * activate(self.spec.act, self.y(x, step))), step)
+        return self.out(here.tap("mix", glu(self.spec.act, self.y(x, step), lanes.flat(h).to(x.dtype))), step)
 
     def gated(self, u: Float[Tensor, "N C"], name: str) -> Float[Tensor, "N C"]:
         weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
