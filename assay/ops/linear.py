@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from assay.ops import packed
-from assay.ops.native import Kernels, serving
+from assay.ops import onednn, packed
+from assay.ops.native import PLAIN, Kernels, serving, unwatched
 from assay.ops.native.kernels import ROWS
 from assay.ops.packed import Packed
 from assay.ops.precision import multiplies_bfloat16
@@ -22,15 +22,22 @@ def linear(x: Float[Tensor, "*n K"], w: Float[Tensor, "N K"], b: Float[Tensor, "
     """x w^T + b, [..., N]. In inference on a CPU, up to 64 rows take a compiled kernel with sums in float32, in which
     a row's result does not depend on the rows beside it; it differs from torch by the order of the sum alone. More
     rows of bfloat16 take another one, in float32, where the CPU has no product of bfloat16, and more of float32 the
-    first under deterministic algorithms. Packed weights: as `packed.linear`."""
+    first under deterministic algorithms. Large products of float32 are oneDNN's on a CPU that MKL does not serve well,
+    in training too. Packed weights: as `packed.linear`."""
     if type(w) is Packed:
         return packed.linear(x, w, b)
     native = serving(x)
     found = None if native is None else native.linear(x, w, b)
     if found is None:
         several = _many(native, x, [(w, b)])
-        found = F.linear(x, w, b) if several is None else several[0]
+        found = _whole(x, w, b) if several is None else several[0]
     return found
+
+
+def _whole(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """torch's own product, or oneDNN's where that is the faster one."""
+    plain = all(type(t) in PLAIN for t in (w, b) if t is not None) and unwatched(x)
+    return onednn.product(x, w, b) if plain and onednn.serves(x, w, b) else F.linear(x, w, b)
 
 
 def _many(native: Kernels | None, x: Tensor, maps: Sequence[Map]) -> list[Tensor] | None:
