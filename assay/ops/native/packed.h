@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr long GROUP = 32, LINE = 64, EARLY = 2048;  // EARLY: bytes between what is read and what is fetched
+constexpr long GROUP = 32, LINE = 64, EARLY = 8192;  // EARLY: bytes between what is read and what is fetched
 
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint8_t Bytes __attribute__((vector_size(64)));
