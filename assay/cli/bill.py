@@ -121,13 +121,16 @@ def spread(text: str, pieces: int) -> Spread:
     from assay.spec.load import validate
     from assay.train.parallel.spec import AXES, ParallelSpec
 
-    pairs = [item.partition("=") for item in text.split(",")]
-    offload = ("offload", "=", "true") in pairs
-    axes = [pair for pair in pairs if pair != ("offload", "=", "true")]
-    wrong = [key for key, _, count in axes if key not in AXES or not count.isdigit()]
+    items = text.split(",")
+    axes = [item.partition("=") for item in items if item != "offload=true"]
+    wrong = [key for key, _, count in axes if key not in AXES or not count.isdecimal()]
     if wrong:
         fail(f"--parallel: {wrong[0]!r}; accepted: AXIS=NUMBER,... with axes {', '.join(AXES)}; and offload=true")
-    found = validate(ParallelSpec, {key: int(count) for key, _, count in axes} | {"offload": offload}, "--parallel")
+    sizes = {key: int(count) for key, _, count in axes}
+    if len(sizes) < len(axes):
+        fail(f"--parallel: {text!r}; accepted: each axis once")
+    offload = len(axes) < len(items)
+    found = validate(ParallelSpec, sizes | {"offload": offload}, "--parallel")
     if found.pipeline > 1:
         fail(f"--parallel: pipeline={found.pipeline}; a bill has no account of stages: accepted: pipeline=1")
     return Spread(found.sizes, pieces, offload)

@@ -54,6 +54,7 @@ class Scheduler:
         self._watermark = config.capacity if config.reserve == "full" else config.watermark
         self._live: dict[int, _Live] = {}
         self._running: dict[int, _Live] = {}
+        self._begun = 0
         self._queue = Queue()
         self._deadlines: list[tuple[float, int]] = []
         self._refused: int | None = None  # the job that did not fit; asked again once something has been given back
@@ -65,6 +66,11 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         return len(self._live) - len(self._running)
+
+    @property
+    def begun(self) -> int:
+        """Jobs that have said something and have not ended, wherever they stand."""
+        return self._begun
 
     @property
     def busy(self) -> bool:
@@ -126,6 +132,7 @@ class Scheduler:
                 self._said(live, last=said[id])
 
     def _said(self, live: _Live, last: bool) -> None:
+        self._begun += not live.said
         live.said += 1
         self._queue.charge(self._lane(live), self.config.reply_weight)
         if last:
@@ -139,6 +146,7 @@ class Scheduler:
     def _end(self, live: _Live) -> None:
         id = live.job.id
         del self._live[id]
+        self._begun -= live.said > 0
         if self._running.pop(id, None) is None:
             self._queue.remove(self._lane(live), live.rank)
             if not live.swapped:
@@ -188,8 +196,8 @@ class Scheduler:
         return chunks
 
     def _budget(self) -> int:
-        going = self.config.policy != "eager" or any(live.said for live in self._live.values())
-        return self.config.budget * (1 if going else EAGER)
+        eager = self.config.policy == "eager" and not self.begun
+        return self.config.budget * (EAGER if eager else 1)
 
     def _chunk(self, live: _Live, left: int) -> int:
         """Tokens that a job reads in this step; 0 where what is left of the budget reaches no border."""

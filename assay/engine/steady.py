@@ -26,6 +26,8 @@ TOGETHER = 32
 def width(model: LM) -> int | None:
     """Tokens of a call whose rows keep their bits; None: any number, since nothing was promised (no deterministic
     algorithms, or sums of 24 bits and more)."""
+    # Float32 is promised to be the same with any number of threads, not in any company: `ops.linear` cuts its products,
+    # and a step stays whole. In half precision that would not do: other parts than products look at their company too.
     weight = next(model.parameters())
     if not torch.are_deterministic_algorithms_enabled() or weight.dtype not in (torch.bfloat16, torch.float16):
         return None

@@ -53,8 +53,8 @@ def chosen(
     x: Float[Tensor, "*R D"], maps: Sequence[tuple[Tensor, Tensor | None]], choice: Int[Tensor, "N k"]
 ) -> list[Float[Tensor, "N k F"]] | None:
     """Of each map, a weight [E, F, D] and a bias [E, F] or None, what the experts that each row chose make of it: x is
-    [N, D], or [N, k, D] with a row for each of the choices. None but for a few rows in inference on a CPU,
-    with weights that are not packed."""
+    [N, D], or [N, k, D] with a row for each of the choices. None but in inference on a CPU, for as many rows as the
+    compiled kernel takes (`Experts.chosen`), with weights that are not packed."""
     native = None if any(type(w) is Packed for w, _ in maps) else serving(x)
     return None if native is None else native.experts.chosen(x, maps, choice)
 

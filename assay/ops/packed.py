@@ -81,11 +81,14 @@ class Packed(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0].like(args[0].codes, args[0].dtype)
+            with torch.inference_mode(False):  # a view's version is set, which an inference tensor has not
+                return args[0].like(args[0].codes, args[0].dtype)
         if func is torch.ops.aten.clone.default:
             return args[0].like(args[0].codes.clone(), args[0].dtype)
         if func is torch.ops.aten._to_copy.default:
             return args[0].like(args[0].codes.to(kwargs.get("device")), kwargs.get("dtype") or args[0].dtype)
+        if func.overloadpacket is torch.ops.aten.to:  # inference mode does not take it apart
+            return func.decompose(*args, **kwargs)
         if func._schema.is_mutable:
             raise TypeError(f"{func}: packed weights are not written to: pack the matrix that they shall stand for")
         dense = [a.values_() if isinstance(a, Packed) else a for a in args]

@@ -68,7 +68,13 @@ def test_a_model_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--parallel: 'shards'; accepted: AXIS=NUMBER" in capsys.readouterr().err
     assert main(["bill", "gpt-11m", "--parallel", "pipeline=2"]) == 2
     assert "accepted: pipeline=1" in capsys.readouterr().err
-    for words, said in (("offload=true", "`shard` cuts, which is 1"), ("shard=2,offload=1", "'offload'; accepted")):
+    refused = {
+        "offload=true": "`shard` cuts, which is 1",
+        "shard=2,offload=1": "'offload'; accepted",
+        "shard=2,shard=4": "'shard=2,shard=4'; accepted: each axis once",
+        "shard=²": "'shard'; accepted: AXIS=NUMBER",
+    }
+    for words, said in refused.items():
         assert main(["bill", "gpt-11m", "--parallel", words]) == 2
         assert said in capsys.readouterr().err
 

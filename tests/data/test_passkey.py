@@ -94,6 +94,36 @@ def test_accuracy_against_the_oracle_and_against_guessing() -> None:
     assert accuracy([half_right], [[5, 7]]) == 0.0
 
 
+@pytest.mark.parametrize("length", [64, 101])
+@pytest.mark.parametrize("task", TASKS)
+def test_shortcuts_reach_what_they_claim_and_no_more(task: Passkey, length: int) -> None:
+    """Exactly as much, so that a score is above them all or has not shown that anything was found."""
+    examples = [task.example(length, key) for key in range(2000)]
+    prompts = np.stack([e.prompt for e in examples])
+    shortcuts = task.shortcuts(length)
+    assert ("its first symbol alone" in shortcuts) == (task.digits > 1)
+    for name, shortcut in shortcuts.items():
+        reached, expected = accuracy(examples, list(shortcut.answer(prompts))), shortcut.at_most
+        assert reached == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / 2000)), name
+        assert reached < 0.75 and expected < 0.75, name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_nearer_half_finds_a_key_as_far_as_it_sees(task: Passkey) -> None:
+    near = task.shortcuts(64)["the nearer half"]
+    for distance in task.distances(64):
+        examples = [task.example(64, key, distance) for key in range(50)]
+        prompts = np.stack([e.prompt for e in examples])
+        prompts[:, : 64 - task.digits - 32] = 0  # nothing is read there
+        found = accuracy(examples, list(near.answer(prompts)))
+        assert found == 1.0 if distance <= 32 else found < 0.5
+
+
+def test_shortcuts_know_their_length() -> None:
+    with pytest.raises(ValueError, match="length: 4; a passkey document needs 5 tokens or more"):
+        Passkey.short().shortcuts(4)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from assay.data.packing import IGNORED
-from assay.data.tasks._tools import different, followed
+from assay.data.tasks._tools import different
 from assay.data.tasks.base import Dice
 from assay.data.tasks.common_words import CommonWords
 from assay.data.tasks.compression import Compression
@@ -129,13 +129,21 @@ def test_motifs_are_those_that_stood_there_before(seed: int) -> None:
         assert len(known) <= 8
 
 
+def one_lookup(row: list[int], place: int) -> int:
+    """What stood behind the symbol at a place, the last time before it; or 0."""
+    return next((row[t + 1] for t in reversed(range(place)) if row[t] == row[place]), 0)
+
+
 def test_one_symbol_does_not_tell_a_motif() -> None:
     task = FuzzyRecall()
     examples = task.draw(2000, 1)
-    assert examples.accuracy(followed(examples.inputs, task.vocab)) < 0.6
+    found = [one_lookup(examples.inputs[r].tolist(), t) for r, t in np.argwhere(examples.asked).tolist()]
+    reached = float(np.mean(found == examples.targets[examples.asked]))
+    shortcut = task.shortcuts()["what followed this symbol last"]
+    assert examples.accuracy(shortcut.answer(examples.inputs)) == pytest.approx(reached, abs=1e-12)
+    assert reached < shortcut.at_most < reached + 0.03 < 0.6
     single = FuzzyRecall(motif=1, keys=7)
-    examples = single.draw(500, 1)
-    assert examples.accuracy(followed(examples.inputs, single.vocab)) == 1.0
+    assert single.shortcuts()["what followed this symbol last"].at_most == 1.0, "then it is what is asked"
 
 
 def test_the_map_is_one_to_one_and_its_own_seeds() -> None:

@@ -16,7 +16,7 @@ from assay.data.tasks.base import Examples, Ids, Task, task_class, tasks
 
 KINDS = sorted(tasks())
 ROWS = 2000
-FAILS = 0.75
+FAILS = 0.8
 
 
 @st.composite

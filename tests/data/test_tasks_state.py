@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import get_args
 
@@ -44,6 +45,44 @@ def test_how_often_recent_symbols_decide_is_what_counting_all_rows_says(window: 
     agreed = np.mean([a == b for a, b in zip(whole, recent)])
     name = "last symbol" if window == 1 else f"last {window} symbols"
     assert Majority(length=13).shortcuts()[name].at_most == pytest.approx(agreed, abs=1e-12)
+
+
+def words(task: Dyck, so_far: tuple[int, ...] = (), likely: float = 1.0) -> Iterator[tuple[tuple[int, ...], float]]:
+    """All rows of the task and how likely each is."""
+    left, depth = task.length - len(so_far), len(opened(so_far, task.kinds))
+    if not left:
+        yield so_far, likely
+        return
+    may_open, may_close = depth < min(task.depth, left), depth > 0
+    share = likely / (may_open + may_close)
+    for kind in range(task.kinds if may_open else 0):
+        yield from words(task, (*so_far, kind), share / task.kinds)
+    if may_close:
+        yield from words(task, (*so_far, task.kinds + opened(so_far, task.kinds)[-1]), share)
+
+
+def opened(word: tuple[int, ...], kinds: int) -> list[int]:
+    stack: list[int] = []
+    for symbol in word:
+        stack = [*stack, symbol] if symbol < kinds else stack[:-1]
+    return stack
+
+
+@pytest.mark.parametrize(("length", "kinds", "depth"), [(10, 2, 5), (10, 2, 3), (8, 3, 8), (8, 2, 2)])
+def test_how_often_counting_tells_a_bracket_is_what_all_words_say(length: int, kinds: int, depth: int) -> None:
+    task = Dyck(length=length, kinds=kinds, depth=depth)
+    rows, likely = zip(*words(task), strict=True)
+    right = asked = 0.0
+    answers = task.shortcuts()["the kind that most are open of"].answer(np.array(rows))
+    for row, share, answer in zip(rows, likely, answers.tolist(), strict=True):
+        for t in range(length):
+            stack = opened(row[: t + 1], kinds)
+            if row[t] >= kinds and stack:
+                assert answer[t] - kinds == max(range(kinds), key=stack.count)
+                asked, right = asked + share, right + share * (answer[t] - kinds == stack[-1])
+    assert sum(likely) == pytest.approx(1)
+    at_most = task.shortcuts()["the kind that most are open of"].at_most
+    assert at_most == pytest.approx(right / asked, abs=1e-12) and (at_most == 1) == (depth == 2)
 
 
 @pytest.mark.parametrize("group", get_args(Group))

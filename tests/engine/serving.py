@@ -89,6 +89,11 @@ class Server:
     def waiting(self) -> set[int]:
         return self.said.keys() - self.ended.keys() - self.room.held.keys()
 
+    @property
+    def begun(self) -> set[int]:
+        """Who has said something and has not ended."""
+        return {id for id, count in self.said.items() if count and id not in self.ended}
+
     def run(self, steps: int = 20_000) -> Iterator[Plan]:
         """Until all have ended. Yields each step's plan once it has been carried out."""
         now, coming = 0, sorted(self.clients, key=lambda c: c.job.arrival)
@@ -102,6 +107,7 @@ class Server:
                     self.scheduler.cancel(id)
                     self.ended[id] = "cancelled"
             yield self.step(now)
+            assert self.scheduler.begun == len(self.begun)
             now += 1
 
     def step(self, now: int) -> Plan:
@@ -137,6 +143,7 @@ class Server:
 
     def check(self, plan: Plan, before: Mapping[int, int], waited: set[int], now: int) -> None:
         config, held, chunks = self.config, self.room.held, dict(plan.chunks)
+        assert self.scheduler.begun == len(self.begun), "who is in the middle of a reply"
         planned = (*plan.decodes, *chunks)
         assert len(set(planned)) == len(plan.decodes) + len(plan.chunks) and set(planned) <= held.keys()
         assert set(self.scheduler.running) == held.keys() and self.scheduler.waiting == len(self.waiting)
@@ -164,7 +171,7 @@ class Server:
 
     def budget(self) -> int:
         """Tokens that this step may have: 4 times as many where nobody is in the middle of a reply."""
-        going = self.config.policy != "eager" or any(self.said[id] for id in (*self.room.held, *self.waiting))
+        going = self.config.policy != "eager" or bool(self.begun)
         return self.config.budget * (1 if going else 4)
 
     def urgency(self, id: int, now: int) -> tuple[float, float, int]:

@@ -125,6 +125,7 @@ def test_choices_share_the_prompt_and_differ() -> None:
     said: list[Token] = []
     while engine.busy:
         said += engine.step()
+        assert engine.scheduler.begun == len({t.choice for t in said} - {t.choice for t in said if t.finish})
     replies = told(said)
     assert replies[0, 0] == alone(lm, request)
     assert len({tuple(reply) for reply in replies.values()}) == 3

@@ -219,13 +219,15 @@ def test_what_is_swapped_out_is_given_back_when_its_job_is_cancelled() -> None:
 def test_a_cancel_while_the_step_runs() -> None:
     room = Pages(10, 1, rows=2)
     scheduler = Scheduler(room, SchedulerConfig(capacity=10))
-    scheduler.add(Job(0, 3, 2, 0.0))
-    plan = scheduler.plan(0.0)
+    scheduler.add(Job(0, 3, 3, 0.0))
+    scheduler.ran(scheduler.plan(0.0), {0: False})
+    plan = scheduler.plan(1.0)
+    assert scheduler.begun == 1
     scheduler.cancel(0)
     scheduler.cancel(0)
-    assert not room.held
+    assert not room.held and not scheduler.begun
     scheduler.ran(plan, {0: False})
-    assert not scheduler.busy and scheduler.plan(1.0) == Plan()
+    assert not scheduler.busy and not scheduler.begun and scheduler.plan(2.0) == Plan()
 
 
 @pytest.mark.parametrize(

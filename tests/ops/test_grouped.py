@@ -65,7 +65,7 @@ def test_gradients(dtype: torch.dtype, d: int, name: str, error: float, expanded
 
 
 @given(
-    st.integers(1, 5),
+    st.integers(1, 5) | st.sampled_from((33, 64, 65)),
     st.integers(1, 4),
     st.integers(1, 40),
     st.integers(1, 150),
@@ -81,6 +81,9 @@ def test_each_head_has_its_own_matrix(
     exact = torch.einsum("nhk,hok->nho", x.double(), w.double())
     margin = torch.einsum("nhk,hok->nho", x.double().abs(), w.double().abs())
     found = kernels.experts.heads(x, w.mT if along else w, along)
+    if rows > 64:
+        assert found is None
+        return
     assert found is not None and bool(
         ((found.double() - exact).abs() <= ROUND[dtype] * exact.abs() + 1e-6 * margin).all()
     )

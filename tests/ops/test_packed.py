@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,34 @@ def test_it_is_a_parameter_that_is_looked_up_in_and_whose_values_others_see(bits
     low = kept.to(torch.bfloat16)
     assert isinstance(low, Packed) and low.dtype == torch.bfloat16 and torch.equal(low.codes, w.codes)
     assert torch.equal(F.embedding(ids, low), w.values_()[ids].bfloat16())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("several", [False, True])
+def test_it_stays_packed_wherever_it_is_moved_in_inference_mode_too(bits: int, several: bool) -> None:
+    w = pack(drawn(0, torch.float32, *((3, 21, 40) if several else (21, 40))), bits)
+    other = torch.zeros(1, dtype=torch.bfloat16)
+    moves: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t.to("meta"),
+        lambda t: t.to(device="cpu", dtype=torch.bfloat16),
+        lambda t: t.to(torch.float64),
+        lambda t: t.to(other),
+        Tensor.cpu,
+        Tensor.bfloat16,
+        Tensor.clone,
+        Tensor.detach,
+        lambda t: nn.Parameter(t, requires_grad=False),
+        lambda t: nn.ParameterList([t]).to("meta")[0],
+    ]
+    for number, move in enumerate(moves):
+        outside = move(w)
+        with torch.inference_mode():
+            found = move(w)
+        plain = move(w.values_())
+        for one in (outside, found):
+            assert isinstance(one, Packed), number
+            assert (one.dtype, one.device, one.shape) == (plain.dtype, plain.device, plain.shape), number
+            assert one.codes.device == plain.device and (one.is_meta or torch.equal(one.codes, w.codes)), number
 
 
 @pytest.mark.parametrize("bits", BITS)

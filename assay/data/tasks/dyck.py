@@ -8,6 +8,7 @@ lengths that it was not trained on. What can only count each kind by itself fail
 
 from __future__ import annotations
 
+from math import comb
 from typing import Literal, Self
 
 import numpy as np
@@ -74,8 +75,49 @@ class Dyck(Task):
         return answers
 
     def shortcuts(self) -> dict[str, Shortcut]:
-        """The last bracket, and the one that was opened last, are closed and tell nothing about those around them."""
+        """The last bracket, and the one that was opened last, are closed and tell nothing about those around them. Who
+        counts knows which brackets are open, and not in which order: all there is to know up to depth 2."""
         return {
             "always the same kind": always(self.kinds, self.floor),
             "the kind that was closed": Shortcut(lambda x: x, self.floor),
+            "the kind that most are open of": Shortcut(self._counted, self._by_count),
         }
+
+    def _counted(self, inputs: Ids) -> Ids:
+        kinds = np.arange(self.kinds)
+        opened = (inputs[:, :, None] == kinds).astype(np.int64) - (inputs[:, :, None] == self.kinds + kinds)
+        return self.kinds + np.cumsum(opened, 1).argmax(2)
+
+    @property
+    def _by_count(self) -> float:
+        """Open brackets are even draws: any of them is as likely to be the inner one."""
+        asked = self._depths
+        return sum(n * p for n, p in zip(asked, _most(self.kinds, len(asked) - 1), strict=True)) / sum(asked)
+
+    @property
+    def _depths(self) -> list[float]:
+        """How many places of a row are asked with 0, 1, ... brackets open, in the mean."""
+        now, asked = [1.0] + [0.0] * self.depth, [0.0] * self.depth
+        for left in range(self.length, 0, -1):
+            later = [0.0] * (self.depth + 1)
+            for depth, share in enumerate(now):
+                opens = float(depth == 0) or 0.5 * (depth < min(self.depth, left))
+                if opens:
+                    later[depth + 1] += share * opens
+                if depth:
+                    later[depth - 1] += share * (1 - opens)
+                if depth > 1:
+                    asked[depth - 1] += share * (1 - opens)
+            now = later
+        return asked
+
+
+def _most(kinds: int, draws: int) -> list[float]:
+    """Of 0, 1, ... `draws` even draws of kinds, the share in the mean that the most frequent kind has (of none: 0)."""
+    beyond = [0] * (draws + 1)
+    for most in range(draws):
+        ways = [1] + [0] * draws  # to draw so many without any kind coming more often than `most`
+        for _ in range(kinds):
+            ways = [sum(comb(n, i) * ways[n - i] for i in range(min(most, n) + 1)) for n in range(draws + 1)]
+        beyond = [count + kinds**n - less for n, (count, less) in enumerate(zip(beyond, ways, strict=True))]
+    return [count / (max(n, 1) * kinds**n) for n, count in enumerate(beyond)]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import always, laid_out, next_symbol
+from assay.data.tasks._tools import always, followed, laid_out, next_symbol, tried
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 
@@ -104,4 +104,8 @@ class FuzzyRecall(Task):
         return answers
 
     def shortcuts(self) -> dict[str, Shortcut]:
-        return {"always the same symbol": always(self.symbols, self.floor)}
+        """Keys that end in different symbols need not be put together: one lookup tells them apart."""
+        return {
+            "always the same symbol": always(self.symbols, self.floor),
+            "what followed this symbol last": tried(self, lambda x: followed(x, self.vocab)),
+        }

@@ -4,7 +4,9 @@ Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2, cut down to bytes so t
 
     filler ... <statement><key><end> filler ... <statement><key>
 
-The question repeats the statement, so that copying what followed it last time is enough (an induction head).
+The question repeats the statement, so that copying what followed it last time is enough (an induction head). As in the
+paper the key's symbols stand nowhere else: who looks for them need not read the statement, and gets round everything
+but the distance.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from assay.data.draws import Draws
+from assay.data.tasks.base import Ids, Shortcut
 from assay.spec.base import Spec
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -142,6 +145,43 @@ class Passkey(Spec):
         text = bytes(prompt.tolist()).decode("ascii")
         start = text.index(self.statement) + len(self.statement)
         return _ids(text[start : start + self.digits])
+
+    def shortcuts(self, length: int) -> dict[str, Shortcut]:
+        """Ways to answer that must not solve documents of `length` tokens: prompts [R, length - digits] -> keys
+        [R, digits]. at_most: the share of keys that are right in every symbol, where distances are drawn evenly.
+        ValueError for a length that no document has."""
+        possible, guess = self.distances(length), _ids(self.alphabet[0] * self.digits)
+        near = sum(distance <= length // 2 for distance in possible) / len(possible)
+        found = {
+            "always the same key": Shortcut(lambda x: np.tile(guess, (len(x), 1)), self.chance),
+            "last symbols": Shortcut(lambda x: x[:, x.shape[1] - self.digits :], 0.0),
+            "always the same place": Shortcut(lambda x: self._at(x, possible[len(possible) // 2]), 1 / len(possible)),
+            "the nearer half": Shortcut(
+                lambda x: self._held(x[:, -(length // 2) :], guess), near + (1 - near) * self.chance
+            ),
+        }
+        if self.digits > 1:
+            one = float(len(self.alphabet)) ** (1 - self.digits)
+            found["its first symbol alone"] = Shortcut(self._first, one)
+        return found
+
+    def _at(self, prompts: Ids, distance: int) -> Ids:
+        """What stands where a key at this distance does."""
+        start = prompts.shape[1] - distance
+        return prompts[:, start : start + self.digits]
+
+    def _held(self, rows: Ids, guess: Ids) -> Ids:
+        """The symbols of the alphabet in each row where it has a whole key, else a guess."""
+        symbols = np.isin(rows, _ids(self.alphabet))
+        whole = symbols.sum(1) == self.digits
+        found = np.tile(guess, (len(rows), 1))
+        found[whole] = rows[whole][symbols[whole]].reshape(-1, self.digits)
+        return found
+
+    def _first(self, prompts: Ids) -> Ids:
+        """The key's first symbol, as often as there are digits."""
+        keys = np.stack([self.solve(prompt) for prompt in prompts])
+        return np.repeat(keys[:, :1], self.digits, 1)
 
 
 def accuracy(examples: Sequence[Example], answers: Sequence[Sequence[int] | NDArray[np.int64]]) -> float:

@@ -11,7 +11,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import Column, always, at_least, different, next_symbol
+from assay.data.tasks._tools import Column, always, at_least, different, followed, next_symbol, tried
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 DIGITS = 10
@@ -92,6 +92,7 @@ class Phonebook(Task):
             "first number": Shortcut(lambda x: self._numbers(x, x[:, :1] * 0), one),
             "last number": Shortcut(lambda x: self._numbers(x, x[:, :1] * 0 + self.entries - 1), one),
             "last symbol": Shortcut(lambda x: x, self._last),
+            "what followed this symbol last": tried(self, lambda x: followed(x, self.vocab)),
         }
 
     @property

@@ -1,6 +1,6 @@
 """Reversal: a string, a mark, and the string backwards.
 
-Deletang et al. 2022, arXiv 2207.02098, table 1 ("Reverse String"): a stack does it at any length. The string and the
+Delétang et al. 2022, arXiv 2207.02098, table 1 ("Reverse String"): a stack does it at any length. The string and the
 mark are a prefix: an encoder reads them.
 """
 

@@ -24,10 +24,12 @@ class Experts:
         self._heads = function("heads", INT, INT, POINTER, *sizes, LONG, POINTER, LONG, LONG, LONG, POINTER)
 
     def chosen(self, x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], choice: Tensor) -> list[Tensor] | None:
-        """Of each map, w [E, F, D] and b [E, F] or None, [N, k, F]: row i of x [N, D] or [N, k, D] with the experts
-        choice [N, k] names for it. All float32 or all bfloat16, summed in float32, with no bit from the rows beside
-        it. Up to 64 tokens; in float32 as many as give an expert 64 rows in the mean, and in bfloat16 any number where
-        the CPU has no product of it."""
+        """Of each map, w [E, F, D] and b [E, F] or None, [N, k, F]: token i of x, [N, D] or [N, k, D] with a row for
+        each choice, times the experts that choice [N, k] names for it, 0 .. E-1. All float32 or all bfloat16, summed
+        in float32, with no bit from the rows beside it. Up to 64 tokens; in float32 also as many as give an expert 64
+        rows in the mean, under deterministic algorithms any number, and in bfloat16 any number where the CPU has no
+        product of it. None for what is more, for other types (choice: int64), for weights that are not dense, and
+        without rows."""
         (tokens, k), dtype, size = choice.shape, x.dtype, x.shape[-1]
         if dtype not in TYPES or not tokens or not size or choice.dtype != torch.int64:
             return None
@@ -56,8 +58,9 @@ class Experts:
         return each <= self.rows or torch.are_deterministic_algorithms_enabled()
 
     def heads(self, x: Tensor, w: Tensor, along: bool) -> Tensor | None:
-        """[N, H, O]: each head of x [N, H, K] with its matrix of w [H, O, K], or where `along` [H, K, O]; up to 32 rows
-        all float32 or all bfloat16, summed in float32."""
+        """[N, H, O]: each head of x [N, H, K] times its matrix of w, [H, O, K], or [H, K, O] where `along`. 1 to 64
+        rows N, all float32 or all bfloat16, summed in float32; the last axis of x and of w is dense. None for
+        others."""
         (rows, heads, size), dtype, out = x.shape, x.dtype, w.shape[2 if along else 1]
         if not 0 < rows <= self.rows or dtype not in TYPES or w.dtype != dtype or w.stride(2) != 1 or x.stride(2) != 1:
             return None

@@ -71,26 +71,38 @@ template <int P> std::vector<Number<P>> numbers(const float* from, long states, 
   return found;
 }
 
+// What a task works on: a block of a lane's channels. from, count: its channels; place: where its states begin in
+// [L, C, N, parts].
+template <int P> struct Channels {
+  long lane, block, from, count, place;
+  std::vector<Number<P>> a, b, c;
+
+  Channels(const Invariant& s, long task)
+      : lane(task / s.blocks()), block(task % s.blocks()), from(block * LANES),
+        count(std::min<long>(LANES, s.channels - from)), place((lane * s.channels + from) * s.states * P),
+        a(table(s, s.a)), b(table(s, s.b)), c(table(s, s.c)) {}
+  std::vector<Number<P>> table(const Invariant& s, const float* all) const {
+    return numbers<P>(all + from * s.states * P, s.states, count);
+  }
+};
+
 // y [L, T, C] and end [L, C, N, parts], dense; kept: null, or where the states before pieces go. Behind a lane's last
 // token nothing is written.
 template <int P> void invariant(const Invariant& s, float* y, float* end, float* kept) {
   const long tasks = s.lanes * s.blocks();
 #pragma omp parallel for schedule(static) if (tasks * s.tokens * s.states * P * LANES > ALONE)
   for (long task = 0; task < tasks; task++) {
-    const long lane = task / s.blocks(), block = task % s.blocks(), from = block * LANES, length = s.length(lane);
-    const long count = std::min<long>(LANES, s.channels - from), table = from * s.states * P;
-    const long place = (lane * s.channels + from) * s.states * P;
-    const auto a = numbers<P>(s.a + table, s.states, count), b = numbers<P>(s.b + table, s.states, count);
-    const auto c = numbers<P>(s.c + table, s.states, count);
+    const Channels<P> own(s, task);
+    const long lane = own.lane, from = own.from, count = own.count, place = own.place, length = s.length(lane);
     auto now = numbers<P>(s.past + place, s.states, count);
     for (long first = 0; first < length; first += TOKENS) {
       const long size = std::min(TOKENS, length - first);
       Vec x[TOKENS], sum[TOKENS] = {};
       for (long t = 0; t < size; t++) x[t] = some(s.x.at(lane, first + t) + from, count);
       for (long n = 0; n < s.states; n++) {
-        const Number<P> decay = a[n], enters = b[n], read = c[n];
+        const Number<P> decay = own.a[n], enters = own.b[n], read = own.c[n];
         Number<P> state = now[n];
-        if (kept) state.keep(kept + s.kept(lane, block, first / TOKENS, n));
+        if (kept) state.keep(kept + s.kept(lane, own.block, first / TOKENS, n));
         for (long t = 0; t < size; t++) {
           if (s.begins(lane, first + t)) state = Number<P>();
           state = decay.times(state, enters.scaled(x[t], Number<P>()));
@@ -115,11 +127,8 @@ template <int P> void invariant_back(const Invariant& s, const InvariantGradient
   const long tasks = s.lanes * s.blocks();
 #pragma omp parallel for schedule(static) if (tasks * s.tokens * s.states * P * LANES > ALONE)
   for (long task = 0; task < tasks; task++) {
-    const long lane = task / s.blocks(), block = task % s.blocks(), from = block * LANES, length = s.length(lane);
-    const long count = std::min<long>(LANES, s.channels - from), table = from * s.states * P;
-    const long place = (lane * s.channels + from) * s.states * P;
-    const auto a = numbers<P>(s.a + table, s.states, count), b = numbers<P>(s.b + table, s.states, count);
-    const auto c = numbers<P>(s.c + table, s.states, count);
+    const Channels<P> own(s, task);
+    const long lane = own.lane, from = own.from, count = own.count, place = own.place, length = s.length(lane);
     auto later = numbers<P>(by.end + place, s.states, count);
     std::vector<Number<P>> by_a(s.states), by_b(s.states), by_c(s.states);
     for (long piece = (length + TOKENS - 1) / TOKENS - 1; piece >= 0; piece--) {
@@ -129,9 +138,9 @@ template <int P> void invariant_back(const Invariant& s, const InvariantGradient
       for (long t = 0; t < size; t++) x[t] = some(s.x.at(lane, first + t) + from, count);
       for (long t = 0; t < size; t++) given[t] = some(by.y + to + t * s.channels, count);
       for (long n = 0; n < s.states; n++) {
-        const Number<P> decay = a[n], enters = b[n], read = c[n].conj();
+        const Number<P> decay = own.a[n], enters = own.b[n], read = own.c[n].conj();
         Number<P> decays = by_a[n], entered = by_b[n], reads = by_c[n], state = later[n];
-        Number<P> before[TOKENS], now = Number<P>::kept(by.kept + s.kept(lane, block, piece, n));
+        Number<P> before[TOKENS], now = Number<P>::kept(by.kept + s.kept(lane, own.block, piece, n));
         for (long t = 0; t < size; t++) {
           before[t] = now = s.begins(lane, first + t) ? Number<P>() : now;
           now = decay.times(now, enters.scaled(x[t], Number<P>()));

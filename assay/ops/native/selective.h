@@ -45,24 +45,13 @@ inline void apart(Vec v, float* to, long step, long count) {
   for (long c = 0; c < count; c++) to[c * step] = v[c];
 }
 
-// e^x and e^x - 1, which is exact to some roundings for small x too: `exponential` with the 1 left out of its sum.
+// e^x and e^x - 1, which is exact to some roundings for small x too.
 struct Growth {
   Vec whole, more;
 };
 inline Growth growth(Vec x) {
-  typedef int32_t Whole __attribute__((vector_size(64)));
-  x = x < -87.0f ? Vec{} - 87.0f : x;
-  x = x > 88.0f ? Vec{} + 88.0f : x;
-  const Vec n = x * 1.44269504f + 12582912.0f - 12582912.0f;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r;
-  const Vec power = reinterpret_cast<Vec>((__builtin_convertvector(n, Whole) + 127) << 23);
-  return {(p + 1.0f) * power, p * power + (power - 1.0f)};
+  const Reduced e = reduced(x);
+  return {(e.less + 1.0f) * e.power, e.less * e.power + (e.power - 1.0f)};
 }
 
 // (x e^x - e^x + 1) / x^2 = sum of x^k (k + 1) / (k + 2)!, which the difference would lose for small x.

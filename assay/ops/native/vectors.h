@@ -82,8 +82,12 @@ inline Vec totals(const Vec* v) {
          __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
-// e^x to 2 units in the last place, Cody and Waite's reduction with Cephes' polynomial; below -87 it is 2^-126 or so.
-inline Vec exponential(Vec x) {
+// e^x = (less + 1) power, by Cody and Waite's reduction x = n log 2 + r: less is e^r - 1 by Cephes' polynomial, power is
+// 2^n. x is held between -87 and 88.
+struct Reduced {
+  Vec less, power;
+};
+inline Reduced reduced(Vec x) {
   typedef int32_t Whole __attribute__((vector_size(64)));
   x = x < -87.0f ? Vec{} - 87.0f : x;
   x = x > 88.0f ? Vec{} + 88.0f : x;
@@ -95,8 +99,13 @@ inline Vec exponential(Vec x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * reinterpret_cast<Vec>((__builtin_convertvector(n, Whole) + 127) << 23);
+  return {p * r * r + r, reinterpret_cast<Vec>((__builtin_convertvector(n, Whole) + 127) << 23)};
+}
+
+// e^x to 2 units in the last place; below -87 it is 2^-126 or so.
+inline Vec exponential(Vec x) {
+  const Reduced e = reduced(x);
+  return (e.less + 1.0f) * e.power;
 }
 
 template <class T> inline Vec some(const T* p, long count) {  // up to 16 of them, then zeros
