@@ -166,9 +166,9 @@ def families(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def training(given: argparse.Namespace) -> dict[str, Any]:
-    from plain import SIZES, beside
+    from plain import SIZES, beside, precisions
 
-    return {"rows": [beside(*size, given.rounds) for size in SIZES.values()]}
+    return {"rows": [beside(*size, given.rounds, dtype) for size in SIZES.values() for dtype in precisions()]}
 
 
 def contexts(given: argparse.Namespace) -> dict[str, Any]:

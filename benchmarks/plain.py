@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from assay.measure.machine import SIZE, environment, matmul_seconds, seconds
 from assay.measure.training import bench_recipe
+from assay.ops.precision import multiplies_bfloat16
 from assay.spec.load import load_model
 from assay.spec.model import ModelSpec
 from assay.train.fit import check
@@ -35,6 +37,12 @@ SIZES: Mapping[str, tuple[str, dict[str, Any], int, int]] = {
     "wide": ("gpt-11m", WIDE, 2, 512),
 }
 """A model, what is changed of it, rows of a batch and their tokens."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def precisions() -> list[str]:
+    """Those that a model would be trained in on this CPU."""
+    return list(DTYPES) if multiplies_bfloat16() else ["float32"]
 
 
 class Block(nn.Module):
@@ -71,16 +79,19 @@ class Plain(nn.Module):
 
 
 class Training:
-    """Steps of the plain model: fused AdamW, gradients clipped."""
+    """Steps of the plain model: fused AdamW, gradients clipped, in bfloat16 under autocast."""
 
-    def __init__(self, spec: ModelSpec, batch: int, length: int) -> None:
+    def __init__(self, spec: ModelSpec, batch: int, length: int, precision: str) -> None:
+        self.dtype = DTYPES[precision]
         self.model = Plain(spec, spec.d_model // 64, length)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.ids = torch.randint(spec.vocab, (batch, length + 1))
 
     def step(self) -> None:
         self.optimiser.zero_grad(set_to_none=True)
-        self.model(self.ids[:, :-1], self.ids[:, 1:]).backward()
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32):
+            loss = self.model(self.ids[:, :-1], self.ids[:, 1:])
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
 
@@ -88,24 +99,26 @@ class Training:
         return seconds(self.step, torch.device("cpu"))
 
 
-def beside(name: str, changes: dict[str, Any], batch: int, length: int, rounds: int) -> dict[str, Any]:
+def beside(
+    name: str, changes: dict[str, Any], batch: int, length: int, rounds: int, precision: str = "float32"
+) -> dict[str, Any]:
     """Steps of both in turns, each in a process of its own, and the product of 2048 between them. MFU: of the fastest
     product, median steps."""
-    spec, recipe = load_model(name, changes), bench_recipe(batch, length, "float32")
+    spec, recipe = load_model(name, changes), bench_recipe(batch, length, precision)
     device, took, products = torch.device("cpu"), dict[str, list[float]](assay=[], plain=[]), list[float]()
-    with tempfile.TemporaryDirectory() as cache, Elsewhere(Training, spec, batch, length) as plain:
+    with tempfile.TemporaryDirectory() as cache, Elsewhere(Training, spec, batch, length, precision) as plain:
         data = dataset(recipe, Path(cache))
         check(spec, recipe, data)
         learner = Learner(spec, recipe, data, device)
         for number in range(2 + 2 * rounds):
             took["assay"].append(seconds(lambda number=number: learner.step(number, 100), device))
             took["plain"].append(plain("seconds"))
-            products.append(matmul_seconds(torch.float32, device, 0.0))
+            products.append(matmul_seconds(DTYPES[precision], device, 0.0))
     steps = {who: median(found[2:]) for who, found in took.items()}
     flops, rate = train_flops_per_token(spec, length) * batch * length, 2 * SIZE**3 / min(products)
     spread = max((max(found[2:]) - min(found[2:])) / median(found[2:]) for found in took.values())
     return {
-        "model": f"{name}, {spec.layers} x {spec.d_model} x {length}",
+        "model": f"{name}, {spec.layers} x {spec.d_model} x {length}, {precision}",
         **{f"{who}_tok_s": batch * length / one for who, one in steps.items()},
         **{f"{who}_mfu": flops / one / rate for who, one in steps.items()},
         "ratio": steps["plain"] / steps["assay"],
@@ -126,8 +139,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     rows = json.loads(given.out.read_text("utf-8"))["rows"] if given.out.is_file() else []
     table = {row["model"]: row for row in rows}
-    for name in given.sizes.split(","):
-        row = beside(*SIZES[name], given.rounds)
+    for name, precision in product(given.sizes.split(","), precisions()):
+        row = beside(*SIZES[name], given.rounds, precision)
         print(json.dumps(row), flush=True)
         table[row["model"]] = row
         found = {"machine": environment(), "threads": given.threads, "rows": list(table.values())}
