@@ -4,9 +4,10 @@
         [--out runs/performance/families.json]
 
 Windows with soft caps, latent attention, experts, state spaces and delta rules, each of one size, one sequence, in
-turns and each in a process of its own; medians. Families are named as transformers names their classes. What is
-measured takes the place of the same family and dtype in the file, so that they may be measured one at a time: half a
-minute each on two cores. benchmarks/performance.py makes a table of it.
+turns and each in a process of its own; medians, and the profile of a prefill that is short of what was wanted. Families
+are named as transformers names their classes. What is measured takes the place of the same family and dtype in the
+file, so that they may be measured one at a time: half a minute each on two cores. benchmarks/performance.py makes a
+table of it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from elsewhere import Elsewhere
 from assay.engine.runner import Runner
 from assay.hub.load import import_folder
 from assay.measure.machine import environment
+from assay.measure.profile import by_torch
 from assay.measure.serving import Load, Serving
 from assay.model.lm import LM
 
@@ -55,6 +57,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 PROMPT, NEW = 256, 32
+WANTED = {"decode": 2.0, "prefill": 1.3}  # times transformers
+READINGS = 8  # of a profile
 
 
 class Peer:
@@ -108,6 +112,19 @@ class Ours:
         return [took for _ in range(8) for took in self.serving.decode()]
 
 
+class Alone:
+    """Ours in a process of its own, which nothing was timed in."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.ours = Ours(import_folder(folder, dtype=dtype).model)
+
+    def profile(self) -> list[dict[str, Any]]:
+        """Which kernels the reading of a prompt goes to."""
+        self.ours.prefill()
+        return by_torch(self.ours.prefill, READINGS).rows("prefill", self.dtype)
+
+
 def prompt() -> torch.Tensor:
     return torch.randint(3, VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
@@ -156,13 +173,19 @@ def beside(kind: str, folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
                 found = [took for _ in range(3 if what == "prefill" else 1) for took in subjects[who](what)]
                 times.setdefault(f"{who}.{what}", []).extend(found if number else [])
     rate = {key: (PROMPT if "prefill" in key else 1) / median(found) for key, found in times.items()}
+    ratios = {what: rate[f"assay.{what}"] / rate[f"transformers.{what}"] for what in WANTED}
+    spent = []
+    if ratios["prefill"] < WANTED["prefill"]:
+        with Elsewhere(Alone, folder, DTYPES[dtype]) as alone:
+            spent = alone("profile")
     return {
         "family": f"{FAMILIES[kind][0]} ({kind})",
         "dtype": dtype,
         "params": sum(p.numel() for p in ours.parameters()),
         "difference": apart,
         **{f"{who}_{what}_tok_s": rate[f"{who}.{what}"] for who in subjects for what in ("prefill", "decode")},
-        **{f"{what}_ratio": rate[f"assay.{what}"] / rate[f"transformers.{what}"] for what in ("prefill", "decode")},
+        **{f"{what}_ratio": ratio for what, ratio in ratios.items()},
+        "profile": spent,
     }
 
 
@@ -187,7 +210,10 @@ def main() -> None:
             parser.error(f"--{name}: {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}")
     torch.set_num_threads(given.threads)
     for row in measured(given.families.split(","), given.dtypes.split(","), given.rounds):
-        print(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        print(
+            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items() if k != "profile"}),
+            flush=True,
+        )
         found = {"machine": environment(), "threads": given.threads, "rows": kept(given.out, [row])}
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(found) + "\n", "utf-8")

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from families import WANTED as FAMILIES_WANTED
+
 PROMPT, NEW, SHORT = 512, 64, 32
 PEERS = {"f32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 """Weights of as many bits, as llama.cpp's files have them."""
@@ -93,7 +95,7 @@ def told_single(found: Found) -> str:
         rows.append([name, prefill, decode, None, None, None, None, spreads(rounds)])
     head = ["", "prefill tok/s", "decode tok/s", "decode's floor", "share", "over llama.cpp", "prefill over the best"]
     text += table([*head, "spread"], rows) + f"\n\nThe first token of a prompt of {SHORT}, beside 1.5 times the median "
-    text += "decode step of the same run and the arithmetic at the rate of float32, or of bfloat16 where that is faster:\n\n"
+    text += "decode step of the same run and the arithmetic (at bfloat16's rate but for f32, where it is faster):\n\n"
     text += told_first(found)
     for dtype, rounds in found["assay"].items():
         text += f"\nWhere the time of assay in {dtype} went (the largest):\n\n{told_profile(rounds[-1]['profile'])}\n"
@@ -153,11 +155,16 @@ def told_families(found: Found) -> str:
         for r in found["rows"]
     ]  # fmt: skip
     who = ["prefill", "transformers", "decode", "transformers", "prefill ratio", "decode ratio"]
-    return table(["", "params", *who, "differ"], rows) + "\n"
+    text = table(["", "params", *who, "differ"], rows) + "\n"
+    for row in found["rows"]:
+        if row["profile"]:
+            name = f"{row['family']} in {row['dtype']}"
+            text += f"\nWhere the time of reading went for {name} (the largest):\n\n{told_profile(row['profile'])}\n"
+    return text
 
 
 def wanted_families(found: Found) -> Iterator[Wanted]:
-    for what, bar in (("decode", 2.0), ("prefill", 1.3)):
+    for what, bar in FAMILIES_WANTED.items():
         for row in found["rows"]:
             yield Wanted(f"{what} of {row['family']} in {row['dtype']} over transformers", row[f"{what}_ratio"], bar)
 
@@ -232,7 +239,8 @@ SECTIONS: Mapping[str, Section] = {
         "A decoded token against the context, 4 layers of 384, float32", "python benchmarks/contexts.py", told_contexts
     ),
     "training": Section(
-        "Training beside a plain PyTorch GPT (in bfloat16 under autocast)", "python benchmarks/plain.py", told_training, wanted_training
+        "Training beside a plain PyTorch GPT (in bfloat16 under autocast)", "python benchmarks/plain.py",
+        told_training, wanted_training,
     ),
 }  # fmt: skip
 

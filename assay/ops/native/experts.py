@@ -26,8 +26,8 @@ class Experts:
     def chosen(self, x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], choice: Tensor) -> list[Tensor] | None:
         """Of each map, w [E, F, D] and b [E, F] or None, [N, k, F]: token i of x, [N, D] or [N, k, D] with a row for
         each choice, times the experts that choice [N, k] names for it, 0 .. E-1. All float32 or all bfloat16, summed
-        in float32, with no bit from the rows beside it. Up to 64 tokens; in float32 also as many as give an expert 64
-        rows in the mean, under deterministic algorithms any number, and in bfloat16 any number where the CPU has no
+        in float32, with no bit from the rows beside it. Up to 64 tokens; also as many as give an expert 64 rows in
+        the mean, and any number in float32 under deterministic algorithms, and in bfloat16 where the CPU has no
         product of it. None for what is more, for other types (choice: int64), for weights that are not dense, and
         without rows."""
         (tokens, k), dtype, size = choice.shape, x.dtype, x.shape[-1]
@@ -53,9 +53,9 @@ class Experts:
     def _many(self, each: float, dtype: torch.dtype) -> bool:
         """Whether many rows, `each` of an expert, are multiplied sooner here than by torch, or in float32 shall have
         the same bits with any number of threads."""
-        if dtype is torch.bfloat16:
-            return not multiplies_bfloat16()
-        return each <= self.rows or torch.are_deterministic_algorithms_enabled()
+        if each <= self.rows:
+            return True
+        return torch.are_deterministic_algorithms_enabled() if dtype is torch.float32 else not multiplies_bfloat16()
 
     def heads(self, x: Tensor, w: Tensor, along: bool) -> Tensor | None:
         """[N, H, O]: each head of x [N, H, K] times its matrix of w, [H, O, K], or [H, K, O] where `along`. 1 to 64
