@@ -74,6 +74,11 @@ def show(accounts: Mapping[str, Account]) -> None:
         console.print(grid(["training memory", "bytes"], [[row] for row in kept(only)]))
         if only.share is not None:
             console.print(grid(["of one process", "bytes"], [[row] for row in shared(only.share)]))
+            if only.share.stages:
+                console.print(staged(only.share))
+                console.print(
+                    f"Stages of equal work wait {100 * only.share.bubble:.1f} % of a step; the one with most is above."
+                )
             fits(only.share, only.rooflines.values(), console)
     devices = list(next(iter(accounts.values())).rooflines)
     for device in devices:
@@ -173,6 +178,23 @@ def shared(found: Share) -> list[tuple[str, str]]:
     held += [("  on the device", found.device), ("  on the host", found.host)] if found.host else []
     sent = [(f"sent a step: {kind}", size) for kind, size in found.sent.items() if size]
     return [(name, human(size, "bytes")) for name, size in held + sent]
+
+
+def staged(found: Share) -> Table:
+    """What each stage of a pipeline keeps (trained: weights, gradients and moments), of how many pieces, and what it
+    sends in a step to other stages."""
+    table = empty(["stage", "layers", "trained", "pieces held", "activations", "sent a step"])
+    for number, one in enumerate(found.stages):
+        first, stop = one.layers
+        table.add_row(
+            str(number),
+            str(first) if stop == first + 1 else f"{first}-{stop - 1}",
+            human(one.weights + one.gradients + one.moments, "bytes"),
+            str(one.held),
+            human(one.activations, "bytes"),
+            human(one.sent["send"], "bytes"),
+        )
+    return table
 
 
 def fits(found: Share, machines: Iterable[Roofline], console: Console) -> None:

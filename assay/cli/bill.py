@@ -131,9 +131,18 @@ def spread(text: str, pieces: int) -> Spread:
         fail(f"--parallel: {text!r}; accepted: each axis once")
     offload = len(axes) < len(items)
     found = validate(ParallelSpec, sizes | {"offload": offload}, "--parallel")
-    if found.pipeline > 1:
-        fail(f"--parallel: pipeline={found.pipeline}; a bill has no account of stages: accepted: pipeline=1")
     return Spread(found.sizes, pieces, offload)
+
+
+def refuse_plans(spec: ModelSpec, how: Spread) -> None:
+    """ValueError, by name, for what a run refuses to spread so beside what no weights can be dealt out for."""
+    from assay.train.parallel import context, pipeline
+    from assay.train.parallel.spec import ParallelSpec
+
+    if (ranks := how.size("context")) > 1:
+        context.refuse(spec, ranks)
+    if how.size("pipeline") > 1:
+        pipeline.refuse(spec, ParallelSpec(**how.sizes))
 
 
 def machine(name: str, dtype: str) -> Hardware:
@@ -181,5 +190,7 @@ def account(
     asked = replace(ask, context=spec.context if context is None else context)
     told = sheet.bill(asked)
     limits = {name: roofline(sheet, told, device) for name, device in machines.items()}
+    if how is not None:
+        refuse_plans(spec, how)
     part = share(sheet, asked, how) if how is not None else None
     return Account(sheet, told, training(sheet, asked), largest(sheet, told), limits, unread, part)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from assay.cost.bill import Placed, Question, Sheet, layer_of
+import torch
+
+from assay.cost.bill import DTYPES, Placed, Question, Sheet, layer_of
 from assay.cost.scans import is_recurrence, recurrent_bytes
+from assay.ops.attend.call import compute_dtype
 from assay.parts.heads.lm import LossOptions
 from assay.spec.base import DTYPE_BYTES, PartSpec, Site, Weight
 
@@ -82,8 +85,8 @@ def score_values(one: Placed, tokens: int, memory: int) -> int:
 @dataclass(frozen=True)
 class Training:
     """Bytes of a step on batch x context tokens at once. scores: what attention adds where it keeps its probabilities,
-    as this package's own does on a CPU; tiled kernels do not. recomputed: the activations where only the input of each
-    block is kept, and one block at a time is run again in the backward pass."""
+    as this package's own does on this machine's CPU; tiled kernels do not. recomputed: the activations where only the
+    input of each block is kept, and one block at a time is run again in the backward pass."""
 
     need: Need
     scores: int
@@ -99,21 +102,21 @@ def training(sheet: Sheet, ask: Question) -> Training:
     An encoder reads `memory` tokens."""
     ask = ask.floats
     table, width = sheet.weights(), 4 if ask.dtype == "f32" else 2
-    blocks = kept_by_block(sheet, ask.batch, ask.context, ask.dtype)
+    found = kept_by_part(sheet, ask.batch, ask.context, ask.dtype)
+    inputs = ask.batch * ask.context * sheet.spec.d_model * width * sheet.spec.layers
     scores = sum(score_values(p, ask.context, ask.memory) for p in sheet.parts)
-    inputs = [ask.batch * ask.context * sheet.spec.d_model * width] * len(blocks)
-    rest = 4 * min(ask.batch * ask.context * sheet.spec.vocab, LossOptions().piece) if sheet.spec.head else 0
     if (encoder := sheet.encoder) is not None:
         table |= {f"encoder.{name}": w for name, w in encoder.weights().items()}
-        more = kept_by_block(encoder, ask.batch, ask.memory, ask.dtype)
+        more = kept_by_part(encoder, ask.batch, ask.memory, ask.dtype)
+        found |= {f"encoder.{name}": count for name, count in more.items()}
+        inputs += ask.batch * ask.memory * encoder.spec.d_model * width * encoder.spec.layers
         scores += sum(score_values(p, ask.memory, 0) for p in encoder.parts)
-        inputs += [ask.batch * ask.memory * encoder.spec.d_model * width] * len(more)
-        blocks += more
-    rest += 8 * ask.batch * (ask.context + (ask.memory if encoder else 0))  # the ids
-    rest += sum(outside_blocks(s, ask.batch * n, width) for s, n in ((sheet, ask.context), (encoder, ask.memory)) if s)
-    need = need_of(table, "float32" if ask.dtype == "f32" else "bfloat16").with_activations(rest + sum(blocks))
-    again = rest + max(blocks) + sum(inputs)
-    return Training(need, 4 * ask.batch * scores, min(need.activations, again))
+    blocks = [count for name, count in found.items() if "blocks." in name]
+    need = need_of(table, "float32" if ask.dtype == "f32" else "bfloat16").with_activations(sum(found.values()))
+    again = need.activations - sum(blocks) + max(blocks) + inputs
+    # What multiplies them is also what keeps them: float32 where this CPU would only emulate the asked dtype.
+    wide = compute_dtype(torch.empty(0, dtype=getattr(torch, DTYPES[ask.dtype]))).itemsize
+    return Training(need, wide * ask.batch * scores, min(need.activations, again))
 
 
 def part_bytes(one: Placed, width: int) -> int:
@@ -127,17 +130,19 @@ def part_bytes(one: Placed, width: int) -> int:
     return width * count
 
 
-def kept_by_block(sheet: Sheet, rows: int, length: int, dtype: str) -> list[int]:
-    found, width = [0] * sheet.spec.layers, 4 if dtype == "f32" else 2
+def kept_by_part(sheet: Sheet, rows: int, length: int, dtype: str) -> dict[str, int]:
+    """Bytes of each block, and of each part outside them: the ids are the embedding's, the logits that the loss holds
+    at once the head's."""
+    found, width = {f"blocks.{layer}": 0 for layer in range(sheet.spec.layers)}, 4 if dtype == "f32" else 2
+    found["embed"] = 8 * rows * length
+    if sheet.spec.head:
+        found["head"] = 4 * min(rows * length * sheet.spec.vocab, LossOptions().piece)
     for one in sheet.parts:
-        if (layer := layer_of(one.site.name)) is None:
-            continue
-        if is_recurrence(one) and rows * length:
-            found[layer] += recurrent_bytes(one, sheet.spec.positions, (rows, length), dtype)
+        layer = layer_of(one.site.name)
+        name = one.site.name if layer is None else f"blocks.{layer}"
+        if layer is not None and is_recurrence(one) and rows * length:
+            count = recurrent_bytes(one, sheet.spec.positions, (rows, length), dtype)
         else:
-            found[layer] += rows * length * part_bytes(one, width)
+            count = rows * length * part_bytes(one, width)
+        found[name] = found.get(name, 0) + count
     return found
-
-
-def outside_blocks(sheet: Sheet, tokens: int, width: int) -> int:
-    return tokens * sum(part_bytes(p, width) for p in sheet.parts if layer_of(p.site.name) is None)

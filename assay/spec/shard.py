@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from assay.spec.base import PartSpec, Site, StateField, Weight
 from assay.spec.model import ModelSpec
 
+TABLE = "embed.weight"
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -114,6 +116,28 @@ def deal(spec: ModelSpec, sizes: Mapping[str, int], sequence: bool = False) -> D
     if expert > 1 and not any(cut.axis == "expert" for cut in cuts.values()):
         raise ValueError(f"parallel.expert: {expert}; the model has no experts; accepted: 1")
     return Deal(cuts, frozenset(partial))
+
+
+def spans(layers: int, stages: int) -> list[range]:
+    """The layers of each stage of a pipeline, as even as they can be dealt out. ValueError for more stages than
+    layers."""
+    if stages > layers:
+        raise ValueError(f"parallel.pipeline: {stages}; the model has {layers} layers: accepted: 1 to {layers}")
+    return [range(layers * s // stages, layers * (s + 1) // stages) for s in range(stages)]
+
+
+def tied(spec: ModelSpec) -> bool:
+    """Whether the head reads the embedding's table."""
+    return bool(getattr(spec.head, "tie", False))
+
+
+def stage_of(name: str, spec: ModelSpec, stages: int) -> int:
+    """Which stage of a pipeline runs a part, by its dotted name, and has its weights: layers as `spans` says, the last
+    stage the final norm and the head, the first one all else. The last one has a tied table beside that."""
+    first, *rest = name.split(".")
+    if first == "blocks":
+        return next(s for s, span in enumerate(spans(spec.layers, stages)) if int(rest[0]) in span)
+    return stages - 1 if first in ("final_norm", "head") else 0
 
 
 def owned(spec: ModelSpec) -> Iterator[tuple[Site, PartSpec]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from assay.cost.memory import Need, need_of
-from assay.cost.parallel import Spread, held
+from assay.cost.parallel import Spread, held, in_flight, on_stage, stream_values, streams_kept
 from assay.data.dataset import Data
 from assay.data.halves import Halves, halves
 from assay.data.loader import Batch
@@ -64,7 +65,8 @@ class Learner:
         mesh = mesh or Mesh.of(recipe.parallel, device.type)
         table = weight_table(spec)
         how = Spread(mesh.spec.sizes, recipe.batch.accumulate)
-        self.mesh, self._held = mesh, held(table, deal(spec, how.sizes), how)
+        own = on_stage(table, spec, *self._stage_of(mesh))
+        self.mesh, self._held = mesh, held(own, deal(spec, how.sizes), how)
         self.spec, self.recipe, self.device = spec, recipe, device
         self.tokenizer = data.tokenizer if spec.encoder is None else data.tokenizer.going_on()
         self._moments = 4 * sum(recipe.optimizer.keeps(table[name], w) for name, w in self._held.items())
@@ -84,8 +86,8 @@ class Learner:
         self.precision = "float32" if self.team.casts else recipe.precision
         self.optimizer = build_optimizer(recipe.optimizer, self.model, table, self.team)
         kept = dict(self.model.named_parameters())
-        own = recipe.optimizer.kind == "schedule_free"
-        self.average = average_of(recipe.evaluation.ema, kept, self.team.cuts, own)
+        averages = recipe.optimizer.kind == "schedule_free"
+        self.average = average_of(recipe.evaluation.ema, kept, self.team.cuts, averages)
         mix = [(recipe.mix.passkey, recipe.mix.share)] if recipe.mix.share else []
         self.loader = data.stream(recipe.batch.rows, recipe.batch.length, recipe.seed, mix)
         self.runner = Runner(self.model, self.precision, compiled)
@@ -102,7 +104,8 @@ class Learner:
         total = max(1, batch.counted)
         pieces = self._pieces(batch)
         sums: dict[str, Tensor] = {NLL: torch.zeros((), device=self.device)}
-        self.team.run(len(pieces), lambda i: self._objective(pieces[i], total, sums))
+        with self.runner.cast_once() if len(pieces) > 1 else nullcontext():
+            self.team.run(len(pieces), lambda i: self._objective(pieces[i], total, sums))
         self.team.reduce()
         stats = self.team.total(sums)
         stats |= self.team.total({NLL: stats[NLL]}, ("pipeline",))
@@ -164,9 +167,18 @@ class Learner:
         the copies of the weights, which a first one saves too, count once and stand in `need_of`."""
         rows = -(-self.recipe.batch.rows // self.recipe.batch.accumulate // self.mesh.size(*ROWS))
         one, two = (self._saves(count, rows) for count in (1, 2))
-        logits = min(self.options.piece, rows * self.recipe.batch.length * self.spec.vocab)
+        tokens, (stage, stages) = rows * self.recipe.batch.length, self._stage_of(self.mesh)
+        logits = min(self.options.piece, tokens * self.spec.vocab) if stage == stages - 1 else 0
         need = self._kept() if self.home == self.device else Need(0, 0, 0)
-        return need.with_activations(rows * (two - one) + LOGIT_BYTES * logits)
+        pieces, width = self.recipe.batch.accumulate, 2 if self.recipe.precision == "bfloat16" else 4
+        stream = tokens // self.mesh.size("context") * stream_values(self.spec) * width
+        saved = in_flight(stage, stages, pieces) * rows * (two - one) + streams_kept(stage, stages, pieces) * stream
+        return need.with_activations(saved + LOGIT_BYTES * logits)
+
+    @staticmethod
+    def _stage_of(mesh: Mesh) -> tuple[int, int]:
+        """Which stage of a pipeline this process has, and of how many."""
+        return mesh.rank("pipeline"), mesh.size("pipeline")
 
     def _kept(self) -> Need:
         """Of weights, their gradients and what is remembered of them, which stand at `home`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -33,19 +35,33 @@ def resolve(recipe: Recipe, device: torch.device | str) -> Recipe:
 
 
 class Runner:
-    """Calls a model in a precision. In bfloat16 the weights are cast anew at each call, so that their gradients arrive
-    at the float32 originals, where the optimiser works."""
+    """Calls a model in a precision. In bfloat16 the weights are cast at each call, so that their gradients arrive at
+    the float32 originals, where the optimiser works."""
 
     def __init__(self, model: LM, precision: str, compiled: bool = False) -> None:
         self.model = model
         if next(model.parameters()).device.type == "cpu":
             keep_freed()
-        call = self._low if precision == "bfloat16" else model
+        low = precision == "bfloat16"
+        call = self._low if low else model
         self._call = torch.compile(call, dynamic=False) if compiled else call
+        self._keeps, self._copies = low and not compiled, dict[str, Tensor]()
 
     def __call__(self, step: Step, targets: Tensor | None = None, options: LossOptions | None = None) -> Output:
         return self._call(step, targets=targets, options=options)
 
+    @contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Calls within share the copies of the first one: those whose backward passes are still to come would keep one
+        set each. Weights must not change within."""
+        self._copies = self._cast() if self._keeps else {}
+        try:
+            yield
+        finally:
+            self._copies = {}
+
+    def _cast(self) -> dict[str, Tensor]:
+        return {name: p.to(torch.bfloat16) for name, p in self.model.named_parameters()}
+
     def _low(self, step: Step, **given: Tensor | LossOptions | None) -> Output:
-        cast = {name: p.to(torch.bfloat16) for name, p in self.model.named_parameters()}
-        return functional_call(self.model, cast, (step,), given)
+        return functional_call(self.model, self._copies or self._cast(), (step,), given)

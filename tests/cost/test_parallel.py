@@ -9,7 +9,10 @@ import pytest
 from assay.cli.main import main
 from assay.cost.bill import Question, Sheet
 from assay.cost.parallel import Share, Spread, share
+from assay.model.lm import weight_table
 from assay.spec.load import load_model
+from assay.train.parallel.schedule import order, simulate
+from tests.train.test_encoder_decoder import SPEC as PAIRS
 
 SPEC = load_model("gpt-11m")
 COUNT = sum(w.numel for w in Sheet(SPEC).weights().values())
@@ -61,14 +64,42 @@ def test_offload_leaves_a_device_what_is_gathered_and_saved(pieces: int) -> None
     assert found.sent == plain.sent
 
 
+@pytest.mark.parametrize(("stages", "pieces"), [(p, m) for p in (2, 3, 6) for m in (1, 2, 4, 16)])
+def test_a_pipeline_holds_and_waits_as_its_schedule_does(stages: int, pieces: int) -> None:
+    found = of(pieces, pipeline=stages)
+    run = simulate([order("1f1b", s, stages, pieces) for s in range(stages)])
+    assert found.bubble == pytest.approx(run.bubble, abs=1e-12)
+    assert tuple(one.held for one in found.stages) == run.held
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_stages_have_their_layers_and_send_the_stream(n: int) -> None:
+    """Each border once each way, 256 x 8 tokens; beside that a tied table's gradient between the first and the last."""
+    found, table = of(4, pipeline=n), 4 * SPEC.vocab * SPEC.d_model
+    assert sum(one.weights for one in found.stages) == 4 * COUNT + table
+    assert [one.layers for one in found.stages] == [(6 * s // n, 6 * (s + 1) // n) for s in range(n)]
+    stream = 256 * 8 * SPEC.d_model * 4
+    ends = stream + table
+    assert [one.sent["send"] for one in found.stages] == [ends, *[2 * stream] * (n - 2), ends]
+    assert found.device == max(one.device for one in found.stages) < of(4).device
+    half = of(4, data=2, pipeline=n)
+    assert half.stages[0].sent["all_reduce"] == half.stages[0].weights
+    assert half.stages[0].sent["send"] == stream // 2 + table
+
+
+def test_an_encoder_is_held_too() -> None:
+    weights = 4 * sum(w.numel for w in weight_table(PAIRS).values())
+    assert share(Sheet(PAIRS), Question(16, 4, "f32", memory=16), Spread({"data": 2})).weights == weights
+
+
 def test_a_model_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="the model has no experts"):
         of(expert=2)
     assert main(["bill", "gpt-11m", "--parallel", "data=2,shards=2"]) == 2
     assert "--parallel: 'shards'; accepted: AXIS=NUMBER" in capsys.readouterr().err
-    assert main(["bill", "gpt-11m", "--parallel", "pipeline=2"]) == 2
-    assert "accepted: pipeline=1" in capsys.readouterr().err
     refused = {
+        "pipeline=7": "parallel.pipeline: 7; the model has 6 layers: accepted: 1 to 6",
+        "pipeline=2,shard=2": "shard: is not supported beside pipeline=2",
         "offload=true": "`shard` cuts, which is 1",
         "shard=2,offload=1": "'offload'; accepted",
         "shard=2,shard=4": "'shard=2,shard=4'; accepted: each axis once",
@@ -83,10 +114,18 @@ def test_the_verb_says_what_a_process_keeps(capsys: pytest.CaptureFixture[str]) 
     words = ["bill", "gpt-11m", "--dtype", "f32", "--context", "256", "--batch", "8", "--parallel", "data=2,shard=2"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])["parallel"]
-    assert found == of(data=2, shard=2).as_json()
+    assert found == of(data=2, shard=2).as_json() and found["pipeline"] is None
     assert main([*words, "--hardware", "a100"]) == 0
     said = capsys.readouterr().out
     assert "of one process" in said and "on the host" not in said
     assert main([*words[:-1], "data=2,shard=2,offload=true"]) == 0
     assert "on the host" in capsys.readouterr().out
     assert "of one process" in said and "One process's share of a training step fits in A100" in said
+    staged = [*words[:-1], "data=2,pipeline=3", "--accumulate", "4"]
+    assert main([*staged, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])["parallel"]["pipeline"]
+    assert found["bubble"] == pytest.approx(2 / 6)
+    assert [(one["layers"], one["held"]) for one in found["stages"]] == [([0, 2], 3), ([2, 4], 2), ([4, 6], 1)]
+    assert main(staged) == 0
+    said = capsys.readouterr().out
+    assert "stage" in said and "2-3" in said and "wait 33.3 % of a step" in said

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -38,3 +41,22 @@ def test_what_was_counted_is_not_kept() -> None:
     assert found.bytes >= 3 * 4 * 4 and not kept[0].expired()
     del y
     assert kept[0].expired()
+
+
+def test_pieces_of_a_step_share_one_set_of_copies() -> None:
+    """Pieces that are under way together, as in a pipeline, would keep one each. Gradients are the same to the bit."""
+    how = recipe(batch__accumulate=4, precision="bfloat16")
+    once, anew = learner(how=how), learner(how=how)
+    with mock.patch.object(once.runner, "_cast", wraps=once.runner._cast) as cast:
+        once.step(0, 8)
+    with (
+        mock.patch.object(anew.runner, "cast_once", nullcontext),
+        mock.patch.object(anew.runner, "_cast", wraps=anew.runner._cast) as casts,
+    ):
+        anew.step(0, 8)
+    assert (cast.call_count, casts.call_count) == (1, 4)
+    for name, weight in once.model.named_parameters():
+        assert torch.equal(weight, anew.team.parameters[name]), name
+    for one in (once, anew):
+        one.step(1, 8)
+    assert all(torch.equal(w, anew.team.parameters[n]) for n, w in once.model.named_parameters())

@@ -45,7 +45,8 @@ class Soap(ByWeight):
     def _begin(self, state: dict[str, Tensor], grad: Tensor) -> None:
         for side, square in (("left", grad @ grad.mT), ("right", grad.mT @ grad)):
             state[side] = torch.zeros_like(square)[None]  # another number of dimensions: never cut
-            state[f"{side}_basis"] = torch.linalg.eigh(square).eigenvectors[None]
+            # By row, as a save brings them back: LAPACK's are by column, whose products may round otherwise.
+            state[f"{side}_basis"] = torch.linalg.eigh(square).eigenvectors.contiguous()[None]
 
     def _turn(self, state: dict[str, Tensor], grad: Tensor, step: int) -> None:
         for side, square in (("left", grad @ grad.mT), ("right", grad.mT @ grad)):

@@ -25,7 +25,7 @@ from assay.spec.base import StateField
 from assay.spec.model import ModelSpec
 from assay.train.parallel.exchange import Line, gathered
 from assay.train.parallel.mesh import Mesh
-from assay.train.parallel.plan import refuse_dropout
+from assay.train.parallel.plan import refuse_dropout, refuse_encoder
 from assay.train.parallel.ring import Around, Joined, Ring
 
 
@@ -253,6 +253,7 @@ class Context:
 
 def refuse(spec: ModelSpec, ranks: int) -> None:
     """ValueError, by name, for a part whose rows cannot be spread."""
+    refuse_encoder(spec, "context", ranks)
     for site, part in spec.parts():
         what = f"{site.name}: {part.slot[:-1]} {part.kind_name()}: context={ranks} is not supported"
         whole = {law: reason for law, reason in part.refusals().items() if law in ("chunking", "packing", "neighbours")}

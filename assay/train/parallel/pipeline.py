@@ -1,12 +1,14 @@
 """Pipeline parallelism: each rank has some of the layers, and micro-batches pass from rank to rank and back.
 
-The schedules are those of `assay.train.parallel.schedule`. What crosses a border is the residual stream [N, D] forward
-and its gradient backward, sent without waiting, so that neighbours that send to one another do not wait for ever.
+The schedules are those of `assay.train.parallel.schedule`. What crosses a border is the residual stream ([N, D], or as
+the blocks' residuals carry it) forward and its gradient backward, sent without waiting, so that neighbours that send to
+one another do not wait for ever.
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,16 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from assay.cost.parallel import UNDER_WAY
 from assay.model.lm import LM, Entry, weight_table
 from assay.ops.step import Step
 from assay.parts.base import Position
 from assay.spec.model import ModelSpec
+from assay.spec.shard import TABLE, spans, tied
 from assay.train.parallel.exchange import Line
 from assay.train.parallel.mesh import Mesh
-from assay.train.parallel.plan import refuse_dropout
-from assay.train.parallel.schedule import Kind, order, spans
+from assay.train.parallel.plan import refuse_dropout, refuse_encoder
+from assay.train.parallel.schedule import Kind, order
+from assay.train.parallel.spec import ParallelSpec
 
-TABLE = "embed.weight"
 NOTHING = ("nll", "count", "objective")
 
 
@@ -43,9 +47,10 @@ class Stage:
         self.line, self.d_model = line, model.spec.d_model
         self.first, self.leaves = line.rank == 0, line.rank < line.ranks - 1
         self._like: Callable[[], Tensor] = lambda: next(model.parameters())
+        self._open: Callable[[Tensor], Tensor] = lambda x: model.blocks[model.span[0]].open(x)
         self._entered: Tensor | None = None
         self._left: Tensor | None = None
-        self._under_way: list[tuple[dist.Work | None, Tensor]] = []
+        self._under_way: dict[int, deque[tuple[dist.Work | None, Tensor]]] = {}
         self.most_held = 0
         self.elsewhere: frozenset[str] = frozenset()  # weights of other stages alone
         self._tied = tied(model.spec)
@@ -53,7 +58,9 @@ class Stage:
     def enter(self, step: Step, own: Entry) -> tuple[Tensor, dict[str, object]]:
         if self.first:
             return own(step)
-        h = self._receive(self._like().new_empty(step.tokens, self.d_model), self.line.rank - 1)
+        like = self._like()
+        shape = self._open(torch.empty(step.tokens, self.d_model, dtype=like.dtype, device="meta")).shape
+        h = self._receive(like.new_empty(shape), self.line.rank - 1)
         self._entered = h.requires_grad_(torch.is_grad_enabled())
         return self._entered, {}
 
@@ -78,25 +85,29 @@ class Stage:
 
     def finish(self) -> None:
         """Wait until everything that was sent has left."""
-        for work, _ in self._under_way:
-            if work is not None:
-                work.wait()
-        self._under_way.clear()
+        for waiting in self._under_way.values():
+            while waiting:
+                _wait(waiting)
 
     def _back(self, held: Held) -> None:
         roots: list[Tensor] = [held.objective] if held.objective.requires_grad else []
         grads: list[Tensor | None] = [None] * len(roots)
         if held.left is not None:
             roots.append(held.left)
-            grads.append(self._receive(torch.empty_like(held.left), self.line.rank + 1))
+            room = torch.empty_like(held.left, memory_format=torch.contiguous_format)
+            grads.append(self._receive(room, self.line.rank + 1))
         torch.autograd.backward(roots, grads)
         if held.entered is not None:
             assert held.entered.grad is not None
             self._send(held.entered.grad, self.line.rank - 1)
 
     def _send(self, x: Tensor, to: int) -> None:
-        x = x.contiguous()
-        self._under_way.append((self.line.comm.send(x, to, self.line.group, wait=False), x))
+        # The neighbour takes the oldest without anything that comes later, in both schedules, and where stages are
+        # equally fast it has. Without this wait a stage would keep what it sent of all micro-batches.
+        x, waiting = x.contiguous(), self._under_way.setdefault(to, deque())
+        if len(waiting) == UNDER_WAY:
+            _wait(waiting)
+        waiting.append((self.line.comm.send(x, to, self.line.group, wait=False), x))
 
     def _receive(self, into: Tensor, source: int) -> Tensor:
         self.line.comm.receive(into, source, self.line.group)
@@ -134,18 +145,21 @@ class Stage:
         self.finish()
 
 
-def tied(spec: ModelSpec) -> bool:
-    """Whether the head reads the embedding's table."""
-    return bool(getattr(spec.head, "tie", False))
+def _wait(waiting: deque[tuple[dist.Work | None, Tensor]]) -> None:
+    """Until the oldest has left."""
+    work, _ = waiting.popleft()
+    if work is not None:
+        work.wait()
 
 
-def refuse(spec: ModelSpec, mesh: Mesh) -> None:
+def refuse(spec: ModelSpec, how: ParallelSpec) -> None:
     """ValueError, by name, for what reaches from one stage into another, and for axes that a pipeline is not laid
     beside."""
-    ranks = mesh.size("pipeline")
-    if mesh.size("shard") > 1 or mesh.spec.sequence:
-        name, accepted = ("shard", "1") if mesh.size("shard") > 1 else ("sequence", "false")
+    ranks = how.pipeline
+    if how.shard > 1 or how.sequence:
+        name, accepted = ("shard", "1") if how.shard > 1 else ("sequence", "false")
         raise ValueError(f"recipe.parallel.{name}: is not supported beside pipeline={ranks}; accepted: {accepted}")
+    refuse_encoder(spec, "pipeline", ranks)
     refuse_dropout(spec, "pipeline", ranks)
     for layer, source in enumerate(spec.sources):
         if source != layer:
@@ -170,7 +184,7 @@ def _embeds(spec: ModelSpec, name: str) -> bool:
 def apply(model: LM, mesh: Mesh) -> Stage:
     """Leave this rank its layers, in place; weights keep their names. The first stage has the embedding, the last the
     final norm and the head, and both a tied table. ValueError, by name, for what cannot be dealt out so."""
-    refuse(model.spec, mesh)
+    refuse(model.spec, mesh.spec)
     stage = Stage(model, Line.of(mesh, "pipeline"))
     model.span = spans(model.spec.layers, mesh.size("pipeline"))[mesh.rank("pipeline")]
     for layer in range(model.spec.layers):

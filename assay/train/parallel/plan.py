@@ -29,6 +29,12 @@ def joined(own: Tensor, cut: Cut | None, mesh: Mesh) -> Tensor:
     return whole_of(pieces.unbind(0), cut)
 
 
+def refuse_encoder(spec: ModelSpec, axis: str, ranks: int) -> None:
+    """ValueError for a model with an encoder, where what it reads, or who reads what it says, is on several ranks."""
+    if spec.encoder is not None:
+        raise ValueError(f"encoder: {axis}={ranks} is not supported, since all layers read what it says; accepted: 1")
+
+
 def refuse_dropout(spec: ModelSpec, axis: str, ranks: int) -> None:
     """ValueError, by name, for dropout: what is left out is drawn for whole rows and all layers, in their order."""
     why = f"{axis}={ranks} is not supported with dropout, which is drawn as one process draws it; accepted: 0"

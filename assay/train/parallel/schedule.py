@@ -77,10 +77,3 @@ def _held(tasks: Sequence[Task]) -> int:
         now += -1 if task.back else 1
         most = max(most, now)
     return most
-
-
-def spans(layers: int, stages: int) -> list[range]:
-    """The layers of each stage, as even as they can be dealt out. ValueError for more stages than layers."""
-    if stages > layers:
-        raise ValueError(f"parallel.pipeline: {stages}; the model has {layers} layers: accepted: 1 to {layers}")
-    return [range(layers * s // stages, layers * (s + 1) // stages) for s in range(stages)]

@@ -14,6 +14,7 @@ from assay.train.parallel import context
 from assay.train.parallel.context import Columns
 from assay.train.parallel.mesh import Mesh
 from tests.train.parallel.plans import Found, alike, batch, built, mesh_of, model, together
+from tests.train.test_encoder_decoder import SPEC as PAIRS
 
 STEPS = 3
 GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2, "position": "rope", "scores": {"softcap": 2.0, "sink": True}}
@@ -180,6 +181,8 @@ def test_folded_columns_cost_every_rank_the_same(ranks: int) -> None:
 def test_what_cannot_be_spread_is_named() -> None:
     with pytest.raises(ValueError, match=r"blocks.0.mixer: mixer gqa: context=2 .*later tokens.*; accepted: context=1"):
         context.refuse(model(GQA | {"sees": {"causal": False}}), 2)
+    with pytest.raises(ValueError, match="encoder: context=2 is not supported, since all layers read what it says"):
+        context.refuse(PAIRS, 2)
     with pytest.raises(ValueError, match="with dropout"):
         context.refuse(model(GQA | {"scores": {"dropout": 0.1}}), 2)
     with pytest.raises(ValueError, match=r"recipe.batch.length: 18; with parallel.context=4 a multiple of 8"):

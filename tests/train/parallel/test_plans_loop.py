@@ -9,9 +9,15 @@ import pytest
 import torch
 import yaml
 
+from assay.cost.bill import Question, Sheet
+from assay.cost.memory import score_values
+from assay.cost.parallel import Share, Spread, share
+from assay.ops.attend.call import native_bf16
 from assay.spec.model import ModelSpec
+from assay.spec.shard import stage_of
+from assay.train.learner import LOGIT_BYTES
 from assay.train.loop import train
-from tests.train.parallel import traffic
+from tests.train.parallel import staged, traffic
 from tests.train.parallel.plans import Found, together
 from tests.train.parallel.replicas import DELTA, GATED, GQA, MLA, MOE, made, mesh_of, steps, under
 from tests.train.parallel.test_torchrun import launch, same_as_alone
@@ -67,7 +73,7 @@ def everything(rank: int, processes: int) -> Found:
         for kind in kinds:
             found |= under(f"{named(layout)}/{kind}", steps(made(MODELS[kind], mesh)))
     if processes == 2:
-        return found | under("traffic", traffic.everything(processes))
+        return found | under("traffic", traffic.everything(processes)) | under("staged", staged.everything(processes))
     # What crosses processes inside of a block crosses again when the block is computed again.
     again = made(MODELS["hybrid"], mesh_of(tensor=2, context=2), recompute="full")
     return found | under("recomputed/hybrid", steps(again))
@@ -106,6 +112,8 @@ def test_tensor_ranks_exchange_four_times_a_layer(two: list[Found]) -> None:
     each = TOKENS * D * WORD
     assert (calls, sent) == (2 * 2 + 1 + 3, 5 * each + 3 * TOKENS * WORD)
     assert (all_calls - calls, all_sent - sent) == (2 * 2 + 1, 5 * each)
+    told = share(Sheet(traffic.T5), Question(16, 2, "f32"), Spread({"tensor": 2})).sent["all_reduce"]
+    assert told * WORD // 4 == all_sent - 3 * TOKENS * WORD  # all but the three numbers
 
 
 def test_spread_tokens_cost_no_byte_more(two: list[Found]) -> None:
@@ -136,6 +144,56 @@ def test_a_stream_crosses_a_border_once_each_way(two: list[Found]) -> None:
     """Four micro-batches of 16 tokens; 1F1B holds as many of them as there are stages ahead."""
     for rank, held in zip(two, (2, 1), strict=True):
         assert rank["traffic:pipeline"].tolist() == [traffic.ROWS, traffic.ROWS * 16 * D * WORD, held]
+
+
+def stage(two: list[Found], kind: str, precision: str, number: int) -> tuple[dict[str, int], Share]:
+    """What was counted on a stage, and what the bill says of it."""
+    place = f"staged:{kind}/{precision}/counted:"
+    counted = {n.removeprefix(place): int(size) for n, size in two[number].items() if n.startswith(place)}
+    ask = Question(staged.LENGTH, staged.ROWS, {"float32": "f32", "bfloat16": "bf16"}[precision])
+    return counted, share(Sheet(staged.MODELS[kind]), ask, Spread({"pipeline": 2}, staged.PIECES)).stages[number]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("precision", staged.PRECISIONS)
+@pytest.mark.parametrize("kind", staged.MODELS)
+def test_stages_hold_and_send_what_the_bill_says(two: list[Found], kind: str, precision: str, number: int) -> None:
+    """Weights and moments are float32, with copies in bfloat16 beside the weights; in the bill and in the check before
+    a run. Half of a router's bias is not learned, and has no moments."""
+    counted, told = stage(two, kind, precision, number)
+    copies = counted["weights"] // 2 if precision == "bfloat16" else 0
+    assert told.weights == told.gradients == counted["weights"] + copies
+    assert told.sent["send"] == counted["send"]
+    assert counted["needed"] == told.weights + told.gradients + told.moments
+    assert told.moments - counted["moments"] == (8 * 4 if kind == "experts" else 0)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("precision", staged.PRECISIONS)
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_stages_keep_alive_what_the_bill_says(two: list[Found], kind: str, precision: str, number: int) -> None:
+    """Two micro-batches on the first of two stages and one on the last, with their streams, and the gradients that the
+    last sent back; beside them one set of copies, which a table that is read by row is not kept in."""
+    spec, (counted, told) = staged.MODELS[kind], stage(two, kind, precision, number)
+    parts = [one for one in Sheet(spec).parts if stage_of(one.site.name, spec, 2) == number]
+    low = precision == "bfloat16"
+    wide = 2 if low and native_bf16() else 4
+    scores = wide * staged.ROWS // staged.PIECES * sum(score_values(one, staged.LENGTH, 0) for one in parts)
+    copies = low * (counted["weights"] // 2 - (2 * spec.vocab * spec.d_model if number == 0 else 0))
+    assert told.activations + told.held * scores + copies == pytest.approx(counted["alive"], rel=0.01)
+    logits = LOGIT_BYTES * (staged.ROWS // staged.PIECES) * staged.LENGTH * spec.vocab if number else 0
+    assert counted["saved"] - logits + copies == pytest.approx(counted["alive"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [*((kind, "float32") for kind in staged.MODELS), ("untied", "bfloat16")]
+)
+def test_stages_learn_what_one_process_learns(two: list[Found], kind: str, precision: str) -> None:
+    """A tied table's two gradients are summed in float32 by two stages, and in bfloat16 by one process."""
+    want = steps(staged.one(kind, precision, None))
+    for name, t in want.items():
+        own = two[0][f"staged:{kind}/{precision}/steps:{name}"]
+        torch.testing.assert_close(own, t, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{kind} {n}: {m}")
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from assay.data.loader import Batch
 from assay.model.lm import LM
 from assay.train.evaluate import step_of
 from assay.train.parallel import pipeline
-from assay.train.parallel.mesh import Mesh
 from assay.train.parallel.pipeline import Stage
 from assay.train.parallel.schedule import KINDS, Kind
 from assay.train.parallel.spec import ParallelSpec
 from tests.train.parallel.plans import Found, batch, built, mesh_of, model, together
+from tests.train.test_encoder_decoder import SPEC as PAIRS
 
 STEPS, ROWS, MICRO = 5, 4, 4
 GQA = {"kind": "gqa", "heads": 2, "position": "rope"}
@@ -96,9 +96,9 @@ def test_one_forward_one_backward_holds_fewer(found: list[Found]) -> None:
     assert [int(rank["moe/gpipe/held"]) for rank in found] == [MICRO, MICRO]
 
 
-def spread(**more: bool | int) -> Mesh:
-    """A mesh of two stages as its first process has it."""
-    return Mesh(ParallelSpec(pipeline=2, **more))  # type: ignore[arg-type]
+def spread(**more: bool | int) -> ParallelSpec:
+    """Two stages."""
+    return ParallelSpec(pipeline=2, **more)  # type: ignore[arg-type]
 
 
 def test_what_reaches_over_a_border_is_named() -> None:
@@ -120,3 +120,5 @@ def test_what_reaches_over_a_border_is_named() -> None:
         pipeline.refuse(model(GQA, blocks=blocks, pattern=["a", "b"]), spread())
     with pytest.raises(ValueError, match=r"recipe.parallel.shard: is not supported beside pipeline=2; accepted: 1"):
         pipeline.refuse(MODELS["moe"], spread(shard=2))
+    with pytest.raises(ValueError, match=r"encoder: pipeline=2 is not supported, since all layers read what it says"):
+        pipeline.refuse(PAIRS, spread())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from assay.train.parallel.schedule import KINDS, Kind, Task, order, simulate, spans
+from assay.spec.shard import spans
+from assay.train.parallel.schedule import KINDS, Kind, Task, order, simulate
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, 4, 7, 16)]
 
