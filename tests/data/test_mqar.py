@@ -213,6 +213,8 @@ def test_dice_are_even_and_independent_of_how_rows_are_cut() -> None:
     assert all(len(set(row)) == 3 for row in dice.choose("d", 3, 5).tolist())
     with pytest.raises(ValueError, match="rows: 0, first: 0"):
         Dice(0, 0, "test")
+    with pytest.raises(ValueError, match="16777216 draws a row; accepted: fewer than"):
+        Dice(1, 0, "test").below("many", 1 << 24, 2)
 
 
 def test_place_in_finds_the_last_one() -> None:

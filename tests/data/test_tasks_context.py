@@ -146,6 +146,15 @@ def test_one_symbol_does_not_tell_a_motif() -> None:
     assert single.shortcuts()["what followed this symbol last"].at_most == 1.0, "then it is what is asked"
 
 
+def test_motifs_of_many_symbols_need_no_list_of_all() -> None:
+    """Of 230^8 motifs, which is just below 2^63."""
+    task = FuzzyRecall(symbols=230, motif=8, keys=16, length=500)
+    examples = task.draw(8, 1)
+    answers = task.solve(examples.inputs)
+    assert np.array_equal(answers[examples.asked], examples.targets[examples.asked]) and examples.asked.any()
+    assert len(np.unique(examples.inputs)) > 200
+
+
 def test_the_map_is_one_to_one_and_its_own_seeds() -> None:
     task, other = Memorisation(), Memorisation(map_seed=1)
     assert sorted(task.values.tolist()) == list(range(127, 254))

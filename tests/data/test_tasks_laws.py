@@ -224,6 +224,8 @@ REFUSED = [
     ("noisy_recall", {"noise": 1.0}, "noise"),
     ("fuzzy_recall", {"symbols": 2, "keys": 9}, "keys: 9; 3 of size 1, and 2 exist"),
     ("fuzzy_recall", {"length": 11}, "length: 11; two pairs of motifs of 3 need 12"),
+    ("fuzzy_recall", {"symbols": 240, "motif": 8}, "symbols: 240; accepted for strings of 8: fewer than 2^63"),
+    ("phonebook", {"name": 14}, "letters: 26; accepted for strings of 14: fewer than 2^63 different ones"),
     ("phonebook", {"length": 22}, "length: 22; two entries and a question need 23 or more"),
     ("phonebook", {"name": 1, "letters": 26}, "name: 1 of 26 letters; 41 entries, 26 names"),
     ("needle", {"keys": 65}, "symbols: 64; 65 keys, and values, that differ need 65 or more"),

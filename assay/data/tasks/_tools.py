@@ -19,6 +19,13 @@ def at_least(name: str, value: int, least: int, what: str) -> None:
         raise ValueError(f"{name}: {value}; {what} need {least} or more")
 
 
+def countable(name: str, symbols: int, size: int) -> int:
+    """How many strings of `size` symbols there are; ValueError for more than have a number of 63 bits."""
+    if symbols**size >= 1 << 63:
+        raise ValueError(f"{name}: {symbols}; accepted for strings of {size}: fewer than 2^63 different ones")
+    return symbols**size
+
+
 def next_symbol(tokens: Ids, asked: Bool[Flags, "R T"]) -> Examples:
     """Rows [R, T+1] to be continued: where `asked`, a token is the answer that is due before it is read."""
     return Examples(tokens[:, :-1], np.where(asked[:, 1:], tokens[:, 1:], IGNORED))

@@ -122,7 +122,9 @@ class Dice:
         return len(self._rows)
 
     def bits(self, name: str, n: int) -> NDArray[np.uint64]:
-        """[R, n], 64 random bits each; n below 2^24."""
+        """[R, n], 64 random bits each. ValueError for an n of 2^24 or more: rows would share draws."""
+        if n >= 1 << 24:
+            raise ValueError(f"{n} draws a row; accepted: fewer than 2^24")
         # The increment is SplitMix64's: consecutive integers must not enter the finaliser as neighbours.
         number = (self._rows[:, None] << np.uint64(24)) | np.arange(n, dtype=np.uint64)
         return scatter(number * np.uint64(0x9E3779B97F4A7C15), *self._key, name)

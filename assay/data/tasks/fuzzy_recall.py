@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import always, followed, laid_out, next_symbol, tried
+from assay.data.tasks._tools import always, countable, different, followed, laid_out, next_symbol, tried
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
+
+LISTED = 1 << 16  # motifs of a size: among more of them a row's are drawn one by one
 
 
 class FuzzyRecall(Task):
@@ -32,6 +34,7 @@ class FuzzyRecall(Task):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        countable("symbols", self.symbols, self.motif)
         for size in range(1, self.motif + 1):
             if len(self._slots(size)) > self.symbols**size:
                 most = self.symbols**size
@@ -75,7 +78,8 @@ class FuzzyRecall(Task):
         for size in range(1, self.motif + 1):
             slots = self._slots(size)
             if slots:
-                number = dice.choose(f"keys of {size}", len(slots), self.symbols**size)
+                there = f"keys of {size}", len(slots), self.symbols**size
+                number = dice.choose(*there) if self.symbols**size <= LISTED else different(dice, *there)
                 for digit in range(size):
                     keys[:, slots, digit] = number // self.symbols**digit % self.symbols
         values = self.symbols + dice.below("values", self.keys * self.motif, self.symbols).reshape(shape)

@@ -11,7 +11,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from assay.data.tasks._tools import Column, always, at_least, different, followed, next_symbol, tried
+from assay.data.tasks._tools import Column, always, at_least, countable, different, followed, next_symbol, tried
 from assay.data.tasks.base import Dice, Examples, Ids, Shortcut, Task
 
 DIGITS = 10
@@ -30,7 +30,7 @@ class Phonebook(Task):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         at_least("length", self.length, 3 * (self.name + self.digits) + 2, "two entries and a question")
-        names = self.letters**self.name
+        names = countable("letters", self.letters, self.name)
         if self.entries > names:
             raise ValueError(f"name: {self.name} of {self.letters} letters; {self.entries} entries, {names} names")
         return self
