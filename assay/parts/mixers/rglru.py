@@ -60,7 +60,8 @@ class RgLru(MixerSpec):
         return table | {"out": Fan(width, site.d_out, self.bias, out=True, split=1)}
 
     def own(self, site: Site) -> dict[str, Weight]:
-        """The gates multiply from the right: [heads, in, out]. rate: decays even in (0.9, 0.999), section 2.4."""
+        """The gates multiply from the right: [heads, in, out]. rate: exp(-softplus(rate)), the decay without gate and
+        power, is even in (0.9, 0.999): the bounds of their released code, which is even in its square."""
         width, zero = self.channels(site), Init.constant(0.0)
         size = width // self.heads
         gates = {
