@@ -88,10 +88,10 @@ def always(symbol: int, at_most: float) -> Shortcut:
     return Shortcut(lambda inputs: np.full_like(inputs, symbol), at_most)
 
 
-def tried(task: Task, answer: Solver, rows: int = 2000) -> Shortcut:
-    """One whose mean has no formula: what it reached in so many rows of a stream of their own, and 4 standard errors
-    (what is asked in one row may hang together)."""
-    examples = task.draw(rows, seed=-1)
+def tried(task: Task, answer: Solver, symbols: int = 1 << 18) -> Shortcut:
+    """One whose mean has no formula: what it reached in rows of so many symbols in all, of a stream of their own, and 4
+    standard errors (what is asked in one row may hang together)."""
+    examples = task.draw(max(64, min(2000, symbols // task.length)), seed=-1)
     asked, right = examples.asked.sum(1), ((answer(examples.inputs) == examples.targets) & examples.asked).sum(1)
     share = right.sum() / asked.sum()
     error = np.sqrt(((right - share * asked) ** 2).sum()) / asked.sum()
