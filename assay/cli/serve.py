@@ -62,7 +62,11 @@ CacheBytes = Annotated[
     int | None, typer.Option("--cache-bytes", min=1, metavar="BYTES", help="Of --cache-dir at most. [default: 8 GiB]")
 ]
 Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="The same reply, to the bit, whatever else is served; slower in bf16.")
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="The same reply, to the bit, with any number of threads and, but for f32, in any company; slower.",
+    ),
 ]
 Replicas = Annotated[int, typer.Option("--replicas", min=1, help="Processes with an engine each.")]
 Apart = Annotated[bool, typer.Option("--apart", help="One process reads prompts, another goes on with the replies.")]
