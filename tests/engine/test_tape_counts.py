@@ -22,7 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba2": {"blocks.block.mixer": {"kind": "mamba2", "head_dim": 16}},
     "gated_deltanet": {"blocks.block.mixer": {"kind": "gated_deltanet", "heads": 2, "head_dim": 16}},
 }
-GATED = {"rms_norm": 2, "linears": 1, "silu": 1, "mul": 1, "linear": 1, "add": 2}  # the ffn, and what is around both
+GATED = {"rms_norm": 2, "linears": 1, "gated": 1, "linear": 1, "add": 2}  # the ffn, and what is around both
 LAYER: dict[str, dict[str, int]] = {
     "mla": {"linears": 1, "rms_norm": 1, "turn": 2, "cat": 3, "put": 1, "heads": 2, "attend": 1, "linear": 1},
     "moe": {},
@@ -37,7 +37,7 @@ LAYER: dict[str, dict[str, int]] = {
 ATTENTION = {"linears": 1, "turn": 2, "put": 2, "attend": 1, "linear": 1}
 EXPERTS = {
     "rms_norm": 2, "add": 2, "linear": 1, "softmax": 1, "topk": 2, "gather": 1, "sum": 2, "clamp": 1, "div": 1,
-    "experts": 2, "silu": 1, "mul": 2,
+    "experts": 2, "gated": 1, "mul": 1,
 }  # fmt: skip
 
 

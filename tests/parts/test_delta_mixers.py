@@ -44,7 +44,7 @@ def test_parity_needs_rates_up_to_two(length: int) -> None:
     read = said(counter(negative=True), tokens)
     assert torch.equal((read[1:] < 0).long(), bits.cumsum(0) % 2)
     assert read.abs().min() > 0.99
-    assert bool((said(counter(negative=False), tokens) >= 0).all())
+    assert bool((said(counter(negative=False), tokens) > -1e-12).all())  # what is 0 is so to the rounding of a sum
 
 
 def test_two_steps_turn_where_one_cannot() -> None:

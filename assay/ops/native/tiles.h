@@ -19,27 +19,67 @@ struct Tiled {
   long queries() const { return std::max<long>(16, std::min<long>(192, 384 / a.shared() / 16 * 16)); }
 };
 
+// How queries [m, depth] and a tile of keys [depth, KEYS] are laid out, and how they are multiplied: floats in their
+// order; halves of odd place before those of even place, which is the order of the instruction that takes them in pairs.
+template <class T> struct Scores {
+  typedef Multiplied op;
+  static long depth(long size) { return size; }
+  static void query(const T* q, long size, float* to) {
+    for (long d = 0; d < size; d += LANES) store(to + d, some(q + d, size - d), size - d);
+  }
+  static void key(const T* k, long size, float* to) {
+    for (long d = 0; d < size; d++) to[d * KEYS] = k[d];
+  }
+};
+
+template <> struct Scores<uint16_t> {
+#if defined(__AVX512BF16__)
+  struct op {
+    static Vec add(Vec sum, float x, Vec row) { return Unit<uint16_t, Vec>::add(sum, Vec(_mm512_set1_ps(x)), row); }
+  };
+  static long depth(long size) { return (size + 1) / 2; }
+  static void query(const uint16_t* q, long size, float* to) {
+    to[size / 2] = 0.0f;  // of an odd size; else the next row's, or one that is there for this
+    std::memcpy(to, q, size * sizeof(uint16_t));
+  }
+  static void key(const uint16_t* k, long size, float* to) {
+    for (long d = 0; d < size; d += 2) {
+      uint16_t pair[2] = {k[d]};
+      if (d + 1 < size) pair[1] = k[d + 1];
+      std::memcpy(to + d / 2 * KEYS, pair, sizeof pair);
+    }
+  }
+#else
+  typedef Multiplied op;
+  static long depth(long size) { return size + size % 2; }
+  static void query(const uint16_t* q, long size, float* to) {
+    for (long d = 0; d < depth(size); d++) to[d ^ 1] = d < size ? get(q + d) : 0.0f;
+  }
+  static void key(const uint16_t* k, long size, float* to) {
+    for (long d = 0; d < depth(size); d++) to[(d ^ 1) * KEYS] = d < size ? get(k + d) : 0.0f;
+  }
+#endif
+};
+
 // What a thread works in: m rows of queries, logits and results, and a tile of keys (turned) and values.
 struct Bench {
   std::vector<float> floats;
   float *q, *z, *out, *keys, *values, *top, *sum;
 
-  void lay(long m, long size, long wide) {
-    floats.resize(m * (size + KEYS + wide + 2) + KEYS * (size + wide));
+  void lay(long m, long depth, long wide) {
+    floats.resize(m * (depth + KEYS + wide + 2) + 1 + KEYS * (depth + wide));
     float* at = floats.data();
-    for (auto [where, count] : {std::pair{&q, m * size}, {&z, m * KEYS}, {&out, m * wide}, {&keys, size * KEYS},
+    for (auto [where, count] : {std::pair{&q, m * depth + 1}, {&z, m * KEYS}, {&out, m * wide}, {&keys, depth * KEYS},
                                 {&values, KEYS * wide}, {&top, m}, {&sum, m}})
       *where = at, at += count;
   }
 };
 
 template <class T> void load_keys(const Attend& a, long row, long group, long first, long last, Bench& b) {
-  std::memset(b.keys, 0, (last - first < KEYS) * a.size * KEYS * sizeof(float));
+  std::memset(b.keys, 0, (last - first < KEYS) * Scores<T>::depth(a.size) * KEYS * sizeof(float));
   runs<T>(a, a.k, row, first, last, nullptr, [&](long at, const Run<T>& k) {
-    for (long i = 0; i < k.count; i++) {
-      const T* from = k.base + i * k.step + group * a.k.strides[2];
-      for (long d = 0; d < a.size; d++) b.keys[d * KEYS + at + i] = get(from + d);
-    }
+    for (long i = 0; i < k.count; i++)
+      Scores<T>::key(k.base + i * k.step + group * a.k.strides[2], a.size, b.keys + at + i);
   });
 }
 
@@ -110,12 +150,12 @@ void share(const Attend& a, float* z, long many, Seen seen, long count, float* t
 template <class T> void tile(const Tiled& t, long row, long group, long from, long to, Bench& b) {
   const Attend& a = t.a;
   const long shared = a.shared(), tokens = to - from, m = shared * tokens;
-  const long wide = (a.width + LANES - 1) / LANES * LANES;
-  b.lay(m, a.size, wide);
+  const long wide = (a.width + LANES - 1) / LANES * LANES, depth = Scores<T>::depth(a.size);
+  b.lay(m, depth, wide);
   for (long i = 0; i < m; i++) {
     const long head = group * shared + i % shared, token = row * t.tokens + from + i / shared;
     const T* q = static_cast<const T*>(a.q) + token * a.strides[0] + head * a.strides[1];
-    for (long d = 0; d < a.size; d += LANES) store(b.q + i * a.size + d, some(q + d, a.size - d), a.size - d);
+    Scores<T>::query(q, a.size, b.q + i * depth);
     b.top[i] = a.sink ? a.sink[head] : -INFINITY;
     b.sum[i] = a.sink ? 1.0f : 0.0f;
   }
@@ -132,7 +172,7 @@ template <class T> void tile(const Tiled& t, long row, long group, long from, lo
     load_keys<T>(a, row, group, first, last, b);
     load_values<T>(a, row, group, first, last, wide, b);
     const long low = begin * shared, high = end * shared;
-    product<false>(high - low, b.q + low * a.size, a.size, b.keys, a.size, b.z, KEYS);
+    product<false, typename Scores<T>::op>(high - low, b.q + low * depth, depth, b.keys, depth, b.z, KEYS);
     for (long i = low; i < high; i += LANES)
       share(
           a, b.z + (i - low) * KEYS, std::min<long>(LANES, high - i),
