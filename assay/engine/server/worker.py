@@ -64,7 +64,7 @@ class Call:
 
     async def __aiter__(self) -> AsyncIterator[Said]:
         """Until the last choice has ended. ApiError when the engine cannot go on with it."""
-        missing = self.left
+        missing = sum(request.n for request in self.requests)  # `left` may have come to 0 before anybody reads
         while missing:
             event = await self._events.get()
             if isinstance(event, ApiError):
