@@ -102,7 +102,7 @@ class Cluster:
         self.failed = False
         self.live: dict[int, Live] = {}
         self.router = Router(config, engine.page or 1)
-        self._checks = Chooser(spec.vocab, tokenizer, "cpu")
+        self.chooser = Chooser(spec.vocab, tokenizer, "cpu")  # says here what would be refused there
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._requests = 0
         self._lent = Counter[tuple[int, int]]()  # bytes of states under way, by (from, to)
@@ -182,8 +182,8 @@ class Cluster:
         if self.failed:
             raise RuntimeError(self.problem)
         check_request(self.spec, request, self.tokens)
-        self._checks.enter(0, request)
-        self._checks.leave(0)
+        self.chooser.enter(0, request)
+        self.chooser.leave(0)
         worker, number = self.router.enter(request), self._requests
         self._requests += 1
         owed = dict.fromkeys(range(request.n), (worker, self.router.says(worker, request)))
