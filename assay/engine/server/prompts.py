@@ -173,7 +173,7 @@ class Desk:
         try:
             return Request(prompt=prompt, max_new=new, **rest)
         except ValidationError as error:
-            raise ApiError(400, str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
+            raise ApiError(400, said(error)) from None
 
     def _shared(self, body: Bounds, tenant: str) -> dict[str, Any]:
         """What both kinds of body say of a request."""
@@ -221,7 +221,7 @@ class Desk:
             try:
                 return Grammar(**fields)
             except ValidationError as error:
-                raise ApiError(400, f"{param}: {error.errors()[0]['msg']}", param) from None
+                raise ApiError(400, f"{param}: {said(error)}", param) from None
         return None
 
     def _small(self, text: str, param: str) -> str:
@@ -229,6 +229,11 @@ class Desk:
             message = f"{param}: {len(text)} bytes; accepted: up to {self.limits.schema_bytes}"
             raise ApiError(400, message, param)
         return text
+
+
+def said(error: ValidationError) -> str:
+    """What is wrong, without pydantic's word for it."""
+    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
 
 
 def grammar_param(body: Bounds) -> str | None:
