@@ -141,7 +141,7 @@ class Chooser:
         self, vocab: int, tokenizer: Tokenizer, device: torch.device | str, limits: GrammarLimits | None = None
     ) -> None:
         self.vocab, self.device = vocab, torch.device(device)
-        self._grammars = Grammars(tokenizer, vocab, limits or GrammarLimits())
+        self.grammars = Grammars(tokenizer, vocab, limits or GrammarLimits())
         self._rows: dict[Hashable, Row] = {}
         self._batch = Batch((), (), self.device)
 
@@ -154,7 +154,7 @@ class Chooser:
         for token, _ in request.sampling.logit_bias:
             if token >= self.vocab:
                 raise ValueError(f"logit_bias: token {token}; this model has ids 0 to {self.vocab - 1}")
-        follower = None if request.grammar is None else self._grammars.start(request.grammar, request.stop_tokens)
+        follower = None if request.grammar is None else self.grammars.start(request.grammar, request.stop_tokens)
         row = Row.of(request, choice, follower)
         for token in said:
             row.choose(token, None, ())

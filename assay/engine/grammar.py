@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import string
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import cached_property
@@ -117,25 +118,38 @@ class Follower:
 
 
 class Grammars:
-    """Compiled grammars of one tokenizer; the last ones used are kept. `size`: the width of the model's logits."""
+    """Compiled grammars of one tokenizer; the last ones used are kept. `size`: the width of the model's logits. Any
+    thread may call it."""
 
     def __init__(self, tokenizer: Tokenizer, size: int, limits: GrammarLimits) -> None:
         self._tokenizer, self._size, self._limits = tokenizer, size, limits
         self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._compiled)
 
+    def __contains__(self, grammar: Grammar) -> bool:
+        return _name(grammar) in self._compiled
+
     def start(self, grammar: Grammar, ends: frozenset[int]) -> Follower:
         """A reply's way through a grammar. ValueError for one that is too large, means nothing, or allows nothing."""
-        name = hashlib.sha256(grammar.model_dump_json().encode()).hexdigest()
-        if name not in self._compiled:
-            self._compiled[name] = self._compile(grammar)
-        self._compiled.move_to_end(name)
-        while len(self._compiled) > self._limits.kept:
-            self._compiled.popitem(last=False)
+        matcher = self.keep(grammar)
         inside = frozenset(end for end in ends if end < self._size)
-        return Follower(self._compiled[name].deep_copy(), inside, self._size)
+        return Follower(matcher, inside, self._size)
+
+    def keep(self, grammar: Grammar) -> Any:
+        """Compile it, unless it is kept already; a copy of what it was compiled to. ValueError as `start`."""
+        name = _name(grammar)
+        with self._lock:
+            kept = self._compiled.get(name)
+        made = self._compile(grammar) if kept is None else kept
+        with self._lock:
+            self._compiled[name] = made
+            self._compiled.move_to_end(name)
+            while len(self._compiled) > self._limits.kept:
+                self._compiled.popitem(last=False)
+            return made.deep_copy()
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -154,7 +168,7 @@ class Grammars:
         guide, limits = _llguidance(), self._limits
         matcher = guide.LLMatcher(
             self._trie,
-            _written(guide.LLMatcher, grammar),
+            written(grammar),
             log_level=0,
             limits=guide.LLParserLimits(
                 initial_lexer_fuel=limits.compile_fuel,
@@ -198,12 +212,16 @@ def _source(grammar: Grammar) -> tuple[str, str]:
     return ("choice", "".join(grammar.choice)) if grammar.choice else ("json_object", "")
 
 
-def _written(matcher: Any, grammar: Grammar) -> str:
+def _name(grammar: Grammar) -> str:
+    return hashlib.sha256(grammar.model_dump_json().encode()).hexdigest()
+
+
+def written(grammar: Grammar) -> str:
     """The grammar in llguidance's variant of Lark's notation. no_forcing: a text that is the only one possible may be
     cut into tokens in any way, so that what is allowed is a matter of the grammar alone."""
     if grammar.regex is not None or grammar.choice:
         regex = grammar.regex or "|".join(map(_literal, grammar.choice))
-        rule = json.loads(matcher.grammar_from_regex(regex))["grammars"][0]["lark_grammar"]
+        rule = json.loads(_llguidance().LLMatcher.grammar_from_regex(regex))["grammars"][0]["lark_grammar"]
     else:
         schema = json.loads(grammar.json_schema or '{"type": "object"}')
         rule = f"start: %json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS}, ensure_ascii=False)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from assay.simulate.cost import Fit, Machine, StepCost, Work, work_of
+from assay.simulate.cost import Fit, Machine, StepCost, Work, works_of
 from assay.simulate.fleet import Fleet
 from assay.simulate.run import simulate
 from assay.simulate.trace import Arrival, json_lines, number, whole
@@ -69,7 +69,7 @@ def check(log: Log, fleet: Fleet, machine: Machine | None = None) -> dict[str, A
     requests are the test, since no queue was fitted). ttft, latency: measured and simulated mean, p50 and p99, and
     their errors, simulated / measured - 1; request_error: the mean of |error| over requests. work: tokens of prompts,
     decodes and steps of the log and of the simulation: where they differ, so did the scheduling."""
-    logged = [work_of(row) for row in log.steps]
+    logged = works_of(log.steps)
     seconds = np.asarray([row["seconds"] for row in log.steps])
     found = StepCost.fit(log.steps) if machine is None else Fit.of(machine.step, logged, seconds)
     run = simulate(log.requests, machine or Machine(name="fitted", step=found.cost), fleet)

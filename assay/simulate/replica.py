@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from assay.engine.scheduler import Job, Plan, Scheduler, SchedulerConfig
-from assay.simulate.cost import Machine, Work, chunk_pairs
+from assay.simulate.cost import Company, Machine, Work, chunk_pairs
 from assay.simulate.prefix import PrefixCache, known_tokens
 
 
@@ -99,6 +99,7 @@ class Replica:
         self.preempted = self.steps = self.asked = self.hits = 0
         self.busy, self.total = 0.0, Work(0, 0, 0, 0.0)
         self.link_free = 0.0
+        self.company = Company()
 
     @property
     def tasks(self) -> dict[int, Task]:
@@ -138,7 +139,8 @@ class Replica:
         chunks = [(tokens, self.tasks[job].stored) for job, tokens in plan.chunks]
         context = sum(self.tasks[job].stored for job in plan.decodes) + sum(past for _, past in chunks)
         pairs = sum(chunk_pairs(tokens, past) for tokens, past in chunks)
-        return Work(sum(tokens for tokens, _ in chunks), len(plan.decodes), context, pairs)
+        prefill, decodes = sum(tokens for tokens, _ in chunks), len(plan.decodes)
+        return Work(prefill, decodes, context, pairs, self.company.fresh(prefill, decodes))
 
     def end(self) -> dict[int, bool]:
         plan = self.plan

@@ -282,6 +282,8 @@ def test_the_server_over_two_processes(tmp_path: Path) -> None:
             assert served.client.post("/v1/completions", json=ask).status_code == 500
             assert served.client.get("/health").status_code == 503
             assert served.client.post("/v1/completions", json=ask).status_code == 503
+            lost = [line["lost"] for line in served.lines() if line["event"] == "process"]
+            assert lost == [f"the decode process 1 (pid {pids[-1]}) has ended: killed by signal 9"]
         served.end(signal.SIGTERM)
         assert served.status() == 0 and gone(pids, PATIENCE_S)
     assert answers[1:] == answers[:1] * 3

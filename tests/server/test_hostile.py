@@ -5,11 +5,16 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from assay.engine.grammar import written
+from assay.engine.request import Grammar
+from assay.engine.server import trial
 from assay.engine.server.config import Limits
 from assay.engine.tools import Call, call_reader
 from tests.engine.test_text import chatty
@@ -24,8 +29,8 @@ HEAD = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Live]:
-    """A second for the headers; and of everything else little."""
-    with Live(limits=Limits(head_s=1.0, stop_chars=3, told=40)) as server:
+    """A second for the headers, and for a grammar; of everything else little."""
+    with Live(limits=Limits(head_s=1.0, stop_chars=3, told=40, compile_s=1)) as server:
         yield server
 
 
@@ -83,6 +88,48 @@ def test_what_would_take_too_much_is_refused(strict: Live, more: dict[str, Any],
     error = refusal(strict.post("/v1/completions", {**ASK, **more}))
     assert error["param"] == param and message in error["message"]
     assert strict.ok("/v1/completions", {**ASK, "stop": "abc", "logprobs": 9, "max_tokens": 4})
+
+
+ENDLESS = {"allOf": [{"type": "string", "pattern": f".*{i}.*{i + 1}.*"} for i in range(40)]}
+"""2 kB, and years: what all these have in common is looked for in 3.6 times the time for each of them."""
+
+
+def test_a_schema_that_is_compiled_for_ever_holds_nobody_up(strict: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, problem = threading.Event(), trial.problem
+
+    def tried(text: str, seconds: int) -> str | None:
+        begun.set()
+        return problem(text, seconds)
+
+    monkeypatch.setattr(trial, "problem", tried)
+    asked = {**ASK, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": ENDLESS}}}
+    served = strict.metric("assay_ttft_seconds_count")
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(strict.post, "/v1/completions", asked)
+        assert begun.wait(10)
+        while not told.done():
+            assert strict.ok("/v1/completions", ASK)
+    error = refusal(told.result())
+    assert error == {
+        **error,
+        "param": "response_format",
+        "message": "response_format: compiling it takes more than 1 s",
+    }
+    assert strict.metric("assay_ttft_seconds_count") > served, "nobody was served beside it"
+    assert strict.ask(lambda engine: len(engine.chooser.grammars)) == 0
+
+
+def test_a_grammar_that_ends_its_compiler_ends_no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    good = written(Grammar(regex="a+"))
+    assert trial.problem(good, 1) is None
+    assert trial.problem(written(Grammar(regex="a(")), 1) is None, "refused at once, by who compiles it"
+    broken = tmp_path / "broken.py"
+    broken.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    monkeypatch.setattr(trial, "__file__", str(broken))
+    assert trial.problem(good, 1) == "compiling it ended with signal 11"
+    broken.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(trial, "PATIENCE", 0.1)
+    assert trial.problem(good, 1) == "compiling it takes more than 1 s"
 
 
 def test_one_key_does_not_take_all_places() -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
+from assay.engine.request import Request, SamplingParams
 from assay.engine.server import run
 from assay.engine.server.config import Limits
+from assay.engine.server.worker import Said
 from tests.server.live import CONTEXT, Live, events, until
 from tests.server.test_refusals import refusal
 
@@ -66,6 +70,21 @@ def test_a_cancelled_request_is_gone_before_the_next_step(live: Live) -> None:
     until(lambda: resting(live))
 
 
+def test_what_ended_before_anybody_read_it_is_whole(live: Live) -> None:
+    """The engine may be done with a short reply before the loop comes to read its first token."""
+    asked = Request(prompt=(97,), max_new=3, n=2, sampling=SamplingParams(temperature=0.0))
+
+    async def late() -> list[Said]:
+        call = await live.server.worker.submit([asked, asked])
+        while call.left:
+            await asyncio.sleep(0.005)
+        return [said async for said in call]
+
+    told = asyncio.run_coroutine_threadsafe(late(), live.loop).result(30)
+    heard = Counter((said.index, said.token.choice, said.token.finish) for said in told)
+    assert heard == {(i, c, finish): n for i in (0, 1) for c in (0, 1) for finish, n in ((None, 2), ("length", 1))}
+
+
 def test_a_slow_reader_holds_nobody_up(live: Live) -> None:
     """A stream that nobody reads is computed to its end, while another client is served."""
     body = json.dumps({**LONG, "stream": True, "max_tokens": 200, "logprobs": 20}).encode()
@@ -82,7 +101,6 @@ def test_a_slow_reader_holds_nobody_up(live: Live) -> None:
     until(lambda: resting(live))
 
 
-@pytest.mark.slow
 @pytest.mark.slow  # it waits for six seconds
 def test_a_connection_outlives_a_clients_own_patience(live: Live) -> None:
     """httpx keeps idle connections for 5 seconds: a server that closed them then would meet requests on their way."""

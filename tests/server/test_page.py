@@ -12,6 +12,8 @@ from tests.server.live import Live, until
 from tests.server.test_lifecycle import resting
 
 SIZES = {"laptop": (1280, 900), "phone": (390, 844)}
+CODE = "```html\n<b>bold</b> and a long line that fits no phone and has to be moved to be read\n```\n"
+REPLY = f"So:\n{CODE}and\n~~~\n``` is text here\n"
 HOSTILE = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script><b>b</b>&amp;'
 KEY = "the-key-of-the-page-test"
 
@@ -75,6 +77,7 @@ def test_a_conversation_with_its_measurements(browser: Any, live: Live, size: st
     assert page.locator(".turn.user .text").all_text_contents() == ["hello there, this is me", "and again"]
     assert page.locator(".turn.assistant").count() == 2 and page.locator(".turn.error").count() == 0
     assert visit.text("#ttft").endswith("s") and float(visit.text("#rate")) > 0
+    assert visit.text("#middle").endswith("s") and visit.text("#most-gap").endswith("s")
     assert int(visit.text("#reused")) > 0 and int(visit.text("#prompt")) > int(visit.text("#reused"))
     assert visit.text("#bytes").endswith("KiB") and "of 2,048" in visit.text("#context")
     assert int(visit.text("#pages")) > 0 and " of " in visit.text("#used")
@@ -113,6 +116,23 @@ def test_what_a_model_says_is_text(browser: Any) -> None:
         page = visit.page
         assert page.locator(".turn .text").all_text_contents() == [HOSTILE, HOSTILE]
         assert page.evaluate("window.pwned") is None and page.locator("img, main script, main b").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") == SIZES["phone"][0]
+        assert visit.complaints == []
+        visit.context.close()
+
+
+def test_code_is_text_in_letters_of_one_width(browser: Any) -> None:
+    with Live() as live:
+        live.force(REPLY)
+        visit = Visit(browser, live, "phone", bypass_csp=True)
+        visit.say("code", most=300)
+        visit.rested()
+        page = visit.page
+        assert visit.text(".turn.assistant .text") == REPLY
+        assert page.locator(".code").all_text_contents() == [CODE, "~~~\n``` is text here\n"]
+        widths = page.evaluate("""() => [...document.querySelectorAll('.turn.assistant .text > span')].map(
+            (span) => getComputedStyle(span).fontFamily.includes('monospace'))""")
+        assert widths == [False, True, False, True] and page.locator("main b").count() == 0
         assert page.evaluate("document.documentElement.scrollWidth") == SIZES["phone"][0]
         assert visit.complaints == []
         visit.context.close()

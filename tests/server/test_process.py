@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,26 +65,66 @@ def process(checkpoint: Path, tmp_path: Path) -> Iterator[Process]:
     running.child.wait(20)
 
 
-def test_it_says_where_it_is_and_sigterm_lets_replies_finish(process: Process, tmp_path: Path) -> None:
+def test_it_says_where_it_is_and_ends_at_sigterm(process: Process, tmp_path: Path) -> None:
     assert process.line.startswith("tiny is served at http://127.0.0.1:")
     assert (tmp_path / "ready").read_text().strip() == process.line.split()[-1]
     assert process.client.get("/health").status_code == 200
-    told: list[str] = []
-    body = {**LONG, "max_tokens": 150}  # long enough to be asked beside it, and done in 8 s on a busy machine
-    with (
-        httpx.Client(base_url=process.client.base_url) as late,
-        process.client.stream("POST", "/v1/completions", json=body) as answer,
-    ):
-        lines = events(answer.iter_lines())
-        next(lines)
-        process.end(signal.SIGTERM)
-        until(lambda: late.get("/health").status_code == 503)
-        for refused in (late.post("/v1/completions", json=SHORT), late.get("/health")):
-            assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
-        told = list(lines)
-    assert told[-1] == "[DONE]" and json.loads(told[-2])["choices"][0]["finish_reason"] == "length"
+    process.end(signal.SIGTERM)
     assert process.status() == 0
     assert [line["cancelled"] for line in process.lines() if line["event"] == "leaving"] == [0]
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from assay.engine.engine import Engine
+from assay.engine.server import run
+from assay.engine.server.config import Limits, ServerConfig
+from tests.server.live import tiny, words
+
+def made():
+    engine, said = Engine(tiny(), words()), []
+    step = engine.step
+    def held():
+        while said and not Path(sys.argv[1]).exists():
+            time.sleep(0.01)
+        said.extend(step())
+        return said[-1:]
+    engine.step = held
+    return engine
+
+run.serve(ServerConfig(name="tiny", port=0, limits=Limits(drain_s=60)), made, 4, lambda url: print(url, flush=True))
+run.end()
+"""
+
+
+def test_sigterm_lets_replies_finish(tmp_path: Path) -> None:
+    """The reply goes on when the test says so: how fast the machine is does not matter."""
+    go = tmp_path / "go"
+    command = [sys.executable, "-c", HELD, str(go)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child,
+        ExitStack() as last,
+    ):
+        last.callback(child.kill)
+        assert child.stdout is not None and child.stderr is not None
+        url = child.stdout.readline().strip()
+        with (
+            httpx.Client(base_url=url, timeout=60) as late,
+            httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "max_tokens": 20}, timeout=60) as answer,
+        ):
+            lines = events(answer.iter_lines())
+            next(lines)
+            child.send_signal(signal.SIGTERM)
+            until(lambda: late.get("/health").status_code == 503)
+            for refused in (late.post("/v1/completions", json=SHORT), late.get("/health")):
+                assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
+            go.touch()
+            told = list(lines)
+        assert told[-1] == "[DONE]" and json.loads(told[-2])["choices"][0]["finish_reason"] == "length"
+        assert child.wait(60) == 0
+        log = [json.loads(line) for line in child.stderr.read().splitlines()]
+    assert [line["cancelled"] for line in log if line["event"] == "leaving"] == [0]
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ TEXT: list[tuple[dict[str, Any], str, str]] = [
     ({"model": "gpt-5"}, "model", "not served here"),
     ({"guided_regex": "a(b"}, "guided_regex", "guided_regex: unclosed group"),
     ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex", "one of them"),
+    ({"guided_choice": []}, "guided_choice", "guided_choice: grammar: nothing given"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "goes with type json_schema"),
     ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
     (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from assay.cost.hardware import load_hardware
-from assay.simulate.cost import Machine, StepCost, Work, chunk_pairs, load_machine
+from assay.simulate.cost import Company, Machine, StepCost, Work, chunk_pairs, load_machine, works_of
 from assay.simulate.preset import machine_of
 from tests.cost.models import llama3_8b
 
@@ -69,6 +69,41 @@ def test_steps_that_scatter_take_as_long_together_as_they_took() -> None:
     cost = StepCost.fit(rows).cost
     works = [Work(row["prefill_tokens"], row["decodes"], row["context"], row["pairs"]) for row in rows]
     assert sum(map(cost.seconds, works)) == pytest.approx(sum(row["seconds"] for row in rows), rel=1e-9)
+
+
+def decoding(cost: StepCost, noise: float) -> list[dict[str, Any]]:
+    """A prompt, then steps of one to four sequences until the next; decodes `noise` off, prompts as `cost` says."""
+    draws, company, rows = np.random.default_rng(1), Company(), []
+    for i in range(1200):
+        prefill = int(draws.integers(10, 400)) if i % 12 == 0 else 0
+        decodes = 0 if prefill else 1 + i // 24 % 4
+        work = Work(prefill, decodes, 100 * decodes, chunk_pairs(prefill), company.fresh(prefill, decodes))
+        off = 1.0 if prefill else float(np.exp(draws.normal(0, noise)))
+        row = {"prefill_tokens": prefill, "decodes": decodes, "context": work.context}
+        rows.append({**row, "seconds": cost.seconds(work) * off})
+    return rows
+
+
+def test_a_step_is_fresh_until_its_sequences_are_known() -> None:
+    rows = [(0, 1), (0, 1), (0, 1), (0, 2), (0, 2), (0, 2), (5, 2), (0, 2), (0, 2), (0, 2), (0, 1)]
+    steps = [{"prefill_tokens": p, "decodes": d, "context": 9} for p, d in rows]
+    assert [work.fresh for work in works_of(steps)] == [1, 1, 0, 1, 1, 0, 0, 1, 1, 0, 1]
+    assert sum(works_of(steps), Work(0, 0, 0, 0.0)).fresh == 7
+
+
+def test_what_a_new_batch_costs_is_found() -> None:
+    planted = PLANTED.model_copy(update={"fresh": 0.02})
+    found = StepCost.fit(decoding(planted, 0.0))
+    assert found.r2 > 0.999999 and found.cost.fresh == pytest.approx(0.02, rel=1e-3)
+
+
+def test_decodes_that_scatter_make_no_prompt_dearer() -> None:
+    """Errors relative to what was measured, and a sum made equal, would find them nearly twice as dear."""
+    rows = decoding(PLANTED.model_copy(update={"fresh": 0.02}), 0.6)
+    cost = StepCost.fit(rows).cost
+    for prompts in (True, False):
+        some = [(work, row["seconds"]) for work, row in zip(works_of(rows), rows) if (work.prefill > 0) == prompts]
+        assert sum(cost.seconds(work) for work, _ in some) == pytest.approx(sum(took for _, took in some), rel=0.03)
 
 
 def test_no_cost_is_below_zero() -> None:

@@ -47,7 +47,7 @@ class Seat:
     process: BaseProcess
     pipe: Connection
     why: str = ""
-    kind: str = ""
+    kind: str = ""  # of the exception that ended it
     stats: dict[str, Any] = field(default_factory=dict)
     layout: str = ""  # of what it hands over
     takes: tuple[str, ...] = ()  # layouts of what it can go on with
@@ -64,6 +64,10 @@ class Seat:
             code = self.process.exitcode
             self.why = f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         return f"{self.name} has ended: {self.why}"
+
+    def told(self) -> str:
+        """The same for a log: of an exception its kind alone, since its message may quote a text."""
+        return f"{self.name} has ended: {self.kind}" if self.kind else self.ended()
 
 
 @dataclass(eq=False)
@@ -100,9 +104,10 @@ class Cluster:
         self.tokens = sequence_limit(spec, engine.tokens)
         self.problem = ""
         self.failed = False
+        self.lost: list[str] = []  # processes that have ended, in words for a log, which takes them out
         self.live: dict[int, Live] = {}
         self.router = Router(config, engine.page or 1)
-        self._checks = Chooser(spec.vocab, tokenizer, "cpu")
+        self.chooser = Chooser(spec.vocab, tokenizer, "cpu")  # says here what would be refused there
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._requests = 0
         self._lent = Counter[tuple[int, int]]()  # bytes of states under way, by (from, to)
@@ -146,7 +151,7 @@ class Cluster:
                 number, message, _ = self._events.get(timeout=max(0.0, until - time.monotonic()))
             except Empty:
                 names = ", ".join(self.seats[number].name for number in sorted(missing))
-                raise RuntimeError(f"{names}: not ready after {self.settings.start_s:g} s") from None
+                raise TimeoutError(f"{names}: not ready after {self.settings.start_s:g} s") from None
             seat = self.seats[number]
             if message is None or message["is"] == "broken":
                 if message is not None and message["kind"] == "ValueError":
@@ -182,8 +187,8 @@ class Cluster:
         if self.failed:
             raise RuntimeError(self.problem)
         check_request(self.spec, request, self.tokens)
-        self._checks.enter(0, request)
-        self._checks.leave(0)
+        self.chooser.enter(0, request)
+        self.chooser.leave(0)
         worker, number = self.router.enter(request), self._requests
         self._requests += 1
         owed = dict.fromkeys(range(request.n), (worker, self.router.says(worker, request)))
@@ -215,7 +220,7 @@ class Cluster:
             elif message["is"] == "taken":
                 self._credit(message["from"], number, message["bytes"])
             elif message["is"] == "broken":
-                self.seats[number].why = message["why"]
+                self.seats[number].why, self.seats[number].kind = message["why"], message["kind"]
             else:
                 self.seats[number].stats = message["stats"]
         return said
@@ -308,6 +313,7 @@ class Cluster:
         if self.failed or seat.number not in self.router.loads:
             return []
         self.problem = seat.ended()
+        self.lost.append(seat.told())
         self.failed = not self.router.lose(seat.number)
         for (source, target), count in list(self._lent.items()):
             if target == seat.number and count:

@@ -8,7 +8,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as RouteError
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from assay import __version__
 from assay.engine.server.config import ServerConfig
@@ -47,13 +47,13 @@ def create_app(config: ServerConfig, worker: Worker, metrics: Metrics, gate: Gat
     app.post("/tokenize")(service.tokenize)
     app.post("/detokenize")(service.detokenize)
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         if gate.reason is not None or worker.status != "ready":
             raise ApiError(503, gate.reason or "the engine has failed", retry=5)
         return Response(status_code=200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def read_metrics() -> Response:
         return Response(metrics.page(), media_type=MEDIA)
 

@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from assay.data.tokenizers import Tokenizer
 from assay.engine.config import source_limit
 from assay.engine.engine import Engine
+from assay.engine.grammar import Grammars, written
 from assay.engine.request import Grammar, Request, SamplingParams, Serving
+from assay.engine.server import trial
 from assay.engine.server.config import Limits, ServerConfig
 from assay.engine.server.errors import ApiError
 from assay.engine.server.schema import Bounds, ChatBody, CompletionBody, Drawing, Json, Message, NamedTool
@@ -28,9 +30,10 @@ Ids = tuple[int, ...]
 class Desk:
     """What turns a body into requests: the model's name, words and sizes.
 
-    context: tokens that a prompt and its reply may have together. state_bytes: what a sequence of so many tokens has
-    in the cache. page: tokens of a page, null without pages. source: tokens that an encoder reads at most; 0 without
-    one. With one, prompts are what it reads, and replies follow what the checkpoint begins them with.
+    context: tokens that a prompt and its reply may have together. grammars: those that the engine keeps. state_bytes:
+    what a sequence of so many tokens has in the cache. page: tokens of a page, null without pages. source: tokens that
+    an encoder reads at most; 0 without one. With one, prompts are what it reads, and replies follow what the checkpoint
+    begins them with.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Desk:
     context: int
     vocab: int
     limits: Limits
+    grammars: Grammars
     state_bytes: Callable[[int], int]
     page: int | None
     template: str | None
@@ -53,7 +57,7 @@ class Desk:
         def state_bytes(tokens: int) -> int:
             return sum(field.bytes(tokens, dtype) for field in fields)
 
-        sizes = (engine.tokens, engine.spec.vocab, config.limits)
+        sizes = (engine.tokens, engine.spec.vocab, config.limits, engine.chooser.grammars)
         template = chat_template(engine.tokenizer)
         calls = call_form(template, engine.tokenizer) if template is not None else None
         source = source_limit(engine.spec)
@@ -104,6 +108,13 @@ class Desk:
         new = new or max(1, self.context - known)
         self._check_told(rest.get("logprobs"), new * body.choices)
         return self._request(prompt, new, "messages", rest)
+
+    def compile(self, grammar: Grammar) -> None:
+        """Have it compiled for the engine, in this thread. ValueError where that takes too long, or it is refused."""
+        if grammar not in self.grammars:
+            if (why := trial.problem(written(grammar), self.limits.compile_s)) is not None:
+                raise ValueError(f"grammar: {why}")
+            self.grammars.keep(grammar)
 
     def conversation(self, messages: Iterable[Message], tools: list[Json] | None = None) -> Ids:
         """The ids that ask for the next reply."""
@@ -162,7 +173,7 @@ class Desk:
         try:
             return Request(prompt=prompt, max_new=new, **rest)
         except ValidationError as error:
-            raise ApiError(400, str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
+            raise ApiError(400, said(error)) from None
 
     def _shared(self, body: Bounds, tenant: str) -> dict[str, Any]:
         """What both kinds of body say of a request."""
@@ -210,7 +221,7 @@ class Desk:
             try:
                 return Grammar(**fields)
             except ValidationError as error:
-                raise ApiError(400, f"{param}: {error.errors()[0]['msg']}", param) from None
+                raise ApiError(400, f"{param}: {said(error)}", param) from None
         return None
 
     def _small(self, text: str, param: str) -> str:
@@ -218,6 +229,11 @@ class Desk:
             message = f"{param}: {len(text)} bytes; accepted: up to {self.limits.schema_bytes}"
             raise ApiError(400, message, param)
         return text
+
+
+def said(error: ValidationError) -> str:
+    """What is wrong, without pydantic's word for it."""
+    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
 
 
 def grammar_param(body: Bounds) -> str | None:

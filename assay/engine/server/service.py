@@ -11,7 +11,7 @@ from starlette.requests import Request as Http
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from assay.engine.request import Request
+from assay.engine.request import Grammar, Request
 from assay.engine.server.chats import Chat
 from assay.engine.server.config import ServerConfig
 from assay.engine.server.errors import ApiError
@@ -32,6 +32,7 @@ class Service:
     def __init__(self, config: ServerConfig, worker: Worker) -> None:
         self.config, self.worker, self.began = config, worker, int(time.time())
         self._desk: Desk | None = None
+        self._compiling = asyncio.Semaphore(1)  # so that the other threads are left to those who bring no grammar
 
     async def desk(self) -> Desk:
         if self._desk is None:
@@ -93,14 +94,8 @@ class Service:
     async def _reply(self, body: Bounds, http: Http, requests: Sequence[Request], answer: Answer) -> Response:
         facts = http.state.log
         facts |= {"prompt_tokens": answer.usage.prompt, "choices": len(answer.writers), "stream": bool(body.stream)}
-        try:
-            call = await self.worker.submit(requests, http.state.tenant if self.config.shared else "")
-        except ApiError as error:
-            where, _, why = str(error).partition(": ")
-            if where.startswith("grammar"):  # as the engine calls it; the client knows the field that it came from
-                param = grammar_param(body)
-                raise ApiError(error.status, f"{param}: {why}", param) from None
-            raise
+        await self._compiled(body, requests[0].grammar)
+        call = await self.worker.submit(requests, http.state.tenant if self.config.shared else "")
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             return Events(call, self._chunks(call, answer, usage, facts))
@@ -110,6 +105,18 @@ class Service:
             call.cancel()
             facts |= _told(call, answer)
         return Response(status_code=GONE) if whole is None else _json(whole)
+
+    async def _compiled(self, body: Bounds, grammar: Grammar | None) -> None:
+        """ApiError 400 for a grammar that is refused, named by the field that it came from."""
+        if grammar is None:
+            return
+        desk = await self.desk()
+        try:
+            async with self._compiling:
+                await asyncio.to_thread(desk.compile, grammar)
+        except ValueError as error:
+            param = grammar_param(body)
+            raise ApiError(400, f"{param}: {str(error).partition(': ')[2]}", param) from None
 
     async def _chunks(self, call: Call, answer: Answer, usage: bool, facts: Json) -> AsyncIterator[bytes]:
         head, none = answer.head(True), {"usage": None} if usage else {}

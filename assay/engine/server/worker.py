@@ -64,7 +64,7 @@ class Call:
 
     async def __aiter__(self) -> AsyncIterator[Said]:
         """Until the last choice has ended. ApiError when the engine cannot go on with it."""
-        missing = self.left
+        missing = sum(request.n for request in self.requests)  # `left` may have come to 0 before anybody reads
         while missing:
             event = await self._events.get()
             if isinstance(event, ApiError):
@@ -224,12 +224,18 @@ class Worker:
                     self._step(engine)
                     self.tidy.worked()
                 self._look(engine, not engine.busy)
-                if isinstance(engine, Cluster) and engine.failed:
-                    raise RuntimeError(engine.problem)
+                if isinstance(engine, Cluster):
+                    self._tell_lost(engine)
+                    if engine.failed:
+                        raise RuntimeError(engine.problem)
         except BaseException as error:  # nothing is known of the engine any more: better none than a wrong one
             self._log("engine", error=error)
             self.status = "failed"
             self._tell(self._break, self._calls(), ApiError(500, FAILED))
+
+    def _tell_lost(self, engine: Cluster) -> None:
+        while engine.lost:
+            self._log("process", lost=engine.lost.pop(0))
 
     def _look(self, engine: Served, now: bool) -> None:
         """Take the engine's report; while it works, only from time to time."""
