@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def test_it_is_compiled_once_and_again_for_another_source(
     monkeypatch.setattr(build, "SOURCE", source)
     assert build.library(home, tool) != first
     assert sorted(p.name for p in home.iterdir() if p.suffix != ".so") == ["lock"]
+
+
+def test_who_finds_it_does_not_wait_for_another_to_be_compiled(tmp_path: Path) -> None:
+    tool, home = fake(tmp_path, MAKES), tmp_path / "cache"
+    first = build.library(home, tool)
+    with (home / "lock").open("a") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = pool.submit(build.library, home, tool)
+        try:
+            assert found.result(10) == first
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def test_a_failed_build_leaves_nothing_and_says_what_the_compiler_said(tmp_path: Path) -> None:

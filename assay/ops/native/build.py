@@ -65,10 +65,11 @@ def library(place: Path = ENVIRONMENT.cache / "native", chosen: str | None = Non
         tool = compiler(chosen)
         home = private(place)
         found = home / f"kernels-{key(tool)}.so"
-        with (home / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not found.is_file():
-                _build(tool, found)
+        if not found.is_file():  # it comes into its place whole, so that who finds it waits for nobody
+            with (home / "lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not found.is_file():
+                    _build(tool, found)
     except OSError as error:
         raise Unbuildable(str(error)) from error
     return found
