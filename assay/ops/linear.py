@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from assay.ops import onednn, packed
-from assay.ops.native import PLAIN, Kernels, serving, unwatched
+from assay.ops.native import Kernels, serving
 from assay.ops.native.kernels import ROWS
 from assay.ops.packed import Packed
 from assay.ops.precision import multiplies_bfloat16
@@ -36,8 +36,7 @@ def linear(x: Float[Tensor, "*n K"], w: Float[Tensor, "N K"], b: Float[Tensor, "
 
 def _whole(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """torch's own product, or oneDNN's where that is the faster one."""
-    plain = all(type(t) in PLAIN for t in (w, b) if t is not None) and unwatched(x)
-    return onednn.product(x, w, b) if plain and onednn.serves(x, w, b) else F.linear(x, w, b)
+    return onednn.product(x, w, b) if onednn.serves(x, w, b) else F.linear(x, w, b)
 
 
 def _many(native: Kernels | None, x: Tensor, maps: Sequence[Map]) -> list[Tensor] | None:

@@ -19,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from assay.ops.native import PLAIN, unwatched
+
 CPUINFO = Path("/proc/cpuinfo")
 OTHERS = ("AuthenticAMD", "HygonGenuine")  # makers of x86 processors, as these call themselves
 LEAST = 1 << 20
@@ -37,11 +39,12 @@ def better() -> bool:
 
 
 def serves(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
-    """Whether this product is one to be made here: float32 on a CPU, and large enough. Of plain tensors that nobody
-    watches: who counts, traces or transforms operations sees torch's own."""
-    if not better() or x.dtype is not torch.float32 or w.dtype is not torch.float32 or x.numel() * len(w) < LEAST:
+    """Whether this product is one to be made here: large, of float32 on a CPU, and of plain tensors. Who counts, traces
+    or compiles operations sees torch's own."""
+    given = [t for t in (x, w, b) if t is not None]
+    if not unwatched(x) or not all(type(t) in PLAIN and t.dtype is torch.float32 for t in given):
         return False
-    return b is None or b.dtype is torch.float32
+    return x.numel() * w.shape[0] >= LEAST and better()
 
 
 def product(x: Float[Tensor, "*n K"], w: Float[Tensor, "O K"], b: Float[Tensor, "O"] | None = None) -> Tensor:
