@@ -122,7 +122,7 @@ class Grammars:
     thread may call it."""
 
     def __init__(self, tokenizer: Tokenizer, size: int, limits: GrammarLimits) -> None:
-        self._tokenizer, self._size, self._limits = tokenizer, size, limits
+        self._tokenizer, self._size, self.limits = tokenizer, size, limits
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -147,7 +147,7 @@ class Grammars:
         with self._lock:
             self._compiled[name] = made
             self._compiled.move_to_end(name)
-            while len(self._compiled) > self._limits.kept:
+            while len(self._compiled) > self.limits.kept:
                 self._compiled.popitem(last=False)
             return made.deep_copy()
 
@@ -162,10 +162,10 @@ class Grammars:
 
     def _compile(self, grammar: Grammar) -> Any:
         kind, source = _source(grammar)
-        if len(source) > self._limits.max_chars:
-            raise ValueError(f"grammar.{kind}: {len(source)} characters; accepted: up to {self._limits.max_chars}")
+        if len(source) > self.limits.max_chars:
+            raise ValueError(f"grammar.{kind}: {len(source)} characters; accepted: up to {self.limits.max_chars}")
         self._writable(grammar, source)
-        guide, limits = _llguidance(), self._limits
+        guide, limits = _llguidance(), self.limits
         matcher = guide.LLMatcher(
             self._trie,
             written(grammar),

@@ -121,7 +121,8 @@ class GrammarLimits(Spec):
 
     max_chars: of a schema, a regex, or all choices together. compile_fuel, step_fuel: the work that compiling it, and
     one token, may take, in llguidance's units (about 50,000 and 14,000 to the millisecond). states: of its lexer, 1 to
-    2 kB each. kept: compiled grammars that are kept for the next request with the same one.
+    2 kB each. kept: compiled grammars that are kept for the next request with the same one. compile_s: seconds of
+    processor time that a server gives a client's, since those numbers do not bound all of the work.
     """
 
     max_chars: int = Field(default=1 << 16, ge=1)
@@ -129,6 +130,7 @@ class GrammarLimits(Spec):
     step_fuel: int = Field(default=200_000, ge=1)
     states: int = Field(default=50_000, ge=1)
     kept: int = Field(default=64, ge=1)
+    compile_s: int = Field(default=2, ge=1)
 
 
 class Serving(Spec):

@@ -18,8 +18,7 @@ class Limits(Spec):
 
     body_bytes: of a request's body. body_s: seconds until it must have arrived. prompt_tokens: null is the model's
     context. stops, choices: stop texts and `n`; stop_chars: characters of a stop text. prompts: of one completions
-    call. told: log-probabilities that one call may ask for. schema_bytes: a JSON schema, pattern or set of tools;
-    compile_s: seconds of processor time that compiling one may take.
+    call. told: log-probabilities that one call may ask for. schema_bytes: a JSON schema, pattern or set of tools.
     waiting: sequences that wait while `max_running` others run; more are told 429. drain_s: seconds that running
     replies have to finish after SIGTERM. head_s: seconds from a connection, or from the first byte of a later request,
     until the headers must have arrived.
@@ -34,7 +33,6 @@ class Limits(Spec):
     prompts: int = Field(default=64, ge=1)
     told: int = Field(default=1 << 20, ge=1)
     schema_bytes: int = Field(default=64 << 10, ge=1)
-    compile_s: int = Field(default=2, ge=1)
     waiting: int = Field(default=256, ge=0)
     drain_s: float = Field(default=8.0, ge=0.0)
     head_s: float = Field(default=30.0, gt=0.0)

@@ -112,7 +112,7 @@ class Desk:
     def compile(self, grammar: Grammar) -> None:
         """Have it compiled for the engine, in this thread. ValueError where that takes too long, or it is refused."""
         if grammar not in self.grammars:
-            if (why := trial.problem(written(grammar), self.limits.compile_s)) is not None:
+            if (why := trial.problem(written(grammar), self.grammars.limits.compile_s)) is not None:
                 raise ValueError(f"grammar: {why}")
             self.grammars.keep(grammar)
 
