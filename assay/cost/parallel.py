@@ -47,7 +47,8 @@ class Share:
     all this stands on the host.
 
     sent: bytes a step that it sends to others, by kind, as the ring algorithms do: gradients and gathered weights,
-    what crosses parts that are cut along `tensor`, and the stream between stages of a pipeline.
+    what crosses parts that are cut along `tensor`, `context` and `expert` (of an even choice of experts), and the
+    stream between stages of a pipeline.
     layers: of a stage, the first and the one behind the last. held: pieces whose activations it keeps at once (1F1B).
     bubble: the part of a step's time that stages of equal work wait. stages: one share each, in their order; of a
     model that is not cut into stages there are none.
@@ -248,12 +249,40 @@ def sent(
         # backward for the head, whose input is whole.
         ends = (stage == 0) + (stage == stages - 1)
         total["all_reduce"] += 2 * (n - 1) / n * tokens * sheet.spec.d_model * width * (2 * crossed + ends)
+    for kind, size in crossing(sheet, ask, how, stage):
+        total[kind] = total.get(kind, 0.0) + size
     if stages > 1:
         borders = (stage > 0) + (stage < stages - 1)
-        total["send"] = borders * tokens * stream_values(sheet.spec) * width
+        total["send"] = total.get("send", 0.0) + borders * tokens * stream_values(sheet.spec) * width
         if tied(sheet.spec) and stage in (0, stages - 1):
             total["send"] += table[TABLE].numel * FLOAT
     return {kind: round(size) for kind, size in total.items()}
+
+
+def crossing(sheet: Sheet, ask: Question, how: Spread, stage: int) -> Iterator[tuple[str, float]]:
+    """Kinds and bytes of what a stage's parts send along `context` and `expert`.
+
+    context: what tokens leave behind is gathered from all ranks, and its gradients are summed back; a recurrence's
+    state goes on to the next rank, and its gradient comes back, so that a rank with neighbours on both sides sends it
+    twice. It is passed in the widest dtype of a part's fields. expert: rows go to the experts that they chose and
+    back, and the same backward. Which leave is the router's to say: an even choice sends (n-1)/n of them.
+    """
+    width, ranks, experts = DTYPE_BYTES[DTYPES[ask.dtype]], how.size("context"), how.size("expert")
+    rows = -(-ask.batch // how.size(*ROWS))
+    tokens = rows * ask.context // ranks
+    for p in sheet.parts:
+        if stage_of(p.site.name, sheet.spec, how.size("pipeline")) != stage:
+            continue
+        if ranks > 1:
+            left = sum(math.prod(f.shape) / f.every for f in p.state if f.per == "token")
+            yield from ((kind, (ranks - 1) * tokens * left * width) for kind in ("all_gather", "reduce_scatter"))
+            if kept := [f for f in p.state if f.per == "sequence"]:
+                wide = max(width, *(DTYPE_BYTES[f.dtype] for f in kept if f.dtype != "model"), 0)
+                yield "send", min(2, ranks - 1) * rows * sum(math.prod(f.shape) for f in kept) * wide
+        if experts > 1 and p.part.slot == "ffns" and p.part.pieces(p.site).get("expert"):
+            up = p.weights["up"]  # of all experts, [E, width, what a row brings]
+            chosen = round(up.active * up.shape[0])
+            yield "all_to_all", 4 * (experts - 1) / experts * tokens * chosen * up.shape[-1] * width
 
 
 def summed_over(cut: Cut | None, partial: bool, how: Spread) -> int:

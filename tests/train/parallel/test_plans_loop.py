@@ -132,12 +132,30 @@ def test_experts_cost_two_exchanges_forward_of_the_rows_that_leave(two: list[Fou
         rows = int(given[rank][:, other].sum() + given[other][:, rank].sum())
         assert (calls, all_calls) == (2 * 2, 4 * 2)
         assert (sent, all_sent) == (rows * D * WORD, 2 * rows * D * WORD)
+    # The bill is for an even choice: half of what all chose leaves, the same number for each rank.
+    told = share(Sheet(traffic.EXPERTS), Question(16, 2, "f32"), Spread({"expert": 2})).sent["all_to_all"]
+    everything = sum(int(two[r]["traffic:given"].sum()) for r in range(2))
+    assert told * WORD // 4 == 2 * everything // 2 * D * WORD
 
 
 def test_context_gathers_keys_and_values_once_each_way(two: list[Found]) -> None:
     """Two key heads of four numbers, keys and values, of the half that is elsewhere; their gradients back."""
     each = TOKENS * (2 * 2 * 4) * WORD // 2
     assert two[0]["traffic:context"].tolist() == [2, 2, 2 * each, 2 * each]
+    told = share(Sheet(traffic.KV), Question(16, 2, "f32"), Spread({"context": 2})).sent
+    weights = share(Sheet(traffic.KV), Question(16, 2, "f32"), Spread({"data": 2})).sent["all_reduce"]
+    assert told["all_gather"] * WORD // 4 == told["reduce_scatter"] * WORD // 4 == 2 * each
+    assert told["all_reduce"] == weights and "send" not in told
+
+
+def test_a_recurrence_sends_its_state_on_and_its_gradient_back(two: list[Found]) -> None:
+    """Of two ranks the first sends forward, the second backward: once a layer each, and as many bytes as are billed."""
+    told = share(Sheet(traffic.STATE), Question(16, 2, "f32"), Spread({"context": 2})).sent
+    for rank in two:
+        calls, sent = rank["traffic:state"].tolist()
+        assert (calls, sent) == (2, told["send"] * WORD // 4) and sent > 0
+    three = share(Sheet(traffic.STATE), Question(18, 2, "f32"), Spread({"context": 3})).sent
+    assert three["send"] == 2 * told["send"]  # who stands in the middle
 
 
 def test_a_stream_crosses_a_border_once_each_way(two: list[Found]) -> None:

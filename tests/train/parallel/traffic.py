@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from assay.spec.model import ModelSpec
 from assay.train.evaluate import step_of
 from assay.train.parallel import context, expert, pipeline, tensor
 from assay.train.parallel.mesh import Mesh
@@ -17,6 +18,7 @@ T5 = model(
     positions={"t": {"kind": "t5", "heads": 4, "buckets": 8, "max_distance": 12}},
 )
 KV = model({"kind": "gqa", "heads": 4, "kv_heads": 2, "position": "rope"})
+STATE = model({"kind": "gated_deltanet", "heads": 2, "head_dim": 8})
 EXPERTS = model({"kind": "gqa", "heads": 2, "position": "rope"}, {"kind": "moe", "experts": 4, "width": 8})
 ROWS = 4
 
@@ -52,12 +54,12 @@ def of_expert(mesh: Mesh) -> tuple[Tensor, Tensor]:
     return torch.tensor([forward, counted(mesh, "all_to_all")]), given
 
 
-def of_context(mesh: Mesh) -> Tensor:
-    made, read = built(KV), batch(0)
+def of_context(mesh: Mesh, spec: ModelSpec, *kinds: str) -> Tensor:
+    made, read = built(spec), batch(0)
     context.apply(made, mesh)
     mesh.comm.reset()
     made(step_of(read), targets=read.targets).loss["objective"].backward()
-    return torch.tensor(counted(mesh, "all_gather", "reduce_scatter"))
+    return torch.tensor(counted(mesh, *kinds))
 
 
 def of_pipeline(mesh: Mesh) -> Tensor:
@@ -77,6 +79,7 @@ def everything(processes: int) -> Found:
         "sequence": of_tensor(mesh_of(tensor=processes, sequence=True), "all_reduce", "all_gather", "reduce_scatter"),
         "expert": gone,
         "given": given,
-        "context": of_context(mesh_of(context=processes)),
+        "context": of_context(mesh_of(context=processes), KV, "all_gather", "reduce_scatter"),
+        "state": of_context(mesh_of(context=processes), STATE, "send"),
         "pipeline": of_pipeline(mesh_of(pipeline=processes)),
     }
