@@ -185,7 +185,10 @@ def told_training(found: Found) -> str:
     head = ["", "assay tok/s", "plain GPT tok/s", "ratio", "assay MFU", "plain MFU", "spread"]
     text = table(head, [[row[key] for key in keys] for row in found["rows"]]) + "\n\n"
     best = max(1.4 * row["plain_mfu"] for row in found["rows"])
-    return f"{text}1.4 times the plain GPT would be an MFU of up to {best:.2f}.\n"
+    text += f"1.4 times the plain GPT would be an MFU of up to {best:.2f}.\n"
+    for row in found["rows"]:
+        text += f"\nWhere the time of a step of {row['model']} went (the largest):\n\n{told_profile(row['profile'])}\n"
+    return text
 
 
 def wanted_training(found: Found) -> Iterator[Wanted]:
@@ -197,7 +200,11 @@ def wanted_training(found: Found) -> Iterator[Wanted]:
 def told_serve(found: Found) -> str:
     base = found["subjects"]
     rows = [[n, r["output_tok_s"], r["ttft_s_p50"], r["itl_ms_p50"], min(r["rounds_tok_s"])] for n, r in base.items()]
-    return table(["", "tok/s", "TTFT p50 s", "ITL p50 ms", "the slowest round"], rows) + "\n"
+    text = table(["", "tok/s", "TTFT p50 s", "ITL p50 ms", "the slowest round"], rows) + "\n"
+    for name, shares in found["overhead"].items():
+        text += f"\nOf the engine's steps in {name}: "
+        text += ", ".join(f"{key} {100 * share:.1f} %" for key, share in shares.items()) + ".\n"
+    return text
 
 
 def wanted_serve(found: Found) -> Iterator[Wanted]:

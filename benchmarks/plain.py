@@ -22,6 +22,7 @@ from elsewhere import Elsewhere
 from torch import Tensor, nn
 
 from assay.measure.machine import SIZE, environment, matmul_seconds, seconds
+from assay.measure.profile import by_torch
 from assay.measure.training import bench_recipe
 from assay.ops.precision import multiplies_bfloat16
 from assay.spec.load import load_model
@@ -37,6 +38,7 @@ SIZES: Mapping[str, tuple[str, dict[str, Any], int, int]] = {
     "wide": ("gpt-11m", WIDE, 2, 512),
 }
 """A model, what is changed of it, rows of a batch and their tokens."""
+PROFILED = 2  # steps
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -103,7 +105,7 @@ def beside(
     name: str, changes: dict[str, Any], batch: int, length: int, rounds: int, precision: str = "float32"
 ) -> dict[str, Any]:
     """Steps of both in turns, each in a process of its own, and the product of 2048 between them. MFU: of the fastest
-    product, median steps."""
+    product, median steps. Then which operations our step's time goes to."""
     spec, recipe = load_model(name, changes), bench_recipe(batch, length, precision)
     device, took, products = torch.device("cpu"), dict[str, list[float]](assay=[], plain=[]), list[float]()
     with tempfile.TemporaryDirectory() as cache, Elsewhere(Training, spec, batch, length, precision) as plain:
@@ -114,6 +116,7 @@ def beside(
             took["assay"].append(seconds(lambda number=number: learner.step(number, 100), device))
             took["plain"].append(plain("seconds"))
             products.append(matmul_seconds(DTYPES[precision], device, 0.0))
+        spent = by_torch(lambda: learner.step(2 + 2 * rounds, 100), PROFILED).rows("step", DTYPES[precision])
     steps = {who: median(found[2:]) for who, found in took.items()}
     flops, rate = train_flops_per_token(spec, length) * batch * length, 2 * SIZE**3 / min(products)
     spread = max((max(found[2:]) - min(found[2:])) / median(found[2:]) for found in took.values())
@@ -124,6 +127,7 @@ def beside(
         "ratio": steps["plain"] / steps["assay"],
         "spread": spread,
         "matmul_gflop_s": rate / 1e9,
+        "profile": spent,
     }
 
 
@@ -141,7 +145,7 @@ def main() -> None:
     table = {row["model"]: row for row in rows}
     for name, precision in product(given.sizes.split(","), precisions()):
         row = beside(*SIZES[name], given.rounds, precision)
-        print(json.dumps(row), flush=True)
+        print(json.dumps({key: value for key, value in row.items() if key != "profile"}), flush=True)
         table[row["model"]] = row
         found = {"machine": environment(), "threads": given.threads, "rows": list(table.values())}
         given.out.parent.mkdir(parents=True, exist_ok=True)
