@@ -227,7 +227,8 @@ def sent(
 ) -> dict[str, int]:
     """Bytes a step by kind, of a stage. table: its weights, as they are cut."""
     width, shards, stages = DTYPE_BYTES[DTYPES[ask.dtype]], how.size("shard"), how.size("pipeline")
-    tokens = -(-ask.batch // how.size(*ROWS)) * ask.context // how.size("context")
+    rows = -(-ask.batch // how.size(*ROWS))
+    tokens = rows * ask.context // how.size("context")
     total = {"all_reduce": 0.0, "all_gather": 0.0, "reduce_scatter": 0.0}
     for name, weight in table.items():
         cut = found.cuts.get(name)
@@ -249,7 +250,7 @@ def sent(
         # backward for the head, whose input is whole.
         ends = (stage == 0) + (stage == stages - 1)
         total["all_reduce"] += 2 * (n - 1) / n * tokens * sheet.spec.d_model * width * (2 * crossed + ends)
-    for kind, size in crossing(sheet, ask, how, stage):
+    for kind, size in crossing(sheet, how, stage, (rows, tokens), width):
         total[kind] = total.get(kind, 0.0) + size
     if stages > 1:
         borders = (stage > 0) + (stage < stages - 1)
@@ -259,17 +260,15 @@ def sent(
     return {kind: round(size) for kind, size in total.items()}
 
 
-def crossing(sheet: Sheet, ask: Question, how: Spread, stage: int) -> Iterator[tuple[str, float]]:
-    """Kinds and bytes of what a stage's parts send along `context` and `expert`.
+def crossing(sheet: Sheet, how: Spread, stage: int, own: tuple[int, int], width: int) -> Iterator[tuple[str, float]]:
+    """Kinds and bytes of what a stage's parts send along `context` and `expert`. own: rows and tokens of a process.
 
     context: what tokens leave behind is gathered from all ranks, and its gradients are summed back; a recurrence's
     state goes on to the next rank, and its gradient comes back, so that a rank with neighbours on both sides sends it
     twice. It is passed in the widest dtype of a part's fields. expert: rows go to the experts that they chose and
     back, and the same backward. Which leave is the router's to say: an even choice sends (n-1)/n of them.
     """
-    width, ranks, experts = DTYPE_BYTES[DTYPES[ask.dtype]], how.size("context"), how.size("expert")
-    rows = -(-ask.batch // how.size(*ROWS))
-    tokens = rows * ask.context // ranks
+    (rows, tokens), ranks, experts = own, how.size("context"), how.size("expert")
     for p in sheet.parts:
         if stage_of(p.site.name, sheet.spec, how.size("pipeline")) != stage:
             continue
@@ -277,7 +276,7 @@ def crossing(sheet: Sheet, ask: Question, how: Spread, stage: int) -> Iterator[t
             left = sum(math.prod(f.shape) / f.every for f in p.state if f.per == "token")
             yield from ((kind, (ranks - 1) * tokens * left * width) for kind in ("all_gather", "reduce_scatter"))
             if kept := [f for f in p.state if f.per == "sequence"]:
-                wide = max(width, *(DTYPE_BYTES[f.dtype] for f in kept if f.dtype != "model"), 0)
+                wide = max([width, *(DTYPE_BYTES[f.dtype] for f in kept if f.dtype != "model")])
                 yield "send", min(2, ranks - 1) * rows * sum(math.prod(f.shape) for f in kept) * wide
         if experts > 1 and p.part.slot == "ffns" and p.part.pieces(p.site).get("expert"):
             up = p.weights["up"]  # of all experts, [E, width, what a row brings]
