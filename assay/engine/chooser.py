@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -24,15 +24,16 @@ from assay.engine.grammar import Follower, Grammars
 from assay.engine.request import GrammarLimits, Request
 from assay.engine.sampler import Settings, draw, largest, penalised, probabilities, uniform
 
+DAMAGED = "the model returned logits that are not numbers: its weights are damaged"
 Top = tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
 
 
 class Unchoosable(ValueError):
-    """No token can be chosen for the sequences `keys`. Nothing was counted in: the others can be asked for again."""
+    """No token can be chosen for these sequences, and why. Nothing was counted in: the others can be asked for again."""
 
-    def __init__(self, keys: Sequence[Hashable], why: str) -> None:
-        super().__init__(why)
-        self.keys = tuple(keys)
+    def __init__(self, why: Mapping[Hashable, str]) -> None:
+        super().__init__("; ".join(dict.fromkeys(why.values())))
+        self.why = dict(why)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class Chooser:
         values, indices = largest(logits)
         wrong = [key for key, value in zip(batch.keys, values.tolist(), strict=True) if not math.isfinite(value)]
         if wrong:
-            raise Unchoosable(wrong, "the model returned logits that are not numbers: its weights are damaged")
+            raise Unchoosable(dict.fromkeys(wrong, DAMAGED))
         changed = edited(logits, batch) if batch.edits else logits
         if batch.edits:
             indices = largest(changed)[1]
@@ -226,17 +227,16 @@ def _penalise(logits: Tensor, batch: Batch) -> None:
 
 def _constrain(logits: Tensor, batch: Batch) -> None:
     """-inf for what the grammars of some rows leave out. Unchoosable names all rows whose grammar cannot go on."""
-    masks, wrong, why = [], [], ""
+    masks, wrong = [], dict[Hashable, str]()
     for i in batch.constrained:
         row = batch.rows[i]
         assert row.follower is not None
         try:
             masks.append(row.follower.allowed(row.said >= row.request.min_new))
         except ValueError as error:
-            wrong.append(batch.keys[i])
-            why = str(error)
+            wrong[batch.keys[i]] = str(error)
     if wrong:
-        raise Unchoosable(wrong, why)
+        raise Unchoosable(wrong)
     bits = torch.from_numpy(np.stack(masks)).to(logits.device)
     shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
     allowed = (bits[:, :, None] >> shifts & 1).flatten(1)[:, : logits.shape[1]].bool()

@@ -148,7 +148,6 @@ class Engine:
         room = _Room(self.runner, self._salt if shares else None, self.jobs)
         self.scheduler = Scheduler(room, scheduling(config, self.tokens, self.runner.cache.border))
         self.last: Iteration | None = None
-        self.problem = ""  # why the last reply that ended with an error did
         self._model = digest(model.spec)
         self._lengths = any(scheme.by_length for scheme in model.spec.positions.values())
         self._requests = self._ids = 0
@@ -275,22 +274,21 @@ class Engine:
         assert slot is not None
         return self.runner.cache.length(slot)
 
-    def _choose(self, jobs: Sequence[int], logits: Tensor) -> dict[int, Chosen | None]:
-        """A token for each; None for those that no token can be chosen for."""
+    def _choose(self, jobs: Sequence[int], logits: Tensor) -> dict[int, Chosen | str]:
+        """A token for each, or why none can be chosen for it."""
         try:
             return dict(zip(jobs, self.chooser.choose(jobs, logits), strict=True))
         except Unchoosable as error:
-            self.problem = str(error)
-            good = [i for i, job in enumerate(jobs) if job not in error.keys]
+            good = [i for i, job in enumerate(jobs) if job not in error.why]
             found = self._choose([jobs[i] for i in good], logits[good]) if good else {}
-            return {job: found.get(job) for job in jobs}
+            return {job: found.get(job) or error.why[job] for job in jobs}
 
-    def _say(self, job: int, chosen: Chosen | None) -> Token:
+    def _say(self, job: int, chosen: Chosen | str) -> Token:
         live = self.jobs[job]
-        return self._ended(live, "error") if chosen is None else live.take(chosen)
+        return self._ended(live, "error", chosen) if isinstance(chosen, str) else live.take(chosen)
 
-    def _ended(self, live: Running, finish: Finish) -> Token:
-        return Token(live.number, None, live.reply.finish(), finish, live.choice, reused=live.reused)
+    def _ended(self, live: Running, finish: Finish, why: str = "") -> Token:
+        return Token(live.number, None, live.reply.finish(), finish, live.choice, reused=live.reused, why=why)
 
     def _end(self, job: int, finish: Finish) -> Token:
         token = self._ended(self.jobs[job], finish)
@@ -343,5 +341,5 @@ def generate(model: LM, tokenizer: Tokenizer, requests: Sequence[Request], chunk
     while engine.busy:
         for token in engine.step():
             if token.finish == "error":
-                raise ValueError(engine.problem)
+                raise ValueError(token.why)
             yield token

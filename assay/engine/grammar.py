@@ -195,6 +195,11 @@ class Grammars:
             )
 
 
+def is_grammars(why: str) -> bool:
+    """Whether a reply ended for a reason of its grammar: the fault of who asked, and not of the engine."""
+    return why.startswith("grammar")
+
+
 def _llguidance() -> Any:
     try:
         import llguidance

@@ -50,7 +50,7 @@ class Session:
             while self.engine.busy:
                 for token in self.engine.step():
                     if token.finish == "error":
-                        raise ValueError(self.engine.problem)
+                        raise ValueError(token.why)
                     self.used += token.id is not None
                     yield token
         except GeneratorExit:

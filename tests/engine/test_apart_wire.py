@@ -112,6 +112,6 @@ def test_a_state_from_elsewhere_ends_its_reply_alone(pipe: tuple[Connection, Con
     wire.put(front, {"do": "stop"})
     writer.serve()
     note, _ = come(front)
-    assert wire.to_token(note["tokens"][0]) == Token(5, None, "", "error", 1)
-    assert "damaged, or comes from elsewhere" in note["problem"]
+    token = wire.to_token(note["tokens"][0])
+    assert token == Token(5, None, "", "error", 1, why=token.why) and "damaged, or comes from elsewhere" in token.why
     assert not writer.engine.busy

@@ -198,6 +198,7 @@ def test_damaged_logits_end_one_reply_and_not_the_others(monkeypatch: pytest.Mon
     while engine.busy:
         said += engine.step()
     assert [t.finish for t in said if t.request == bad] == [None, None, "error"]
+    assert [t.why for t in said if t.why] == ["the model returned logits that are not numbers: its weights are damaged"]
     assert told(said)[good, 0] == alone(lm, asked(2, 5, 6))
     empty(engine)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from assay.engine.grammar import written
-from assay.engine.request import Grammar
+from assay.engine.request import Grammar, GrammarLimits
 from assay.engine.server import trial
 from assay.engine.server.config import Limits
 from assay.engine.tools import Call, call_reader
@@ -117,6 +118,28 @@ def test_a_schema_that_is_compiled_for_ever_holds_nobody_up(strict: Live, monkey
     }
     assert strict.metric("assay_ttft_seconds_count") > served, "nobody was served beside it"
     assert strict.ask(lambda engine: len(engine.chooser.grammars)) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_is_too_much_work_in_mid_reply_says_so(strict: Live, stream: bool) -> None:
+    """As a fault of the request, which no client asks again; nobody beside it is disturbed."""
+    count = 500 + stream  # what was too much once is so from the first token on
+    asked = {**ASK, "max_tokens": 60, "guided_regex": f"(?:(?:a?){{{count}}}a{{{count}}})", "stream": stream}
+    limits = strict.ask(lambda engine: engine.chooser.grammars.limits)
+    strict.ask(lambda engine: setattr(engine.chooser.grammars, "limits", GrammarLimits(step_fuel=50)))
+    try:
+        answer = strict.post("/v1/completions", asked)
+    finally:
+        strict.ask(lambda engine: setattr(engine.chooser.grammars, "limits", limits))
+    if stream:
+        lines = [line for line in answer.text.split("\n\n") if line]
+        assert answer.status_code == 200 and '"text":"a"' in lines[0] and lines[-1] == "data: [DONE]"
+        error = json.loads(lines[-2].removeprefix("data: "))["error"]
+    else:
+        error = refusal(answer)
+    assert error["type"] == "invalid_request_error"
+    assert error["message"] == "this reply cannot go on: grammar: lexer error: too many expressions constructed"
+    assert strict.ok("/v1/completions", ASK)
 
 
 def test_a_grammar_that_ends_its_compiler_ends_no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

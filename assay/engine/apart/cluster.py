@@ -284,8 +284,6 @@ class Cluster:
             done = owed if token.finish is not None else 1
             live.owed[token.choice] = (worker, owed - done)
             self.router.did(worker, done)
-            if token.finish == "error":
-                self.problem = message["problem"]
             if token.finish is not None:
                 del live.owed[token.choice]
             if not live.owed:
@@ -321,7 +319,7 @@ class Cluster:
         ends = []
         for number, live in list(self.live.items()):
             if self.failed or seat.number in {worker for worker, _ in live.owed.values()}:
-                ends += [Token(number, None, "", "error", choice) for choice in live.owed]
+                ends += [Token(number, None, "", "error", choice, why=self.problem) for choice in live.owed]
                 self.cancel(number)
         if self.failed:
             self._kill()

@@ -58,9 +58,10 @@ def fetch(file: int) -> bytes:
 
 
 def of_token(token: Token) -> list[Any]:
-    return [token.request, token.id, token.text, token.finish, token.choice, token.logprob, token.top, token.reused]
+    where = [token.request, token.id, token.text, token.finish, token.choice]
+    return [*where, token.logprob, token.top, token.reused, token.why]
 
 
 def to_token(row: list[Any]) -> Token:
-    request, id, text, finish, choice, logprob, top, reused = row
-    return Token(request, id, text, finish, choice, logprob, tuple((i, value) for i, value in top), reused)
+    request, id, text, finish, choice, logprob, top, reused, why = row
+    return Token(request, id, text, finish, choice, logprob, tuple((i, value) for i, value in top), reused, why)

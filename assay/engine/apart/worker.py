@@ -118,8 +118,7 @@ class Worker:
         self._look(not self.engine.busy)
 
     def _give_up(self, number: int, choice: int, why: str) -> None:
-        token = wire.of_token(Token(number, None, "", "error", choice))
-        self.notes.append({"is": "said", "tokens": [token], "problem": why})
+        self.notes.append({"is": "said", "tokens": [wire.of_token(Token(number, None, "", "error", choice, why=why))]})
 
     def _step(self) -> None:
         tokens = self.engine.step()
@@ -132,7 +131,7 @@ class Worker:
                 self._left(token.request)
         self._look(any(token.finish for token in tokens) or not self.engine.busy)  # before anybody hears that it ended
         if said:
-            self.notes.append({"is": "said", "tokens": said, "problem": self.engine.problem})
+            self.notes.append({"is": "said", "tokens": said})
 
     def _left(self, mine: int) -> None:
         self.places[mine].left -= 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from assay.data.tokenizers import Tokenizer
+from assay.engine.grammar import is_grammars
 from assay.engine.request import Request
 from assay.engine.runner import Token
 from assay.engine.server.errors import ApiError
@@ -59,7 +60,10 @@ def bounded(logprob: float | None) -> float:
 
 
 def ending(token: Token) -> str | None:
-    """OpenAI's finish_reason. ApiError where the engine gave the reply up."""
+    """OpenAI's finish_reason. ApiError where the engine gave the reply up; 400 where a grammar is why, which would fail
+    again (clients ask again after a 500)."""
+    if token.finish == "error" and is_grammars(token.why):
+        raise ApiError(400, f"this reply cannot go on: {token.why}")
     if token.finish in ("error", "cancelled", "deadline"):
         raise ApiError(500, f"the engine gave this reply up: {token.finish}")
     return token.finish

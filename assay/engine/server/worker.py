@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from assay.engine.apart.cluster import Cluster
 from assay.engine.engine import Engine
+from assay.engine.grammar import is_grammars
 from assay.engine.request import Request
 from assay.engine.runner import Token
 from assay.engine.server.errors import ApiError
@@ -288,6 +289,8 @@ class Worker:
         if token.id is not None:
             self._observer.said(token, place.call.began, place.last.get(token.choice), at)
             place.last[token.choice] = at
+        if token.finish == "error" and not is_grammars(token.why):
+            self._log("reply", why=token.why)
         if token.finish is not None:
             self._observer.ended(token.finish)
             place.left -= 1

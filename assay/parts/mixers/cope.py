@@ -23,8 +23,7 @@ from assay.spec.base import Cost, Init, Site, Weight
 class Cope(Gqa):
     """q_i . (k_j + e[p_ij]) with p_ij = sum_(j <= l <= i) sigmoid(q_i . k_l). Golovneva et al. 2024, arXiv 2405.18719.
 
-    Section 3.1, eqs. 3 to 5; both products are scaled. The paper's code scales q.k alone: an e of it is sqrt(head_dim)
-    times smaller. p counts the keys that the query sees; beyond `limit` - 1 it stays there, and between whole numbers e
+    Section 3.1, eqs. 3 to 5, scaled as in its appendix's listing: q.k, of which the gates are, and not q.e. p counts the keys that the query sees; beyond `limit` - 1 it stays there, and between whole numbers e
     is interpolated. One table for the heads, at first 0. A mixer and no scheme: the counts of a row need all its logits
     and its mask, which no backend that cuts rows up has, so that the logits of all heads are held at once. The other
     fields are those of `gqa`; causal rules alone.
@@ -75,7 +74,7 @@ class CopeMixer(GqaMixer):
         z = ops.logits(q, view, step, self.spec.sees, rule, step.table(self))  # [R, H, T, S]
         place = self.counted(torch.sigmoid(z), step, view).clamp(max=self.spec.limit - 1)
         asked = q.view(z.shape[0], -1, *q.shape[1:]).transpose(1, 2).to(z.dtype)
-        told = asked @ (self.places * rule.scale).to(z.dtype).T  # [R, H, T, limit]
+        told = asked @ self.places.to(z.dtype).T  # [R, H, T, limit]
         below = place.detach().floor()
         share, low = place - below, below.long()
         low_told, high_told = (told.gather(-1, n) for n in (low, (low + 1).clamp(max=self.spec.limit - 1)))
@@ -115,7 +114,7 @@ def reference(spec: Cope, weights: dict[str, Tensor], x: Tensor, positions: Tens
                 p = p if p < spec.limit - 1 else zero + spec.limit - 1
                 low = int(p.detach())
                 high = min(low + 1, spec.limit - 1)
-                found.append(z[n] + scale * (own @ (e[low] * (1 - (p - low)) + e[high] * (p - low))))
+                found.append(z[n] + own @ (e[low] * (1 - (p - low)) + e[high] * (p - low)))
             top = torch.stack(found).exp()
             share = top / (top.sum() + (weights["sink"][h].exp() if spec.scores.sink else 0.0))
             heads.append(torch.stack([share[n] * v[j, g * d : (g + 1) * d] for n, j in enumerate(seen)]).sum(0))

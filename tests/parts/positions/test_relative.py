@@ -178,7 +178,7 @@ def test_gates_that_are_open_count_every_key() -> None:
     weights["k__weight"][0, 1] = 1.0
     put(c, **weights, out__weight=torch.eye(32, 2), places=torch.tensor([[5.0, 0], [1.0, 0], [2.0, 0], [-1.0, 0]]))
     x = torch.zeros(6, 32, dtype=torch.float64)
-    x[:, 0], x[:, 2] = 2**0.5, torch.arange(6.0)
+    x[:, 0], x[:, 2] = 1.0, torch.arange(6.0)
     for key, table in ((60.0, [1.0, 2.0, -1.0, -1.0, -1.0, -1.0]), (-60.0, [5.0] * 6)):
         x[:, 1] = key
         found = c.run(x, rows(1, 6))[:, 0]
