@@ -57,7 +57,7 @@ def short_convs(
     bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
     whole = torch.cat([(past if isinstance(past, Tensor) else past.read()).to(x.dtype), x], 1)
     beside = near(lanes, taps, x.dtype)
-    native = training(whole, weight, *(() if bias is None else (bias,)))
+    native = training(whole, weight, *(() if bias is None else (bias,)), half=True)
     if native is None:
         y = _ShortConv.apply(whole, weight, bias, beside)
     else:
@@ -103,7 +103,8 @@ def near(lanes: Lanes, taps: int, dtype: torch.dtype) -> Float[Tensor, "K1 L T 1
 
 
 class _Filter(torch.autograd.Function):
-    """By the compiled kernels: a pass over the numbers, and one back."""
+    """By the compiled kernels: a pass over the numbers, and one back. Their numbers are float32, and what is kept is in
+    the dtype that came: widened twice, that takes less than torch's products and sums of bfloat16, a number at a time."""
 
     @staticmethod
     def forward(
@@ -111,14 +112,16 @@ class _Filter(torch.autograd.Function):
     ) -> Tensor:
         ctx.native, ctx.biased = native, bias is not None
         ctx.save_for_backward(x, weight, reach)
-        return native.filter(x, weight, bias, reach)
+        y = native.filter(high(x), high(weight), None if bias is None else high(bias), reach)
+        return y.to(torch.promote_types(x.dtype, weight.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         native: Elementwise = ctx.native
         x, weight, reach = ctx.saved_tensors
-        by_x, by_weight, by_bias = native.filter_back(x, weight, reach, grads[0])
+        found = native.filter_back(high(x), high(weight), reach, high(grads[0]))
+        by_x, by_weight, by_bias = (found[0].to(x.dtype), *(t.to(weight.dtype) for t in found[1:]))
         return by_x, by_weight, by_bias if ctx.biased else None, None, None
 
 

@@ -1,5 +1,5 @@
-"""Compiled kernels for a CPU: for the few rows of a decode step, and for recurrences also in training. `ASSAY_NATIVE=0`
-switches them off."""
+"""Compiled kernels for a CPU: for the few rows of a decode step, and for recurrences, short convolutions and RoPE also in
+training. `ASSAY_NATIVE=0` switches them off."""
 
 from __future__ import annotations
 
@@ -52,9 +52,11 @@ def serving(x: Tensor) -> Kernels | None:
     return kernels() if unwatched(x) and torch.is_inference_mode_enabled() else None
 
 
-def training(*given: Tensor) -> Kernels | None:
-    """As `serving`, with gradients or without: of kernels that have their gradients' beside them, for plain float32."""
-    if torch.compiler.is_compiling() or any(type(t) not in PLAIN or t.dtype != torch.float32 for t in given):
+def training(*given: Tensor, half: bool = False) -> Kernels | None:
+    """As `serving`, with gradients or without: of kernels that have their gradients' beside them, for plain float32;
+    half: or bfloat16."""
+    taken = (torch.float32, torch.bfloat16) if half else (torch.float32,)
+    if torch.compiler.is_compiling() or any(type(t) not in PLAIN or t.dtype not in taken for t in given):
         return None
     return kernels() if unwatched(given[0]) else None
 

@@ -181,13 +181,6 @@ inline auto shown(const uint8_t* seen, long count) {
   return __builtin_convertvector(*reinterpret_cast<const Flags*>(count < LANES ? rest : seen), Whole) != 0;
 }
 
-inline float largest(Vec v) {
-  float lane[LANES], top = -INFINITY;
-  save(lane, v);
-  for (int i = 0; i < LANES; i++) top = lane[i] > top || std::isnan(lane[i]) ? lane[i] : top;
-  return top;
-}
-
 // Logits of `count` keys from q k^T, padded to whole vectors, and the largest; -inf where nobody looks.
 inline float logits(float* z, long count, float scale, float softcap, const uint8_t* seen) {
   Vec top = Vec{} - INFINITY;

@@ -6,6 +6,7 @@
 
 #include "attend.h"
 #include "elementwise.h"
+#include "entropy.h"
 #include "experts.h"
 #include "invariant.h"
 #include "linear.h"

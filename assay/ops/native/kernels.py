@@ -57,6 +57,10 @@ class Kernels:
         self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
         self._gated = function("gated", INT, INT, POINTER, POINTER, POINTER, LONG)
         self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
+        self._entropy = function("entropy", INT, POINTER, LONG, LONG, LONG, POINTER, POINTER, POINTER)
+        self._entropy_back = function(
+            "entropy_back", INT, POINTER, LONG, LONG, LONG, POINTER, POINTER, FLOAT, POINTER
+        )
         attention = (INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT)
         self._attend, self._attend_tiled = function("attend", *attention), function("attend_tiled", *attention)
         # What a tape makes of torch's own operations.
@@ -161,6 +165,21 @@ class Kernels:
         y = torch.empty_like(x)
         given = (x.data_ptr(), u.data_ptr(), y.data_ptr(), x.numel())
         self._gated(dtype is torch.bfloat16, act == "gelu_tanh", *given)
+        return y
+
+    def entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of logits [N, V] whose rows lie dense: the logarithm of a row's sum of exponentials, and that less the
+        target's logit, 0 where targets [N] are below 0; both [N] in float32."""
+        all_, nll = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+        given = (logits.data_ptr(), logits.stride(0), *logits.shape, targets.data_ptr())
+        self._entropy(logits.dtype is torch.bfloat16, *given, all_.data_ptr(), nll.data_ptr())
+        return all_, nll
+
+    def entropy_back(self, logits: Tensor, targets: Tensor, all_: Tensor, by: float) -> Tensor:
+        """The gradient of the logits where that of every `nll` is `by`, in their dtype."""
+        y = logits.new_empty(logits.shape)
+        given = (logits.data_ptr(), logits.stride(0), *logits.shape, targets.data_ptr())
+        self._entropy_back(logits.dtype is torch.bfloat16, *given, all_.data_ptr(), by, y.data_ptr())
         return y
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:

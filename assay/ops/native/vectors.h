@@ -134,6 +134,12 @@ template <class T> inline void store(T* p, Vec v, long count) {  // the first `c
 }
 
 inline Vec larger(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }  // a NaN stays one
+inline float largest(Vec v) {
+  float lane[LANES], top = -INFINITY;
+  save(lane, v);
+  for (int i = 0; i < LANES; i++) top = lane[i] > top || std::isnan(lane[i]) ? lane[i] : top;
+  return top;
+}
 
 // `count` things in nearly equal parts, the larger ones first.
 struct Cut {

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from assay.ops.linear import linear
-from assay.ops.precision import high
 from assay.ops.step import Step
 from assay.ops.vocabulary import Whole
 from assay.parts.base import Head
@@ -97,6 +96,5 @@ class LmHeadPart(Head):
         return total
 
     def _piece(self, x: Tensor, targets: Tensor, step: Step, table: Tensor, options: LossOptions) -> dict[str, Any]:
-        logits = high(self.logits(x, step, table))
-        sums = self.rows.entropy(logits, targets, options.smoothing, options.z)
+        sums = self.rows.entropy(self.logits(x, step, table), targets, options.smoothing, options.z)
         return {"nll": sums.nll, "count": (targets >= 0).sum(), "objective": sums.objective}

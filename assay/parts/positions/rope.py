@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from assay.ops.native import serving
+from assay.ops.native import training
 from assay.ops.state import State
 from assay.ops.step import Step, View
 from assay.parts.base import Position
@@ -133,8 +133,13 @@ def turns(
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """One product and two fused updates in place: half the time of concatenating turned halves."""
-    half = sin.shape[-1]
+    """By a compiled kernel; else one product and two fused updates in place: half the time of concatenating turned
+    halves."""
+    native = training(x, half=True)
+    found = None if native is None else native.turn(x, cos, sin)
+    if found is not None:
+        return found
+    (cos, sin), half = Turns(cos, sin).to(x.dtype), sin.shape[-1]
     out = x * cos
     out[..., :half].addcmul_(x[..., half : 2 * half], sin, value=-1)
     out[..., half : 2 * half].addcmul_(x[..., :half], sin)
@@ -157,12 +162,7 @@ class _Turn(torch.autograd.Function):
 
 def turn(x: Float[Tensor, "*n H K"], angle: Turns) -> Float[Tensor, "*n H K"]:
     """Rotate the leading dimensions in half-split pairs; in x's dtype, so exact to its rounding of cos and sin."""
-    native = serving(x)
-    found = None if native is None else native.turn(x, *angle)
-    if found is not None:
-        return found
-    cos, sin = angle.to(x.dtype)
-    return _Turn.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _rotated(x, cos, sin)
+    return _Turn.apply(x, *angle) if torch.is_grad_enabled() and x.requires_grad else _rotated(x, *angle)
 
 
 class RopePosition(Position):
@@ -191,7 +191,7 @@ class RopePosition(Position):
         """The step's table; float64, which only checks use, and a size nobody announced are computed here."""
         table, size = step.table(self) or {}, x.shape[-1]
         if size in table and x.dtype != torch.float64:
-            return table[size] if serving(x) is not None else table[size].to(x.dtype)
+            return table[size]
         return self.at(step.positions, step.seq, size, step).to(x.dtype)
 
     def on_qk(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:

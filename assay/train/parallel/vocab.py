@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from assay.ops.precision import high
 from assay.ops.vocabulary import Entropy, Whole
 from assay.train.parallel.exchange import Line, copied, summed
 
@@ -43,7 +44,7 @@ class Pieces(Whole):
 
     def entropy(self, logits: Float[Tensor, "N v"], targets: Int[Tensor, "N"], smoothing: float, z: float) -> Entropy:
         """log sum exp over all ranks, less the target's logit from the rank that has it."""
-        real = targets >= 0
+        logits, real = high(logits), targets >= 0
         top = self.line.largest(logits.max(-1).values)
         log_z = top + summed((logits - top[:, None]).exp().sum(-1), self.line).log()
         place, outside = self.inside(targets.clamp(min=0))
