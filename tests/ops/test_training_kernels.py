@@ -110,7 +110,10 @@ def test_rope(dtype: torch.dtype, heads: int, size: int, dim: int | None, used: 
     exact = turns(spec, places, size, torch.tensor([1000]))
     low = type(exact)(*(t.float() for t in exact))
     ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
-    y, expected = turn(ours, low), turn(theirs, type(exact)(*(t.double() for t in low)))
+    (cos, sin), half = (t.double() for t in low), low.sin.shape[-1]
+    first, second, rest = theirs.split([half, half, size - 2 * half], -1)
+    cos = cos[..., :half]
+    y, expected = turn(ours, low), torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
     near(y.detach(), expected.detach(), dtype)
     (mine,), (exactly,) = torch.autograd.grad(y, ours, upstream), torch.autograd.grad(expected, theirs, upstream.double())
     near(mine, exactly, dtype)
