@@ -111,7 +111,8 @@ class Work:
         if block.edge < block.end:
             rows = rows if added.shape[0] > 1 else slice(None)
             hidden = added[rows, None, block.first : block.last, block.edge : block.end]
-            z[..., block.edge - block.low : block.end - block.low].add_(hidden)
+            # In one dtype: of two, torch would make both anew as float32.
+            z[..., block.edge - block.low : block.end - block.low].add_(hidden.to(z.dtype))
 
 
 def logits(a: Tensor, keys: Tensor, rule: Scores, keep: bool) -> tuple[Tensor, Tensor | None]:
