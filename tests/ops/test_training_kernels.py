@@ -12,6 +12,7 @@ from torch import Tensor
 
 from assay.ops.conv import short_conv
 from assay.ops.lanes import lanes
+from assay.ops.norm import rms_norm, unit
 from assay.ops.step import training_step
 from assay.ops.vocabulary import Whole
 from assay.parts.positions.rope import Rope, turn, turns
@@ -101,6 +102,41 @@ def test_short_convolutions(dtype: torch.dtype, lengths: list[int], taps: int, b
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (5, 7), (64, 16), (65, 17), (130, 64)])
+@pytest.mark.parametrize("shift", [None, 0.0, 1.0])
+def test_rms_norm(dtype: torch.dtype, rows: int, size: int, shift: float | None, used: list[str]) -> None:
+    """Without a weight, with one, and with one beside 1; rows of a wider matrix."""
+    x, upstream = drawn(7, dtype, rows, size + 3)[:, 2 : size + 2], drawn(8, dtype, rows, size)
+    given_ = [x, *([] if shift is None else [drawn(9, dtype, size)])]
+    ours, exact = (
+        [t.detach().clone().requires_grad_() for t in some] for some in (given_, [t.double() for t in given_])
+    )
+    y = rms_norm(ours[0], ours[1] if len(ours) > 1 else None, 1e-3, shift or 0.0)
+    expected = F.rms_norm(exact[0], (size,), None if shift is None else exact[1] + shift, 1e-3)
+    assert y.dtype == dtype
+    several = 2.0 if dtype is torch.bfloat16 else 5.0  # of the mean, its root, what divides by it, and two products
+    near(y.detach(), expected.detach(), dtype, several)
+    found = torch.autograd.grad(y, ours, upstream)
+    for mine, theirs in zip(found, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
+        assert mine.dtype == dtype
+        near(mine, theirs, dtype, 2.0 if dtype is torch.bfloat16 else 16.0)
+    near(rms_norm(x, None, 1e-3), F.rms_norm(x.double(), (size,), None, 1e-3), dtype, several)
+    assert used == ["norms", "rms_norm", "rms_norm_back", "rms_norm"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unit_length(dtype: torch.dtype) -> None:
+    """Of queries and keys, in float32 whatever they came in."""
+    x, upstream = drawn(10, dtype, 2, 3, 4, 5), drawn(11, torch.float32, 2, 3, 4, 5)
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, expected = unit(ours, 1e-6, 0.5), 0.5 * exact / (exact.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    assert y.dtype == torch.float32
+    near(y.detach(), expected.detach(), torch.float32)
+    (mine,), (theirs,) = torch.autograd.grad(y, ours, upstream), torch.autograd.grad(expected, exact, upstream.double())
+    near(mine, theirs, dtype, 4.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "size", "dim"), [(3, 8, None), (2, 16, None), (1, 34, None), (2, 40, 24)])
 def test_rope(dtype: torch.dtype, heads: int, size: int, dim: int | None, used: list[str]) -> None:
     """Its gradient turns the other way. Angles of float32, rounded once with the result."""
@@ -115,6 +151,9 @@ def test_rope(dtype: torch.dtype, heads: int, size: int, dim: int | None, used: 
     cos = cos[..., :half]
     y, expected = turn(ours, low), torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
     near(y.detach(), expected.detach(), dtype)
-    (mine,), (exactly,) = torch.autograd.grad(y, ours, upstream), torch.autograd.grad(expected, theirs, upstream.double())
+    (mine,), (exactly,) = (
+        torch.autograd.grad(y, ours, upstream),
+        torch.autograd.grad(expected, theirs, upstream.double()),
+    )
     near(mine, exactly, dtype)
     assert used == ["turn", "turn"]

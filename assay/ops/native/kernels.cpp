@@ -70,6 +70,13 @@ void assay_rms_norm(int half, const void* x, long xs, long m, long d, const void
   else rms_norm((const float*)x, xs, m, d, (const float*)w, shift, eps, (float*)y);
 }
 
+void assay_rms_norm_back(int half, const void* x, long xs, long m, long d, const void* w, float shift, float eps,
+                         const void* g, void* dx, float* dw) {
+  typedef uint16_t Half;
+  if (half) rms_norm_back((const Half*)x, xs, m, d, (const Half*)w, shift, eps, (const Half*)g, (Half*)dx, dw);
+  else rms_norm_back((const float*)x, xs, m, d, (const float*)w, shift, eps, (const float*)g, (float*)dx, dw);
+}
+
 void assay_turn(int bf16, const void* x, long xs, long xh, long m, long heads, long d, long half, const float* cos,
                 const float* sin, void* y) {
   if (bf16) turn((const uint16_t*)x, xs, xh, m, heads, d, half, cos, sin, (uint16_t*)y);
@@ -135,6 +142,7 @@ AGAIN(many)
 AGAIN(packed)
 AGAIN(grouped)
 AGAIN(rms_norm)
+AGAIN(rms_norm_back)
 AGAIN(turn)
 AGAIN(attend)
 AGAIN(attend_tiled)

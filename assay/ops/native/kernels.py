@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from assay.ops.packed import Packed
 
 ROWS = 64  # beyond this many, torch's blocked products are as fast
+SHARE = 64  # rows whose sums of a norm's gradient a kernel gives
 LANES, WIDEST = 16, 1024  # heads are whole lanes wide, and so many at most
 TYPES = (torch.float32, torch.bfloat16)
 GATES = ("silu", "gelu_tanh")
@@ -35,6 +36,13 @@ def _numbers(maps: Iterable[tuple[Tensor, Tensor | None, Tensor, int, int]]) -> 
         n for w, b, y, *sizes in maps for n in (w.data_ptr(), 0 if b is None else b.data_ptr(), y.data_ptr(), *sizes)
     ]
     return (LONG * len(told))(*told)
+
+
+def _rows(x: Tensor) -> tuple[tuple[int, int, int, int], Tensor]:
+    """Where x begins, from row to row, rows and their size; and what holds them."""
+    x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+    size = x.shape[-1]
+    return (x.data_ptr(), x.stride(0) if x.dim() == 2 else size, x.numel() // size, size), x
 
 
 class Kernels:
@@ -54,13 +62,15 @@ class Kernels:
         self._many = function("many", POINTER, LONG, LONG, LONG, POINTER, INT)
         self._packed = function("packed", INT, POINTER, LONG, LONG, LONG, POINTER, INT)
         self._grouped = function("grouped", INT, POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER, LONG, POINTER, LONG)
-        self._rms_norm = function("rms_norm", INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
+        norm = (INT, POINTER, LONG, LONG, LONG, POINTER, FLOAT, FLOAT, POINTER)
+        self._rms_norm, self._rms_norm_back = (
+            function("rms_norm", *norm),
+            function("rms_norm_back", *norm, POINTER, POINTER),
+        )
         self._gated = function("gated", INT, INT, POINTER, POINTER, POINTER, LONG)
         self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
         self._entropy = function("entropy", INT, POINTER, LONG, LONG, LONG, POINTER, POINTER, POINTER)
-        self._entropy_back = function(
-            "entropy_back", INT, POINTER, LONG, LONG, LONG, POINTER, POINTER, FLOAT, POINTER
-        )
+        self._entropy_back = function("entropy_back", INT, POINTER, LONG, LONG, LONG, POINTER, POINTER, FLOAT, POINTER)
         attention = (INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT)
         self._attend, self._attend_tiled = function("attend", *attention), function("attend_tiled", *attention)
         # What a tape makes of torch's own operations.
@@ -140,20 +150,30 @@ class Kernels:
         self._grouped(dtype is torch.bfloat16, *given, y.data_ptr(), w.out)
         return y
 
+    def norms(self, x: Tensor, w: Tensor | None) -> bool:
+        """Whether `rms_norm` and its gradient serve."""
+        fits = w is None or (w.dtype is x.dtype and w.is_contiguous())
+        return x.dtype in TYPES and x.numel() > 0 and fits
+
     def rms_norm(self, x: Tensor, w: Tensor | None, eps: float, shift: float) -> Tensor | None:
         """x / sqrt(mean(x^2) + eps) * (w + shift) over the last axis, computed in float32."""
-        dtype = x.dtype
-        half = dtype is torch.bfloat16
-        if not (half or dtype is torch.float32) or not x.numel():
+        if not self.norms(x, w):
             return None
-        if w is not None and (w.dtype is not dtype or not w.is_contiguous()):
-            return None
-        x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
-        size, y = x.shape[-1], x.new_empty(x.shape)
-        rows, weight = x.numel() // size, None if w is None else w.data_ptr()
-        apart = x.stride(0) if x.dim() == 2 else size
-        self._rms_norm(half, x.data_ptr(), apart, rows, size, weight, shift, eps, y.data_ptr())
+        rows, _x = _rows(x)
+        y = x.new_empty(x.shape)
+        weight = None if w is None else w.data_ptr()
+        self._rms_norm(x.dtype is torch.bfloat16, *rows, weight, shift, eps, y.data_ptr())
         return y
+
+    def rms_norm_back(self, x: Tensor, w: Tensor | None, eps: float, shift: float, by: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of x and w, the latter in float32, from that of `rms_norm`."""
+        rows, _x = _rows(x)
+        by, dx, dw = by.contiguous(), x.new_empty(x.shape), None
+        if w is not None:
+            dw = x.new_empty(-(-rows[2] // SHARE), rows[3], dtype=torch.float32)
+        weight, sums = (None if t is None else t.data_ptr() for t in (w, dw))
+        self._rms_norm_back(x.dtype is torch.bfloat16, *rows, weight, shift, eps, by.data_ptr(), dx.data_ptr(), sums)
+        return (dx,) if dw is None else (dx, dw.sum(0))
 
     def gated(self, act: str, x: Tensor, u: Tensor) -> Tensor | None:
         """act(x) * u of two dense tensors of one shape, for act silu and gelu_tanh, rounded after either step."""

@@ -22,6 +22,38 @@ template <class T> void rms_norm(const T* x, long xs, long m, long d, const T* w
   }
 }
 
+constexpr long SHARE = 64;  // rows whose gradients of the weight are added up by one thread: fixed, as is their order
+
+// dx = r (g (w + shift) - n mean(g (w + shift) n)) with n = x r and r = 1 / sqrt(mean(x^2) + eps), and of each SHARE rows
+// the sum of g n, [shares, d]. g, dx and the sums are dense.
+template <class T>
+void rms_norm_back(const T* x, long xs, long m, long d, const T* w, float shift, float eps, const T* g, T* dx, float* dw) {
+#pragma omp parallel for if (m * d > ALONE)
+  for (long share = 0; share < (m + SHARE - 1) / SHARE; share++) {
+    float* sums = w ? dw + share * d : nullptr;
+    if (w) std::memset(sums, 0, d * sizeof(float));
+    for (long i = share * SHARE; i < std::min(m, (share + 1) * SHARE); i++) {
+      const T *row = x + i * xs, *by = g + i * d;
+      Vec squares = {}, inner = {};
+      const auto weighed = [&](long j) {
+        const Vec own = some(by + j, d - j);
+        return w ? own * (some(w + j, d - j) + shift) : own;
+      };
+      for (long j = 0; j < d; j += LANES) {
+        const Vec v = some(row + j, d - j);
+        squares += v * v, inner += weighed(j) * v;
+      }
+      const float r = 1.0f / std::sqrt(total(squares) / static_cast<float>(d) + eps);
+      const float mean = total(inner) * r * r / static_cast<float>(d);
+      for (long j = 0; j < d; j += LANES) {
+        const Vec v = some(row + j, d - j);
+        store(dx + i * d + j, r * (weighed(j) - v * mean), d - j);
+        if (w) store(sums + j, some(sums + j, d - j) + some(by + j, d - j) * v * r, d - j);
+      }
+    }
+  }
+}
+
 // Rows of heads: x[i, h] with cos[i] (d of them) and sin[i] (half of them), in half-split pairs.
 template <class T>
 void turn(const T* x, long xs, long xh, long m, long heads, long d, long half, const float* cos, const float* sin, T* y) {
