@@ -29,7 +29,7 @@ Top = tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
 
 
 class Unchoosable(ValueError):
-    """No token can be chosen for these sequences, and why. Nothing was counted in: the others can be asked for again."""
+    """No token can be chosen for these sequences, and why. Nothing was counted in: others can be asked for again."""
 
     def __init__(self, why: Mapping[Hashable, str]) -> None:
         super().__init__("; ".join(dict.fromkeys(why.values())))

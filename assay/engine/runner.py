@@ -37,8 +37,8 @@ class Token:
     """One token of a reply. `text` is what has become certain with it; `finish` says that it is the last, and why.
 
     id: None where a reply ends without one more token. choice: the number of the reply among those of its request.
-    logprob, top: as `Chosen` has them. reused: tokens of the prompt that were stored already. why: what went wrong, of a
-    reply that ends with "error".
+    logprob, top: as `Chosen` has them. reused: tokens of the prompt that were stored already. why: what went wrong, of
+    a reply that ends with "error".
     """
 
     request: int

@@ -104,7 +104,7 @@ def near(lanes: Lanes, taps: int, dtype: torch.dtype) -> Float[Tensor, "K1 L T 1
 
 class _Filter(torch.autograd.Function):
     """By the compiled kernels: a pass over the numbers, and one back. Their numbers are float32, and what is kept is in
-    the dtype that came: widened twice, that takes less than torch's products and sums of bfloat16, a number at a time."""
+    the dtype that came: torch's fused products and sums of bfloat16 go a number at a time."""
 
     @staticmethod
     def forward(

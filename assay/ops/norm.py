@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
 from torch.autograd.function import once_differentiable
 
 from assay.ops.native import Kernels, serving, training

@@ -1,5 +1,5 @@
-"""Compiled kernels for a CPU: for the few rows of a decode step, and for recurrences, short convolutions and RoPE also in
-training. `ASSAY_NATIVE=0` switches them off."""
+"""Compiled kernels for a CPU: for the few rows of a decode step, and some that train as well (recurrences, short
+convolutions, norms, RoPE, cross-entropy). `ASSAY_NATIVE=0` switches them off."""
 
 from __future__ import annotations
 

@@ -23,10 +23,11 @@ from assay.spec.base import Cost, Init, Site, Weight
 class Cope(Gqa):
     """q_i . (k_j + e[p_ij]) with p_ij = sum_(j <= l <= i) sigmoid(q_i . k_l). Golovneva et al. 2024, arXiv 2405.18719.
 
-    Section 3.1, eqs. 3 to 5, scaled as in its appendix's listing: q.k, of which the gates are, and not q.e. p counts the keys that the query sees; beyond `limit` - 1 it stays there, and between whole numbers e
-    is interpolated. One table for the heads, at first 0. A mixer and no scheme: the counts of a row need all its logits
-    and its mask, which no backend that cuts rows up has, so that the logits of all heads are held at once. The other
-    fields are those of `gqa`; causal rules alone.
+    Section 3.1, eqs. 3 to 5, scaled as in its appendix's listing: q.k, of which the gates are, and not q.e. p counts
+    the keys that the query sees; beyond `limit` - 1 it stays there, and between whole numbers e is interpolated. One
+    table for the heads, at first 0. A mixer and no scheme: the counts of a row need all its logits and its mask, which
+    no backend that cuts rows up has, so that the logits of all heads are held at once. The other fields are those of
+    `gqa`; causal rules alone.
     """
 
     kind: Literal["cope"] = "cope"  # type: ignore[assignment]
