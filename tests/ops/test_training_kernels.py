@@ -1,5 +1,5 @@
-"""Compiled kernels in training, in both of their dtypes: cross-entropy, short convolutions, norms and RoPE against torch's
-own in float64 on the same numbers, values and gradients."""
+"""Compiled kernels in training, in both of their dtypes: cross-entropy, short convolutions, norms and RoPE against
+torch's own in float64 on the same numbers, values and gradients."""
 
 from __future__ import annotations
 
