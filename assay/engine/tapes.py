@@ -28,7 +28,10 @@ from assay.ops.step import Step
 from assay.ops.tape import Recorder, Tape, Unrecordable
 from assay.ops.told import Copies, Looks, Told
 
-MOST, TAPES = 64, 4  # steps that are known at once, and those with a tape, whose buffers stay: the oldest is forgotten
+MOST = 256  # steps that are known at once
+TAPES, HELD = 4, 256 << 20
+"""Tapes that are kept whatever they hold, and bytes of buffers up to which there may be more: as sequences come and go,
+steps of other sizes come and come again. The oldest is forgotten."""
 MET = "it was met once"
 
 
@@ -114,8 +117,12 @@ class Tapes:
     def _keep(self, key: Hashable, value: Recorded | str) -> None:
         self.made[key] = value
         self.made.move_to_end(key)
-        tapes = [known for known, one in self.made.items() if isinstance(one, Recorded)]
-        for known in tapes[:-TAPES]:
+        tapes = [(known, one.tape) for known, one in self.made.items() if isinstance(one, Recorded)]
+        held = sum(tape.held for _, tape in tapes)
+        for known, tape in tapes[:-TAPES]:
+            if held <= HELD:
+                break
+            held -= tape.held
             del self.made[known]
         while len(self.made) > MOST:
             self.made.popitem(last=False)

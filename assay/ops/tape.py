@@ -126,6 +126,7 @@ class Recorder(TorchDispatchMode):
         self.entries: list[tuple[Kernel, Sequence[Any]] | Again] = []
         self.kept: list[Any] = []  # tensors, so that no buffer is used for anything else
         self.written: set[int] = set()
+        self.own: dict[int, int] = {}  # bytes of what operations have made, by where it stands
         self.filled: dict[int, Again] = {}  # what was made of nothing: done again only where it is written over
         self.reason: str | None = None
 
@@ -136,6 +137,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.kept += [args, kwargs, out]
+        found = {_place(t) for t in (*tensors(args), *tensors(kwargs))}
+        self.own |= {_place(t): t.untyped_storage().nbytes() for t in tensors(out) if _place(t) not in found}
         if func not in LEFT:
             self._note(func, args, kwargs, out)
         return out
@@ -191,16 +194,21 @@ class Recorder(TorchDispatchMode):
         if self.reason is not None:
             raise Unrecordable(self.reason)
         constant = {id(entry) for place, entry in self.filled.items() if place not in self.written}
-        return Tape(self.library, [entry for entry in self.entries if id(entry) not in constant], self.kept)
+        entries = [entry for entry in self.entries if id(entry) not in constant]
+        return Tape(self.library, entries, self.kept, sum(self.own.values()))
 
 
 class Tape:
-    """What was written down: the step again, on the tensors it was recorded with."""
+    """What was written down: the step again, on the tensors it was recorded with. held: bytes that are its own."""
 
     def __init__(
-        self, library: ctypes.CDLL, entries: Sequence[tuple[Kernel, Sequence[Any]] | Again], kept: Sequence[Any]
+        self,
+        library: ctypes.CDLL,
+        entries: Sequence[tuple[Kernel, Sequence[Any]] | Again],
+        kept: Sequence[Any],
+        held: int = 0,
     ) -> None:
-        self._kept = kept
+        self._kept, self.held = kept, held
         self.steps: list[Program | Again] = []
         run: list[tuple[Kernel, Sequence[Any]]] = []
         for entry in (*entries, None):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.cache import PageSize, Size
+from assay.engine import tapes
 from assay.engine.runner import Runner, Work
 from assay.engine.tapes import Recorded
 from assay.model.lm import LM, build
@@ -111,6 +112,30 @@ def taped(layers: int) -> tuple[Runner, Tape]:
     decoded(runner, [row[: 9 + i] for i, row in enumerate(texts(3, 12))], texts(6, 3, 1))
     (found,) = (one for one in runner.tapes.made.values() if isinstance(one, Recorded))
     return runner, found.tape
+
+
+@pytest.mark.parametrize(("most", "left"), [(0, 4), (1 << 30, 6)])
+def test_tapes_are_kept_up_to_what_their_buffers_take(most: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six numbers of sequences, and each again: four tapes in any case, and no other bits for those that are gone."""
+    monkeypatch.setattr(tapes, "HELD", most)
+    model = build(load_model("llama-11m", SMALL))
+    prompts, tokens, found = [row[:5] for row in texts(6, 5)], texts(3, 6, 1), []
+    runners = Runner(model, Size(6, 120, 32)), in_python(model, Size(6, 120, 32))
+    for runner in runners:
+        told = []
+        for rows in (1, 2, 3, 4, 5, 6, 1, 6):
+            slots = [runner.open(60) for _ in range(rows)]
+            runner.feed(slots, prompts[:rows])
+            told += [runner.feed(slots, [[i] for i in row[:rows]]) for row in tokens]
+            for slot in slots:
+                runner.close(slot)
+        found.append(torch.cat(told))
+    assert torch.equal(*found)
+    kept = [one.tape for one in runners[0].tapes.made.values() if isinstance(one, Recorded)]
+    assert len(kept) == left
+    # The last is of six rows: its logits, two layers of four activations and more, and less than all it looks at.
+    logits, activations = 6 * model.spec.vocab * 4, 2 * 4 * 6 * model.spec.d_model * 4
+    assert logits + activations < kept[-1].held < 20 * (logits + activations)
 
 
 def test_the_work_of_a_decoded_token_is_counted() -> None:
