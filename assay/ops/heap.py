@@ -31,9 +31,9 @@ def give_back() -> None:
 
 
 def keep_few_products() -> None:
-    """Ask oneDNN, and torch before it, to remember 128 shapes of products. Each remembers 1,024 by itself, at 0.3 to 0.9
-    MB a shape: prompts of all lengths come to 700 MiB in float32 and 950 in bfloat16. To prepare one takes half a
-    millisecond, which a step pays for each of a layer's widths. Heeded by a process that has multiplied nothing yet; what
-    the environment says already stands. For a process that serves: the steps of a long training may have more shapes."""
+    """Ask oneDNN, and torch before it, to remember 128 shapes of products. By itself each remembers 1,024, of 0.3 to
+    0.9 MB: prompts of all lengths come to 700 MiB in float32 and 950 in bfloat16. To prepare one takes half a
+    millisecond, which a step pays for each of a layer's widths. Heeded by a process that has multiplied nothing yet;
+    what the environment says already stands. For servers: the steps of a long training may have more shapes."""
     for name, count in PREPARED.items():
         os.environ.setdefault(name, count)
