@@ -9,6 +9,7 @@ of each process. --prefill and --decode say what is done otherwise where prompts
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Builds: TypeAlias = "dict[Role, Callable[[], Engine]]"
 ROUTES = ("least_loaded", "round_robin", "prefix")
+PREPARED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes one that is free.")]
@@ -151,6 +153,15 @@ def run(
     end()
 
 
+def keep_few_products() -> None:
+    """Ask oneDNN, and torch before it, to remember 128 shapes of products. By itself each remembers 1,024, of 0.3 to
+    0.9 MB: prompts of all lengths come to 700 MiB in float32 and 950 in bfloat16. To prepare one takes half a
+    millisecond, which a step pays for each of a layer's widths. Heeded by a process that has multiplied nothing yet,
+    and by those that it starts; what the environment says stands. The steps of a long training may have more."""
+    for name, count in PREPARED.items():
+        os.environ.setdefault(name, count)
+
+
 def served(
     ckpt: str,
     builds: Builds,
@@ -159,6 +170,7 @@ def served(
     front_of: tuple[ClusterConfig | None, EngineConfig],
 ) -> Served:
     """The engine in this process, or the front of several in others, which ends with `open_`."""
+    keep_few_products()
     cluster, engine = front_of
     if cluster is None:
         return builds["whole"]()

@@ -1,15 +1,13 @@
-"""What a process keeps for the next step: memory that is freed, until it is given back, and prepared products."""
+"""Memory that is freed stays with the process, until it is given back."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 from functools import cache
 
 TRIM, LARGE = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 MOST = 2**31 - 1
-PREPARED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 
 @cache
@@ -28,12 +26,3 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def keep_few_products() -> None:
-    """Ask oneDNN, and torch before it, to remember 128 shapes of products. By itself each remembers 1,024, of 0.3 to
-    0.9 MB: prompts of all lengths come to 700 MiB in float32 and 950 in bfloat16. To prepare one takes half a
-    millisecond, which a step pays for each of a layer's widths. Heeded by a process that has multiplied nothing yet;
-    what the environment says already stands. For servers: the steps of a long training may have more shapes."""
-    for name, count in PREPARED.items():
-        os.environ.setdefault(name, count)

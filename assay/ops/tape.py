@@ -31,7 +31,6 @@ LEFT = {
 }
 REFUSED = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 MAPPED: Mapping[Any, str] = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
-
 WHOLE, ALONE = 64, 1 << 15
 
 OWN = "assay::"  # before the names of compiled kernels, where torch's stand beside them
@@ -117,13 +116,16 @@ class Again:
             self.out.copy_(found)
 
 
+Noted = tuple[Kernel, Sequence[Any]] | Again
+
+
 class Recorder(TorchDispatchMode):
     """Writes down what a step computes while it computes it. `tape` afterwards; Unrecordable where it cannot be."""
 
     def __init__(self, library: ctypes.CDLL, kernels: Mapping[str, Kernel]) -> None:
         super().__init__()
         self.library, self.kernels = library, kernels
-        self.entries: list[tuple[Kernel, Sequence[Any]] | Again] = []
+        self.entries: list[Noted] = []
         self.kept: list[Any] = []  # tensors, so that no buffer is used for anything else
         self.written: set[int] = set()
         self.own: dict[int, int] = {}  # bytes of what operations have made, by where it stands
@@ -201,13 +203,7 @@ class Recorder(TorchDispatchMode):
 class Tape:
     """What was written down: the step again, on the tensors it was recorded with. held: bytes that are its own."""
 
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        entries: Sequence[tuple[Kernel, Sequence[Any]] | Again],
-        kept: Sequence[Any],
-        held: int = 0,
-    ) -> None:
+    def __init__(self, library: ctypes.CDLL, entries: Sequence[Noted], kept: Sequence[Any], held: int = 0) -> None:
         self._kept, self.held = kept, held
         self.steps: list[Program | Again] = []
         run: list[tuple[Kernel, Sequence[Any]]] = []

@@ -30,7 +30,7 @@ print(faults())
 
 SHAPES = """
 import sys, torch
-from assay.ops.heap import keep_few_products
+from assay.cli.serve import keep_few_products
 
 if sys.argv[1:]:
     keep_few_products()

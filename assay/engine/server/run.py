@@ -25,7 +25,6 @@ from assay.engine.server.guard import Gate
 from assay.engine.server.logs import Log, adopt
 from assay.engine.server.metrics import Metrics
 from assay.engine.server.worker import Served, Worker
-from assay.ops.heap import keep_few_products
 
 GOING = "the server is shutting down"
 IDLE_S = 75
@@ -154,7 +153,6 @@ def _cut_off(log: Log) -> NoReturn:
 def serve(config: ServerConfig, make: Callable[[], Served], limit: int, ready: Callable[[str], None]) -> None:
     """Answer until SIGTERM or SIGINT. `ready` is told the URL once the first request can be answered. After the signal
     the process lives as long as replies may take, and `ENDING_S`."""
-    keep_few_products()
     listener = listen(config.host, config.port)
     server = Server(config, make, limit)
     adopt(server.log)

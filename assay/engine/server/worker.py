@@ -269,8 +269,7 @@ class Worker:
         at = time.monotonic()
         self._note_starts(engine, tokens, began)
         self._look(engine, any(token.finish for token in tokens))  # before a client hears that it has ended
-        batch = [self._note(token, at) for token in tokens if token.request in self._open]
-        if batch:
+        if batch := [self._note(token, at) for token in tokens if token.request in self._open]:
             self._tell(self._receive, batch)
 
     def _note_starts(self, engine: Served, tokens: Sequence[Token], at: float) -> None:
