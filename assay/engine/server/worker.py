@@ -237,6 +237,7 @@ class Worker:
     def _tell_lost(self, engine: Cluster) -> None:
         while engine.lost:
             self._log("process", lost=engine.lost.pop(0))
+        self.status = "failed" if engine.failed else self.status
 
     def _look(self, engine: Served, now: bool) -> None:
         """Take the engine's report; while it works, only from time to time."""
@@ -264,8 +265,8 @@ class Worker:
             self._log("engine", error=error)
             self._drop_all(engine, ApiError(500, "the engine failed in the middle of this reply"))
             return
-        if isinstance(engine, Cluster) and engine.failed:
-            self.status = "failed"  # before a client hears of it
+        if isinstance(engine, Cluster):  # before a client hears of it
+            self._tell_lost(engine)
         at = time.monotonic()
         self._note_starts(engine, tokens, began)
         self._look(engine, any(token.finish for token in tokens))  # before a client hears that it has ended
@@ -318,8 +319,7 @@ class Worker:
                 self._observer.ended(outcome)
 
     def _drop_all(self, engine: Served, error: ApiError) -> None:
-        calls = self._calls()
-        for call in calls:
+        for call in (calls := self._calls()):
             self._drop(engine, call, "error")
         self._tell(self._fail, calls, error)
 
