@@ -137,8 +137,12 @@ def test_a_grammar_that_is_too_much_work_in_mid_reply_says_so(strict: Live, stre
         error = json.loads(lines[-2].removeprefix("data: "))["error"]
     else:
         error = refusal(answer)
-    assert error["type"] == "invalid_request_error"
-    assert error["message"] == "this reply cannot go on: grammar: lexer error: too many expressions constructed"
+    assert error == {
+        "type": "invalid_request_error",
+        "message": "guided_regex: this reply cannot go on: lexer error: too many expressions constructed",
+        "param": "guided_regex",
+        "code": None,
+    }
     assert strict.ok("/v1/completions", ASK)
 
 

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 
 from assay.engine.runner import Token
-from assay.engine.server.replies import Json, Names, ending
+from assay.engine.server.replies import Json, Names
 from assay.engine.tools import Reader
 
 
@@ -22,7 +22,7 @@ class Chat:
         self.begun, self.called, self.held = False, 0, ""
 
     def push(self, token: Token, counted: bool) -> list[Json]:
-        finish = ending(token)
+        finish = token.finish
         deltas = self._deltas(token, finish is not None)
         if not self.begun:
             deltas.insert(0, {"role": "assistant", "content": ""})

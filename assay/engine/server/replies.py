@@ -59,14 +59,13 @@ def bounded(logprob: float | None) -> float:
     return -9999.0 if logprob is None or logprob < -9999.0 else logprob
 
 
-def ending(token: Token) -> str | None:
-    """OpenAI's finish_reason. ApiError where the engine gave the reply up; 400 where a grammar is why, which would fail
-    again (clients ask again after a 500)."""
+def check(token: Token, field: str | None) -> None:
+    """ApiError where the engine gave the reply up; 400 where a grammar is why, which would fail again (clients ask
+    again after a 500). field: the body's own that the grammar came from."""
     if token.finish == "error" and is_grammars(token.why):
-        raise ApiError(400, f"this reply cannot go on: {token.why}")
+        raise ApiError(400, f"{field}: this reply cannot go on: {token.why.partition(': ')[2]}", field)
     if token.finish in ("error", "cancelled", "deadline"):
         raise ApiError(500, f"the engine gave this reply up: {token.finish}")
-    return token.finish
 
 
 class Text:
@@ -76,7 +75,7 @@ class Text:
         self.names, self.logprobs, self.at = names, logprobs, 0
 
     def push(self, token: Token, counted: bool) -> list[Json]:
-        finish = ending(token)
+        finish = token.finish
         told = self._told(token, token.id) if self.logprobs is not None and counted and token.id is not None else None
         if not (token.text or told or finish):
             return []
@@ -139,13 +138,15 @@ class Usage:
 
 @dataclass
 class Answer:
-    """One call's answer, whole or in chunks. writers: one for each choice, those of the first prompt first."""
+    """One call's answer, whole or in chunks. writers: one for each choice, those of the first prompt first. grammar:
+    the body's own field that one came from."""
 
     kind: str  # the id's beginning
     objects: tuple[str, str]  # `object` of a whole answer, and of a chunk
     model: str
     writers: Sequence[Writer]
     usage: Usage
+    grammar: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -163,6 +164,7 @@ class Answer:
 
     def pieces(self, call: Call, said: Said) -> Iterable[Json]:
         self.usage.count(said)
+        check(said.token, self.grammar)
         at = self.place(call.requests, said)
         counted = said.token.id not in call.requests[said.index].stop_tokens
         return [{**piece, "index": at} for piece in self.writers[at].push(said.token, counted)]

@@ -22,6 +22,7 @@ from assay.engine.server.wire import DONE, dumps, event
 from assay.engine.server.worker import Call, Worker
 
 T = TypeVar("T")
+Kinds = tuple[str, str, str]  # the beginning of an id, `object` of a whole answer, and of a chunk
 PAGES = ("pages_used", "pages_cached", "pages_total")  # of everybody: told where there is one key or none
 GONE = 499  # nginx's word for a client that closed the connection before there was an answer
 
@@ -44,7 +45,7 @@ class Service:
         requests = await asyncio.to_thread(desk.completions, body, http.state.tenant)
         names = Names(desk.tokenizer)
         writers = [Text(names, body.logprobs) for request in requests for _ in range(request.n)]
-        answer = self._answer(desk, ("cmpl", "text_completion", "text_completion"), writers, requests)
+        answer = self._answer(desk, body, ("cmpl", "text_completion", "text_completion"), writers, requests)
         return await self._reply(body, http, requests, answer)
 
     async def chat(self, body: ChatBody, http: Http) -> Response:
@@ -53,7 +54,7 @@ class Service:
         names, forced = Names(desk.tokenizer), forced_call(body) is not None
         writers = [Chat(names, request.logprobs, desk.reader(body), forced) for _ in range(request.n)]
         kinds = ("chatcmpl", "chat.completion", "chat.completion.chunk")
-        return await self._reply(body, http, [request], self._answer(desk, kinds, writers, [request]))
+        return await self._reply(body, http, [request], self._answer(desk, body, kinds, writers, [request]))
 
     async def models(self) -> Response:
         desk = await self.desk()
@@ -82,14 +83,14 @@ class Service:
         return _json({"prompt": await asyncio.to_thread(desk.tokenizer.decode, body.tokens)})
 
     def _answer(
-        self, desk: Desk, kinds: tuple[str, str, str], writers: Sequence[Writer], requests: Sequence[Request]
+        self, desk: Desk, body: Bounds, kinds: Kinds, writers: Sequence[Writer], requests: Sequence[Request]
     ) -> Answer:
         def more(tokens: int) -> Json:
             stats = {} if self.config.shared else self.worker.stats
             return {**desk.held(tokens), **{key: stats[key] for key in PAGES if key in stats}}
 
         usage = Usage(sum(len(request.source or request.prompt) for request in requests), more)
-        return Answer(kinds[0], kinds[1:], desk.name, writers, usage)
+        return Answer(kinds[0], kinds[1:], desk.name, writers, usage, grammar_param(body))
 
     async def _reply(self, body: Bounds, http: Http, requests: Sequence[Request], answer: Answer) -> Response:
         facts = http.state.log
