@@ -1,13 +1,16 @@
 """Where the time of an optimiser step goes, and its MFU by operator.
 
 python benchmarks/training.py [MODEL] [--batch 16] [--seq 256] [--dtype float32] [--threads N]
+python benchmarks/training.py [MODEL] --recipe lab     (a shipped recipe, as `assay train` would run its first steps)
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -17,6 +20,8 @@ from assay.measure.training import bench_recipe
 from assay.spec.load import load_model
 from assay.train.learner import Learner
 from assay.train.loop import check, dataset
+from assay.train.precision import resolve
+from assay.train.recipe import load_recipe
 from assay.train.utilisation import train_flops_per_token
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
@@ -28,25 +33,32 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--recipe", help="a shipped one, with its own batch, length and precision")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--steps", type=int, default=8)
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    spec, recipe = load_model(given.model), bench_recipe(given.batch, given.seq, given.dtype)
     device = torch.device("cpu")
+    spec, recipe = load_model(given.model), bench_recipe(given.batch, given.seq, given.dtype)
+    if given.recipe:
+        recipe = resolve(load_recipe(given.recipe), device)
     with tempfile.TemporaryDirectory() as cache:
         data = dataset(recipe, Path(cache))
         check(spec, recipe, data)
         learner = Learner(spec, recipe, data, device)
-        steps, products = [], []
-        for step in range(8):
+        steps, products, worked = [], [], []
+        for step in range(given.steps):
+            began = time.process_time()
             steps.append(seconds(lambda step=step: learner.step(step, 100), device))
-            products.append(matmul_seconds(getattr(torch, given.dtype), device, 0.0))
+            worked.append(time.process_time() - began)
+            products.append(matmul_seconds(getattr(torch, recipe.precision), device, 0.0))
         with profile(activities=[ProfilerActivity.CPU]) as found:
-            learner.step(len(steps), 100)
-    flops = train_flops_per_token(spec, given.seq) * recipe.batch.tokens
+            learner.step(given.steps, 100)
+    flops = train_flops_per_token(spec, recipe.batch.length) * recipe.batch.tokens
     took, rate = min(steps), 2 * SIZE**3 / min(products)
     print(f"{recipe.batch.tokens / took:,.0f} tok/s in the best step")
+    print(f"{1e3 * median(worked):.1f} ms of processor time in the median step")
     print(f"MFU {flops / took / rate:.1%} of {rate / 1e9:.0f} GFLOP/s, the best product of 2048 between the steps")
     rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
