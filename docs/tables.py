@@ -4,7 +4,7 @@ those of tour.jsonl.
     python docs/tables.py                   write what is stale
     python docs/tables.py --check           write nothing; exit 1 and name the stale files
     python docs/tables.py --take FILE       first take the lines of a run's results.jsonl, thinned to what a page needs
-    python docs/tables.py --take FILE NAME  the same for NAME.jsonl in place of tour.jsonl
+    python docs/tables.py --take FILE NAME  the same for NAME.jsonl in place of tour.jsonl; of several runs by FILE,FILE
 
 A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; everything outside the marks is by hand.
 """
@@ -75,15 +75,13 @@ def front(results: list[Result]) -> str:
 
 
 def command(results: list[Result]) -> str:
-    """The command, the commit and the machine behind a table."""
-    frame = next(r for r in results if r.kind == "study")
+    """The commands, the commit and the machine behind a table."""
+    frames = [r for r in results if r.kind == "study"]
+    commands = " and ".join(f"`{text}`" for text in dict.fromkeys(str(r.values["command"]) for r in frames))
     machine = next((r.values for r in results if r.kind == "environment"), {})
     runs = sum(r.kind == "trial" for r in results)
     where = f"{machine.get('cores')} cores of {machine.get('cpu')}, torch {machine.get('torch')}"
-    return (
-        f"`{frame.values['command']}` at commit `{str(frame.commit)[:8]}` ({where}, {machine.get('precision')}): "
-        f"{runs} runs."
-    )
+    return f"{commands} at commit `{str(frames[0].commit)[:8]}` ({where}, {machine.get('precision')}): {runs} runs."
 
 
 def made(results: list[Result]) -> str:
@@ -165,14 +163,19 @@ def rounded(tree: Any) -> Any:
     return float(f"{tree:.{DIGITS}g}") if isinstance(tree, float) else tree
 
 
-def take(path: Path, name: str = TOUR) -> None:
-    stored(name).write_text("".join(dumps(r) + "\n" for r in thinned(read_results(path))), encoding="utf-8")
+def take(paths: str, name: str = TOUR) -> None:
+    """ValueError where the runs are of several commits: a page names one."""
+    found = [r for path in paths.split(",") for r in read_results(Path(path))]
+    commits = sorted({str(r.commit) for r in found})
+    if len(commits) > 1:
+        raise ValueError(f"{paths}: runs of commits {', '.join(commits)}; accepted: of one")
+    stored(name).write_text("".join(dumps(r) + "\n" for r in thinned(found)), encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:
     if "--take" in argv:
         source, *name = argv[argv.index("--take") + 1 :]
-        take(Path(source), *name)
+        take(source, *name)
     stale = []
     for path, mark, whose, write in tables():
         text = path.read_text(encoding="utf-8")
