@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--steps", type=int, default=8)
     given = parser.parse_args()
+    if given.recipe and any(getattr(given, name) != parser.get_default(name) for name in ("batch", "seq", "dtype")):
+        parser.error("--batch, --seq, --dtype: a recipe has its own; accepted: without --recipe")
     if given.threads:
         torch.set_num_threads(given.threads)
     device = torch.device("cpu")
