@@ -1,7 +1,7 @@
 """Where the time of an optimiser step goes, and its MFU by operator.
 
 python benchmarks/training.py [MODEL] [--batch 16] [--seq 256] [--dtype float32] [--threads N]
-python benchmarks/training.py [MODEL] --recipe lab     (a shipped recipe, as `assay train` would run its first steps)
+python benchmarks/training.py [MODEL] --recipe smoke   (a shipped recipe, as `assay train` would run its first steps)
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     device = torch.device("cpu")
-    spec, recipe = load_model(given.model), bench_recipe(given.batch, given.seq, given.dtype)
-    if given.recipe:
-        recipe = resolve(load_recipe(given.recipe), device)
+    own = resolve(load_recipe(given.recipe), device) if given.recipe else None
+    spec, recipe = load_model(given.model), own or bench_recipe(given.batch, given.seq, given.dtype)
     with tempfile.TemporaryDirectory() as cache:
         data = dataset(recipe, Path(cache))
         check(spec, recipe, data)

@@ -146,7 +146,7 @@ class Answer:
     model: str
     writers: Sequence[Writer]
     usage: Usage
-    grammar: str | None = None
+    grammar: str | None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -95,7 +95,7 @@ class Service:
     async def _reply(self, body: Bounds, http: Http, requests: Sequence[Request], answer: Answer) -> Response:
         facts = http.state.log
         facts |= {"prompt_tokens": answer.usage.prompt, "choices": len(answer.writers), "stream": bool(body.stream)}
-        await self._compiled(body, requests[0].grammar)
+        await self._compiled(requests[0].grammar, answer.grammar)
         call = await self.worker.submit(requests, http.state.tenant if self.config.shared else "")
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -107,8 +107,8 @@ class Service:
             facts |= _told(call, answer)
         return Response(status_code=GONE) if whole is None else _json(whole)
 
-    async def _compiled(self, body: Bounds, grammar: Grammar | None) -> None:
-        """ApiError 400 for a grammar that is refused, named by the field that it came from."""
+    async def _compiled(self, grammar: Grammar | None, param: str | None) -> None:
+        """ApiError 400 for a grammar that is refused, named by the field of the body that it came from."""
         if grammar is None:
             return
         desk = await self.desk()
@@ -116,7 +116,6 @@ class Service:
             async with self._compiling:
                 await asyncio.to_thread(desk.compile, grammar)
         except ValueError as error:
-            param = grammar_param(body)
             raise ApiError(400, f"{param}: {str(error).partition(': ')[2]}", param) from None
 
     async def _chunks(self, call: Call, answer: Answer, usage: bool, facts: Json) -> AsyncIterator[bytes]:
