@@ -2,6 +2,8 @@
 // into pieces that are merged at the end: Dao et al. 2023, Flash-Decoding; in pages: Kwon et al. 2023, arXiv 2309.06180.
 #pragma once
 
+#include <atomic>
+
 #include "units.h"
 
 namespace {
@@ -212,19 +214,52 @@ template <class T> long lines_of(const Attend& a) {
   return (a.size + U::size - 1) / U::size * U::parts;
 }
 
-// All heads of a row with the keys [first, last): of each, out[0] is the largest logit, out[1] the sum of
-// e^(z - out[0]), and then the values in those shares. Heads are `apart` in out. q: lines of each head.
-template <class T, int K, int V>
-void piece(const Attend& a, long row, long first, long last, const Line* q, float* z, float* out, long apart) {
-  const long count = last - first, shared = a.shared(), lines = lines_of<T>(a);
-  const uint8_t* seen = a.seen + row * a.seen_row + first;
-  if (!std::memchr(seen, 1, count)) {  // pages of a view that is as long as its longest row
-    for (long h = 0; h < a.heads; h++) out[h * apart] = -INFINITY, out[h * apart + 1] = 0.0f;
-    return;
+// The entries [first, last) of a row; an empty one is none.
+struct Span {
+  long task, row, first, last;
+
+  explicit operator bool() const { return first < last; }
+};
+
+// The pieces of all rows, for whoever asks next: rows are not equally long. A view is as long as its longest row, and
+// what nobody sees at a row's end is left out.
+struct Spans {
+  const Attend& a;
+  const long count = std::max<long>(1, (a.entries + PIECE - 1) / PIECE);
+  std::atomic<long> turn{0};
+
+  // The next of which something is seen; of those that are passed over, parts say so.
+  Span take(float* parts) {
+    for (long task; (task = turn++) < a.rows * count;) {
+      const long row = task / count, first = task % count * PIECE;
+      long last = std::min(a.entries, first + PIECE);
+      while (last > first && !a.seen[row * a.seen_row + last - 1]) last--;
+      if (first < last) return {task, row, first, last};
+      for (long h = 0; h < a.heads; h++) {
+        float* part = parts + at(task, h);
+        part[0] = -INFINITY, part[1] = 0.0f;
+      }
+    }
+    return {};
   }
-  const T *values = stands<T>(a, a.v, row, first), *then = last < a.entries ? stands<T>(a, a.k, row, last) : values;
+
+  // Where a head's part of a task stands: the largest logit, the sum of e^(z - that), and the values in those shares.
+  long at(long task, long head) const { return ((task / count * a.heads + head) * count + task % count) * (a.width + 2); }
+};
+
+// Values of an entry that something else is worked on while they come.
+template <class T> const T* first_of(const Attend& a, const Pool& pool, const Span& piece) {
+  return stands<T>(a, pool, piece.row, piece.first);
+}
+
+// All heads of a row with the keys of a piece, to out as `Spans::at` says, heads `apart`. q: lines of each head. Keys
+// at `then` are wanted next.
+template <class T, int K, int V>
+void piece(const Attend& a, const Span& now, const T* then, const Line* q, float* z, float* out, long apart) {
+  const long count = now.last - now.first, shared = a.shared(), lines = lines_of<T>(a);
+  const uint8_t* seen = a.seen + now.row * a.seen_row + now.first;
   // All groups of an entry lie side by side: they are read together, so that memory is walked once, in its order.
-  runs<T>(a, a.k, row, first, last, values, [&](long at, const Run<T>& k) {
+  runs<T>(a, a.k, now.row, now.first, now.last, first_of<T>(a, a.v, now), [&](long at, const Run<T>& k) {
     for (long i = 0; i < k.count; i += LANES)
       for (long group = 0; group < a.groups; group++)
         together<K>(shared, [&](auto heads, long h) {
@@ -237,9 +272,9 @@ void piece(const Attend& a, long row, long first, long last, const Line* q, floa
     float* part = out + h * apart;
     part[0] = logits(z + h * PIECE, count, a.scale, a.softcap, seen);
     part[1] = part[0] == -INFINITY ? 0.0f : weights(z + h * PIECE, count, part[0]);
-    std::memset(part + 2, 0, a.width * sizeof(float));
+    for (long j = 0; j < a.width; j += LANES) save(part + 2 + j, Vec{});
   }
-  runs<T>(a, a.v, row, first, last, then, [&](long at, const Run<T>& v) {
+  runs<T>(a, a.v, now.row, now.first, now.last, then, [&](long at, const Run<T>& v) {
     for (long i = 0; i < v.count; i += LANES)
       for (long group = 0; group < a.groups; group++)
         together<V>(shared, [&](auto heads, long h) {
@@ -256,7 +291,8 @@ template <class T> void merge(const Attend& a, long head, const float* parts, lo
   float top = a.sink ? a.sink[head] : -INFINITY;
   for (long p = 0; p < count; p++) top = parts[p * step] > top || std::isnan(parts[p * step]) ? parts[p * step] : top;
   float sum = a.sink && top != -INFINITY ? std::exp(a.sink[head] - top) : 0.0f;
-  Vec acc[WIDEST / LANES] = {};
+  Vec acc[WIDEST / LANES];
+  for (long j = 0; j < a.width; j += LANES) acc[j / LANES] = Vec{};
   for (long first = 0; first < count; first += LANES) {
     Vec tops = Vec{} - INFINITY;
     const long many = std::min<long>(LANES, count - first);
@@ -275,26 +311,28 @@ template <class T> void merge(const Attend& a, long head, const float* parts, lo
 
 template <class T, int K, int V> void attend(const Attend& a) {
   static thread_local std::vector<float> buffer;
-  const long pieces = std::max<long>(1, (a.entries + PIECE - 1) / PIECE), step = a.width + 2;
-  const long tasks = a.rows * pieces, lines = lines_of<T>(a), own = (a.heads * PIECE + LANES - 1) / LANES;
-  buffer.resize(a.rows * a.heads * pieces * step);
+  Spans pieces{a};
+  const long step = a.width + 2, tasks = a.rows * pieces.count, lines = lines_of<T>(a);
+  const long own = (a.heads * PIECE + LANES - 1) / LANES;
+  buffer.resize(tasks * a.heads * step);
   float* parts = buffer.data();
 #pragma omp parallel if (tasks > 1 && tasks * a.heads * PIECE * (a.size + a.width) > 4 * ALONE)
   {
     static thread_local std::vector<Line> scratch;
     scratch.resize(a.heads * lines + own);
     Line* q = scratch.data();
-#pragma omp for schedule(dynamic, 1)  // rows are not equally long
-    for (long task = 0; task < tasks; task++) {
-      const long p = task % pieces, row = task / pieces;
+    // What comes after is taken before this one is worked on: a thread asks for memory of its own next piece.
+    for (Span now = pieces.take(parts), next; now; now = next) {
+      next = pieces.take(parts);
       for (long h = 0; h < a.heads; h++)
-        lay<T, Vec>(static_cast<const T*>(a.q) + row * a.strides[0] + h * a.strides[1], a.size, q + h * lines, 1);
-      piece<T, K, V>(a, row, p * PIECE, std::min(a.entries, (p + 1) * PIECE), q, q[a.heads * lines].at,
-                     parts + (row * a.heads * pieces + p) * step, pieces * step);
+        lay<T, Vec>(static_cast<const T*>(a.q) + now.row * a.strides[0] + h * a.strides[1], a.size, q + h * lines, 1);
+      piece<T, K, V>(a, now, first_of<T>(a, a.k, next ? next : now), q, q[a.heads * lines].at,
+                     parts + pieces.at(now.task, 0), pieces.count * step);
     }
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (long i = 0; i < a.rows * a.heads; i++)
-      merge<T>(a, i % a.heads, parts + i * pieces * step, pieces, static_cast<T*>(a.y) + i * a.width);
+      merge<T>(a, i % a.heads, parts + i * pieces.count * step, pieces.count, static_cast<T*>(a.y) + i * a.width);
   }
 }
 

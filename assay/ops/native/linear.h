@@ -14,6 +14,7 @@ constexpr int FEW = 3, NARROW = 4, ROWS = 3, WIDE = 4, HALVES = 2;
 #endif
 constexpr int WIDTH = LANES / HALVES;
 constexpr long NEAR = 20 << 10;  // bytes of the weight that stay in the nearest cache
+constexpr long SOON = 8 << 10;  // bytes of it that are worked off before memory has answered
 
 typedef float Reg __attribute__((vector_size(4 * WIDTH)));
 template <class T> using Of = Unit<T, Reg>;
@@ -128,10 +129,10 @@ void held(const T* w, const Spread& x, long t, long from, long to, Scratch& s, A
 // All rows with N of the weight: s.acc. The weight is cut so that a piece stays in the nearest cache while the tiles of
 // x pass by; its next rows are fetched meanwhile.
 template <class T, int N> void outputs(const T* w, const Spread& x, Scratch& s) {
-  const long bytes = x.k * sizeof(T);
+  const long bytes = x.k * sizeof(T), far = N * bytes < SOON ? 2 * N : N;
   for (long p = 0; p < x.pieces.parts; p++) {
     const long from = x.pieces.first(p), to = from + x.pieces.size(p);
-    const char* next = reinterpret_cast<const char*>(w + N * x.k + from * Of<T>::size);
+    const char* next = reinterpret_cast<const char*>(w + far * x.k + from * Of<T>::size);
     for (long t = 0; t < x.rows.parts; t++) {
       const long rows = t < x.ahead.parts ? x.ahead.size(t) : 0;
       held<T, N>(w, x, t, from, to, s, {rows ? next + x.ahead.first(t) * bytes : nullptr, rows, bytes, sizeof(Line)});

@@ -104,15 +104,18 @@ inline Vec silu(Vec v) { return v / (sleef_exp(-v) + 1.0f); }
 // x (1 + tanh(c (x + 0.044715 x^3))) / 2 with c = sqrt(2 / pi), by tanh's exponential.
 inline Vec gelu_tanh(Vec v) { return v / (sleef_exp(v * (v * v * -0.07135481283f - 1.595769122f)) + 1.0f); }
 
+// As ALONE, of exponentials and divisions.
+constexpr long COSTLY = ALONE / 4;
+
 // y[i] = x[i] / (1 + e^-x[i]) of `count` numbers.
 template <class T> void silu(const T* x, T* y, long count) {
-#pragma omp parallel for if (count > ALONE)
+#pragma omp parallel for if (count > COSTLY)
   for (long i = 0; i < count; i += LANES) store(y + i, silu(some(x + i, count - i)), count - i);
 }
 
 // y[i] = act(x[i]) u[i] of `count` numbers, rounded as if act(x[i]) had been stored.
 template <class T, class Act> void gated(const T* x, const T* u, T* y, long count, Act act) {
-#pragma omp parallel for if (count > ALONE)
+#pragma omp parallel for if (count > COSTLY)
   for (long i = 0; i < count; i += LANES)
     store(y + i, saved(x, act(some(x + i, count - i))) * some(u + i, count - i), count - i);
 }

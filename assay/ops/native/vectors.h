@@ -135,10 +135,10 @@ template <class T> inline void store(T* p, Vec v, long count) {  // the first `c
 
 inline Vec larger(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }  // a NaN stays one
 inline float largest(Vec v) {
-  float lane[LANES], top = -INFINITY;
-  save(lane, v);
-  for (int i = 0; i < LANES; i++) top = lane[i] > top || std::isnan(lane[i]) ? lane[i] : top;
-  return top;
+  v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return larger(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))[0];
 }
 
 // `count` things in nearly equal parts, the larger ones first.
