@@ -39,6 +39,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.recipe and any(getattr(given, name) != parser.get_default(name) for name in ("batch", "seq", "dtype")):
         parser.error("--batch, --seq, --dtype: a recipe has its own; accepted: without --recipe")
+    if given.steps < 1:
+        parser.error(f"--steps: not {given.steps}; accepted: 1 and more")
     if given.threads:
         torch.set_num_threads(given.threads)
     device = torch.device("cpu")

@@ -175,7 +175,11 @@ def take(paths: str, name: str = TOUR) -> None:
 def main(argv: list[str]) -> int:
     if "--take" in argv:
         source, *name = argv[argv.index("--take") + 1 :]
-        take(source, *name)
+        try:
+            take(source, *name)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
     stale = []
     for path, mark, whose, write in tables():
         text = path.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.spec.result import read_results
+from assay.spec.result import dumps, read_results
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +47,18 @@ def test_a_page_with_results_of_its_own_shows_them() -> None:
         mean = {a: [r.values["loss_nats"] for r in runs if r.arm == a] for a in ("causal", arm)}
         delta = sum(mean[arm]) / len(mean[arm]) - sum(mean["causal"]) / len(mean["causal"])
         assert f"| {study} | {title} | Causal | {delta:+.3f} |" in page
+
+
+def test_runs_of_two_commits_are_no_page(tmp_path: Path) -> None:
+    one, two = read_results(ROOT / "docs" / "results" / "masks.jsonl")[:2]
+    files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for file, line in zip(files, (one, two.model_copy(update={"commit": "other"})), strict=True):
+        file.write_text(dumps(line) + "\n", encoding="utf-8")
+    command = [sys.executable, "docs/tables.py", "--take", ",".join(map(str, files)), str(tmp_path / "page")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert f"runs of commits {one.commit}, other; accepted: of one" in run.stderr
+    assert not (tmp_path / "page.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["tour", "masks"])

@@ -129,6 +129,8 @@ void assay_gated(int half, int gelu, const void* x, const void* u, void* y, long
   else gated((const float*)x, (const float*)u, (float*)y, count, act);
 }
 
+long assay_share() { return SHARE; }
+
 // Row i of `from`, `size` bytes, becomes row index[i] of `into`.
 void assay_put(void* into, const int64_t* index, long count, const void* from, long size) {
   for (long i = 0; i < count; i++) std::memcpy((char*)into + index[i] * size, (const char*)from + i * size, size);

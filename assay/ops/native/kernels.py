@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from assay.ops.packed import Packed
 
 ROWS = 64  # beyond this many, torch's blocked products are as fast
-SHARE = 64  # rows whose sums of a norm's gradient a kernel gives
 LANES, WIDEST = 16, 1024  # heads are whole lanes wide, and so many at most
 TYPES = (torch.float32, torch.bfloat16)
 GATES = ("silu", "gelu_tanh")
@@ -52,6 +51,7 @@ class Kernels:
         loaded = ctypes.CDLL(str(library))
 
         self.library, self.table = loaded, dict[str, Kernel]()
+        self._share = int(loaded.assay_share())  # rows whose sums of a norm's gradient a kernel gives
 
         def function(name: str, *types: type) -> Kernel:
             made = self.table[name] = Kernel(loaded, name, types)
@@ -170,7 +170,7 @@ class Kernels:
         rows, _x = _rows(x)
         by, dx, dw = by.contiguous(), x.new_empty(x.shape), None
         if w is not None:
-            dw = x.new_empty(-(-rows[2] // SHARE), rows[3], dtype=torch.float32)
+            dw = x.new_empty(-(-rows[2] // self._share), rows[3], dtype=torch.float32)
         weight, sums = (None if t is None else t.data_ptr() for t in (w, dw))
         self._rms_norm_back(x.dtype is torch.bfloat16, *rows, weight, shift, eps, by.data_ptr(), dx.data_ptr(), sums)
         return (dx,) if dw is None else (dx, dw.sum(0))
