@@ -64,7 +64,9 @@ class Recorded:
             self.tape.run()
         else:
             clock.took.append(self.tape.timed())
-        return Output(self.logits.clone(), None, {})
+        # The tape writes over its logits; who chooses from half precision widens them, which is a copy as well.
+        own = self.logits.clone() if self.logits.dtype in (torch.float32, torch.float64) else self.logits.float()
+        return Output(own, None, {})
 
 
 class Looked(dict[str, Tensor]):

@@ -227,7 +227,8 @@ class Runner:
     @torch.inference_mode()
     def step(self, work: Sequence[Work]) -> Float[Tensor, "E V"]:
         """One step for any mix of prompts' chunks and single tokens; logits after the last token of each work that
-        asks for them, in the order of `work`. Deterministic in half precision: as many calls as that takes."""
+        asks for them, in the order of `work`: float32, or float64 of a model in float64. Deterministic in half
+        precision: as many calls as that takes."""
         if self.width is None:
             return self._call(work)
         return torch.cat([self._call(call) for call in steady.calls(work, self.width)])
@@ -235,6 +236,7 @@ class Runner:
     def _call(self, work: Sequence[Work]) -> Float[Tensor, "E V"]:
         logits = self.output(work).logits
         assert logits is not None
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         order = sorted(range(len(work)), key=lambda i: len(work[i].ids))  # as `output` has them
         told = [i for i in order if work[i].emit]
         return logits if told == sorted(told) else logits[sorted(range(len(told)), key=told.__getitem__)]
