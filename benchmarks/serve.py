@@ -258,6 +258,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-serve"))
     given = parser.parse_args()
+    unknown = [name for name in given.dtypes if name not in DTYPES]
+    if unknown:
+        parser.error(f"--dtypes: not {', '.join(unknown)}; accepted: {', '.join(DTYPES)}")
     torch.set_num_threads(given.threads)
     with ExitStack() as stack:
         bench = Bench(given, stack)
