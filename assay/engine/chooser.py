@@ -179,11 +179,12 @@ class Chooser:
         if tuple(keys) != self._batch.keys:
             self._batch = Batch(tuple(keys), tuple(self._rows[key] for key in keys), self.device)
         batch = self._batch
-        logits = logits if logits.dtype == torch.float64 else logits.float()
         values, indices = largest(logits)
         wrong = [key for key, value in zip(batch.keys, values.tolist(), strict=True) if not math.isfinite(value)]
         if wrong:
             raise Unchoosable(dict.fromkeys(wrong, DAMAGED))
+        if logits.dtype != torch.float64 and (batch.edits or batch.drawing or batch.telling):
+            logits = logits.float()
         changed = edited(logits, batch) if batch.edits else logits
         if batch.edits:
             indices = largest(changed)[1]

@@ -253,7 +253,7 @@ class Engine:
 
     def _run(self, plan: Plan) -> list[Token]:
         work = {job: self._work(job, 1) for job in plan.decodes} | {job: self._work(job, n) for job, n in plan.chunks}
-        logits = self.runner.step(list(work.values()))
+        logits = self.runner.step(list(work.values()), kept=False)
         self.runner.cache.settle([one.slot for one in work.values()])
         chosen = self._choose([job for job, one in work.items() if one.emit], logits)
         said = {job: self._say(job, told) for job, told in chosen.items()}

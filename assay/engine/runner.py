@@ -225,25 +225,28 @@ class Runner:
         return torch.stack([found[i] for i in sorted(found)])
 
     @torch.inference_mode()
-    def step(self, work: Sequence[Work]) -> Float[Tensor, "E V"]:
+    def step(self, work: Sequence[Work], kept: bool = True) -> Float[Tensor, "E V"]:
         """One step for any mix of prompts' chunks and single tokens; logits after the last token of each work that
-        asks for them, in the order of `work`: float32, or float64 of a model in float64. Deterministic in half
-        precision: as many calls as that takes."""
+        asks for them, in the order of `work`: float32, or float64 of a model in float64. Not kept: who asks is done
+        with them before the next step, and takes them in the model's own precision. Deterministic in half precision:
+        as many calls as that takes."""
         if self.width is None:
-            return self._call(work)
-        return torch.cat([self._call(call) for call in steady.calls(work, self.width)])
+            return self._call(work, kept)
+        return torch.cat([self._call(call, True) for call in steady.calls(work, self.width)])
 
-    def _call(self, work: Sequence[Work]) -> Float[Tensor, "E V"]:
+    def _call(self, work: Sequence[Work], kept: bool) -> Float[Tensor, "E V"]:
         logits = self.output(work).logits
         assert logits is not None
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if kept:  # a tape writes over its own
+            logits = logits.clone() if logits.dtype in (torch.float32, torch.float64) else logits.float()
         order = sorted(range(len(work)), key=lambda i: len(work[i].ids))  # as `output` has them
         told = [i for i in order if work[i].emit]
         return logits if told == sorted(told) else logits[sorted(range(len(told)), key=told.__getitem__)]
 
     def output(self, work: Sequence[Work], listen: frozenset[str] = frozenset()) -> Output:
-        """What the model says of such a step. Works of one length are a piece of it, and short ones come first, in
-        the order of `work`. Sequences that get one token each, as in the last step, go on from where that one ended."""
+        """What the model says of such a step; the next may write over it. Works of one length are a piece of it, and
+        short ones come first, in the order of `work`. Sequences that get one token each, as in the last step, go on
+        from where that one ended."""
         if not listen and all(len(one.ids) == 1 and one.emit for one in work):
             again = self.tapes.again([one.slot for one in work], [one.ids[0] for one in work])
             if again is not None:

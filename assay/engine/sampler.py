@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from assay.engine.request import SamplingParams
+from assay.ops import native
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,15 @@ def _sorted(z: Tensor) -> Tensor:
 
 def largest(logits: Float[Tensor, "B V"]) -> tuple[Float[Tensor, "B"], Int[Tensor, "B"]]:
     """The largest of each row, a NaN where there is one, and where it stands first. NumPy's is some 10 times as fast as
-    torch's on a CPU."""
+    torch's on a CPU, and the kernels' need not be given float32."""
     if logits.device.type != "cpu":
         found = logits.max(-1)
         return found.values, found.indices
+    compiled = native.serving(logits)
+    told = None if compiled is None else compiled.argmax(logits)
+    if told is not None:
+        return told
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     indices = torch.from_numpy(logits.detach().numpy().argmax(-1))
     return logits.gather(-1, indices[:, None])[:, 0], indices
 

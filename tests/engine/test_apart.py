@@ -55,7 +55,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     logits: list[Tensor] = []
     step = Runner.step
 
-    def told(self: Runner, work: Any) -> Tensor:
+    def told(self: Runner, work: Any, kept: bool = True) -> Tensor:
         logits.append(step(self, work))
         return logits[-1]
 

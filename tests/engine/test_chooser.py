@@ -67,6 +67,17 @@ def by_hand(asked: Request, said: list[int], row: Tensor) -> int:
     return int(sample(row, Settings.of([params]), u))
 
 
+@given(asked=st.lists(REQUESTS, min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_logits_of_half_precision_are_chosen_from_as_if_they_were_wide(asked: list[Request], seed: int) -> None:
+    narrow, wide = chooser(), chooser()
+    for i, each in enumerate(asked):
+        narrow.enter(i, each)
+        wide.enter(i, each)
+    for step in range(3):
+        given = logits(len(asked), seed + 7 * step).bfloat16()
+        assert narrow.choose(range(len(asked)), given) == wide.choose(range(len(asked)), given.float())
+
+
 @given(asked=st.lists(REQUESTS, min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_rows_are_chosen_as_if_alone_and_as_transformers_would(asked: list[Request], seed: int) -> None:
     together, said = chooser(), [list[int]() for _ in asked]

@@ -187,8 +187,8 @@ def test_damaged_logits_end_one_reply_and_not_the_others(monkeypatch: pytest.Mon
     bad, good = engine.submit(asked(0, 5, 6)), engine.submit(asked(2, 5, 6))
     step, rounds = Runner.step, itertools.count()
 
-    def broken(self: Runner, work: Any) -> torch.Tensor:
-        logits = step(self, work).clone()
+    def broken(self: Runner, work: Any, kept: bool) -> torch.Tensor:
+        logits = step(self, work, kept).clone()
         if next(rounds) == 2:
             logits[0] = float("nan")
         return logits

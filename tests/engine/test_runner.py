@@ -162,7 +162,7 @@ def test_a_session_computes_only_what_is_new(kind: str, monkeypatch: pytest.Monk
     session, seen = Session(lm, TEXT, 64), []
     step = Runner.step
     monkeypatch.setattr(
-        Runner, "step", lambda self, work: seen.append(sum(len(w.ids) for w in work)) or step(self, work)
+        Runner, "step", lambda self, work, kept: seen.append(sum(len(w.ids) for w in work)) or step(self, work, kept)
     )
     for length in (35, 44):
         list(session.reply(Request(prompt=ids[:length], sampling=GREEDY, max_new=1)))

@@ -122,13 +122,14 @@ def test_the_ends_of_the_unit_interval() -> None:
     ]
 
 
-def test_the_largest_is_torchs_the_first_of_equal_ones_and_not_a_number_where_one_stands() -> None:
-    logits = random_logits(6, 4).float()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_is_torchs_the_first_of_equal_ones_and_not_a_number_where_one_stands(dtype: torch.dtype) -> None:
+    logits = random_logits(6, 4).to(dtype)
     logits[1, 7] = logits[1, 30] = logits[1].max() + 1
     logits[2, 5] = float("nan")
     logits[3] = float("-inf")
     values, indices = largest(logits)
-    torch.testing.assert_close(values, logits.amax(-1), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(values.to(dtype), logits.amax(-1), rtol=0, atol=0, equal_nan=True)
     assert indices[[0, 4, 5]].tolist() == logits[[0, 4, 5]].argmax(-1).tolist()
     assert indices[1:4].tolist() == [7, 5, 0]
 

@@ -95,14 +95,19 @@ def test_weights_that_moved_are_seen_and_a_changed_one_is_read() -> None:
     torch.testing.assert_close(after, decoded(in_python(model, ROWS), prompts, tokens), rtol=0, atol=0)
 
 
-def test_a_logits_tensor_stays_what_it_was_when_the_tape_runs_again() -> None:
-    runner = Runner(build(load_model("llama-11m", SMALL)), ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_logits_tensor_stays_what_it_was_when_the_tape_runs_again(dtype: torch.dtype) -> None:
+    """Unless who asked has said that it need not."""
+    runner = Runner(build(load_model("llama-11m", SMALL)).to(dtype), ROWS)
     slot = runner.open(60)
     runner.feed([slot], [[1, 2, 3]])
     outs = [runner.step([Work(slot, [i])]) for i in range(4)]
     kept = outs[2].clone()
     runner.step([Work(slot, [9])])
-    assert torch.equal(outs[2], kept) and not torch.equal(outs[2], outs[3])
+    assert torch.equal(outs[2], kept) and not torch.equal(outs[2], outs[3]) and kept.dtype == torch.float32
+    loose = runner.step([Work(slot, [10])], kept=False)
+    last = runner.step([Work(slot, [11])])
+    assert loose.dtype == dtype and torch.equal(loose.float(), last)
 
 
 def taped(layers: int) -> tuple[Runner, Tape]:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from assay.engine.sampler import largest
 from assay.ops.activations import Activation, activate, glu, reference
 from assay.ops.native import Kernels
 from assay.ops.tape import agrees
@@ -43,6 +44,30 @@ def test_the_turn_is_ropes_reference_to_the_rounding(
     assert found is not None
     exact, _ = rope_reference(spec, {}, x, x[:, :1], positions)
     torch.testing.assert_close(found.double(), exact, rtol=ROUND[dtype], atol=1e-5)
+
+
+PALETTE = st.lists(st.sampled_from((-3.0, 2.0, 2.5, -float("inf"), float("inf"), float("nan"))), min_size=1, max_size=3)
+
+
+@given(PALETTE, st.sampled_from((1, 15, 16, 17, 40, 70)), st.integers(0, 3), floats)
+def test_the_largest_of_a_row_is_where_numpy_finds_it(
+    kernels: Kernels, palette: list[float], size: int, pad: int, dtype: torch.dtype
+) -> None:
+    """The first of equal ones, and of what is not a number; in rows that lie apart."""
+    kinds = torch.randint(len(palette), (20, size + pad), generator=torch.Generator().manual_seed(size))
+    x = torch.tensor(palette)[kinds].to(dtype)[:, :size]
+    found = kernels.argmax(x)
+    assert found is not None
+    assert found[1].tolist() == x.float().numpy().argmax(-1).tolist()
+    torch.testing.assert_close(found[0], x.float().amax(-1), rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_engine_chooses_by_it_and_others_by_numpy(used: list[str]) -> None:
+    logits = drawn(0, torch.bfloat16, 3, 40)
+    with torch.inference_mode():
+        found, wide = largest(logits), largest(logits.double())
+    assert used == ["argmax", "argmax"] and torch.equal(found[1], wide[1])
+    assert torch.equal(largest(logits)[1], wide[1]) and len(used) == 2
 
 
 @given(st.integers(1, 200), floats)

@@ -167,7 +167,7 @@ def test_a_failure_in_the_engine_ends_what_ran_and_nothing_else() -> None:
 def _break_once(engine: Any) -> None:
     working = engine.runner.step
 
-    def broken(work: Any) -> Any:
+    def broken(work: Any, kept: bool) -> Any:
         engine.runner.step = working
         raise ZeroDivisionError("planted, with a prompt in it")
 

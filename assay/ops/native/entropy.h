@@ -1,4 +1,4 @@
-// Cross-entropy of rows of logits, and its gradient from these logits: nothing as large as they are is kept between. A
+// Of rows of logits the largest; cross-entropy and its gradient, with nothing as large as they are kept between. A
 // row's sum of exponentials walks it in steps of 64, then a tree over the lanes.
 #pragma once
 
@@ -51,6 +51,31 @@ void entropy_back(const T* x, long xs, long rows, long size, const int64_t* targ
   }
 }
 
+// The largest of each row of `size` values and where it stands first; of a row with a NaN, the first of them.
+template <class T> void argmax(const T* x, long xs, long rows, long size, float* values, int64_t* places) {
+  typedef int32_t Whole __attribute__((vector_size(64)));
+#pragma omp parallel for if (rows * size > ALONE)
+  for (long row = 0; row < rows; row++) {
+    Vec most = Vec{} - INFINITY;
+    Whole at = {};  // of each lane, which sixteen
+    for (long i = 0; i < size; i += LANES) {
+      const Vec v = logits_at(x + row * xs, i, size);
+      const Whole taken = (v > most) | ((v != v) & (most == most));
+      most = taken ? v : most;
+      at = taken ? Whole{} + static_cast<int32_t>(i) : at;
+    }
+    float top = most[0];
+    long place = at[0];
+    for (int lane = 1; lane < LANES; lane++) {
+      const bool same = most[lane] == top || (std::isnan(most[lane]) && std::isnan(top));
+      const bool more = most[lane] > top || (std::isnan(most[lane]) && !std::isnan(top));
+      if (more || (same && at[lane] + lane < place)) top = most[lane], place = at[lane] + lane;
+    }
+    values[row] = top;
+    places[row] = place;
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -66,6 +91,12 @@ void assay_entropy_back(int half, const void* x, long xs, long rows, long size, 
   else entropy_back((const float*)x, xs, rows, size, targets, all, by, (float*)y);
 }
 
+void assay_argmax(int half, const void* x, long xs, long rows, long size, float* values, int64_t* places) {
+  if (half) argmax((const uint16_t*)x, xs, rows, size, values, places);
+  else argmax((const float*)x, xs, rows, size, values, places);
+}
+
+AGAIN(argmax)
 AGAIN(entropy)
 AGAIN(entropy_back)
 

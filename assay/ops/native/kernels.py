@@ -71,6 +71,7 @@ class Kernels:
         self._turn = function("turn", INT, POINTER, LONG, LONG, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER)
         self._entropy = function("entropy", INT, POINTER, LONG, LONG, LONG, POINTER, POINTER, POINTER)
         self._entropy_back = function("entropy_back", INT, POINTER, LONG, LONG, LONG, POINTER, POINTER, FLOAT, POINTER)
+        self._argmax = function("argmax", INT, POINTER, LONG, LONG, LONG, POINTER, POINTER)
         attention = (INT, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, Numbers, FLOAT, FLOAT)
         self._attend, self._attend_tiled = function("attend", *attention), function("attend_tiled", *attention)
         # What a tape makes of torch's own operations.
@@ -174,6 +175,15 @@ class Kernels:
         weight, sums = (None if t is None else t.data_ptr() for t in (w, dw))
         self._rms_norm_back(x.dtype is torch.bfloat16, *rows, weight, shift, eps, by.data_ptr(), dx.data_ptr(), sums)
         return (dx,) if dw is None else (dx, dw.sum(0))
+
+    def argmax(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The largest of each row of x [N, V] in float32, and where it stands first; of a row with a NaN, the first."""
+        if x.dtype not in TYPES or x.dim() != 2 or x.stride(1) != 1 or not x.shape[1]:
+            return None
+        values, places = x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), dtype=torch.int64)
+        half, to = x.dtype is torch.bfloat16, (values.data_ptr(), places.data_ptr())
+        self._argmax(half, x.data_ptr(), x.stride(0), *x.shape, *to)
+        return values, places
 
     def gated(self, act: str, x: Tensor, u: Tensor) -> Tensor | None:
         """act(x) * u of two dense tensors of one shape, for act silu and gelu_tanh, rounded after either step."""
