@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,19 @@ def kill(child: int, ear: int) -> None:
 
 
 def size(folder: Path) -> int:
-    """Of every file there; one that disappears meanwhile counts nothing."""
-    total = 0
-    for path in folder.iterdir():
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+    """Of every file there, at one moment: a listing takes a while, in which one file may go and another come, and only
+    what two of them have in common stood there between them."""
+    before: dict[str, tuple[int, int]] = {}
+    while True:
+        found = {}
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    about = entry.stat(follow_symlinks=False)
+                    found[entry.name] = about.st_size, about.st_mtime_ns
+        if found == before:
+            return sum(held for held, _ in found.values())
+        before = found
 
 
 def test_only_the_owner_reads(tmp_path: Path) -> None:
