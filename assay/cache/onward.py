@@ -22,10 +22,15 @@ from assay.ops.state import State
 from assay.ops.step import Step
 
 AT_ONCE = 64  # tokens that are looked ahead at most
+WIDER = 512  # entries that a view may have beyond those that its sequences need: masks are made for all of them
 
 
 class Field(Protocol):
     """Token fields of one kind: entries in rows, or in pages."""
+
+    def seat(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Go on with the sequences in these rows, as many as before; one may stand there twice. False where the view
+        is another one for them, or far wider than they need."""
 
     def fits(self, lengths: Sequence[int]) -> bool:
         """Room for the next tokens, taken where it must be; False where views get another shape or place by it."""
@@ -66,6 +71,9 @@ class InRows:
         self.entries, self.rows, self.view = entries, rows, View(writing)
         self.index, self.positions = entries.index.numpy(), entries.positions.numpy()
 
+    def seat(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
+        return False  # a step reads rows of the store where they stand
+
     def fits(self, lengths: Sequence[int]) -> bool:
         used = max(lengths) + 1
         return min(self.entries.capacity, -(-used // ROUND) * ROUND) == self.view.index.shape[1]
@@ -95,7 +103,15 @@ class InPages:
         cut = cast(PageCut, writing.cut)
         self.store, self.kind, self.group, self.rows, self.run = store, kind, store.groups[kind], rows, cut.run
         self.view, self.table, self.positions = View(writing), cut.table.numpy(), self.group.positions.numpy()
-        self.known = [(0, list[int]())] * len(rows)
+        self.known: list[tuple[int, list[int]] | None] = [None] * len(rows)
+
+    def seat(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
+        page, tables = self.group.page, self.group.tables
+        need = max(n + 1 - tables[row].base * page for row, n in zip(rows, lengths, strict=True))
+        if self.run is not None or not need <= self.view.index.shape[1] <= need + WIDER:
+            return False
+        self.rows, self.known = rows, [None] * len(rows)
+        return True
 
     def fits(self, lengths: Sequence[int]) -> bool:
         group, ones = self.group, [1] * len(self.rows)
@@ -105,7 +121,7 @@ class InPages:
             self.store._copy_page(self.kind, source, target)
         grow, tables = max(1, ROUND // group.page), [group.tables[row] for row in self.rows]
         most = max(len(table.pages) for table in tables)
-        if min(-(-most // grow) * grow, group.blocks.total) != self.table.shape[1]:
+        if min(-(-most // grow) * grow, group.blocks.total) > self.table.shape[1]:
             return False
         for i, table in enumerate(tables):
             if self.known[i] != (table.base, table.pages):
@@ -120,9 +136,9 @@ class InPages:
         return self.run is None or table.pages == list(range(first, first + len(table.pages)))
 
     def _rewrite(self, i: int, table: Table, length: int) -> None:
-        """What is behind the row's pages stays: some page, of which nobody sees anything."""
-        page, view = self.group.page, self.view
-        self.table[i, : len(table.pages)] = table.pages
+        """Behind the row's pages its first one stands again, of which nobody sees anything there."""
+        page, view, count = self.group.page, self.view, len(table.pages)
+        self.table[i, :count], self.table[i, count:] = table.pages, table.pages[0]
         index = table.base * page + np.arange(view.index.shape[1])
         there = index < length
         view.seq[i], view.index[i] = np.where(there, i, -1), np.where(there, index, -1)
@@ -132,15 +148,15 @@ class InPages:
     def write(self, lengths: Sequence[int]) -> None:
         page = self.group.page
         for i, (row, n) in enumerate(zip(self.rows, lengths, strict=True)):
-            base, inside = self.known[i][0], n % page
-            number = self.group.tables[row].pages[n // page - base]
+            table, inside = self.group.tables[row], n % page
+            base, number = table.base, table.pages[n // page - table.base]
             self.positions[number, inside] = n
             self.view.enter(i, n - base * page, n, number * page + inside)
 
     def room(self, lengths: Sequence[int]) -> int:
         group, width, found = self.group, self.view.index.shape[1], AT_ONCE
-        for i, n in enumerate(lengths):
-            base = self.known[i][0]
+        for row, n in zip(self.rows, lengths, strict=True):
+            base = group.tables[row].base
             found = min(found, base * group.page + width - n)
             if group.keep is not None:  # until the next page leaves the window
                 kept = (group.first(max(0, k - group.chunk)) for k in range(n + 1, n + 1 + found))
@@ -148,8 +164,8 @@ class InPages:
         return found
 
     def foretell(self, lengths: Sequence[int]) -> None:
-        for i, n in enumerate(lengths):
-            self.view.enter(i, n - self.known[i][0] * self.group.page, n, 0)
+        for i, (row, n) in enumerate(zip(self.rows, lengths, strict=True)):
+            self.view.enter(i, n - self.group.tables[row].base * self.group.page, n, 0)
 
 
 def needs_pages(group: Group, row: int, n: int) -> bool:
@@ -162,6 +178,10 @@ class Onward:
 
     `of` says None where something is not known to move so: fields in codes, memories, a step of another kind. The
     step's and states' tensors must be nobody else's.
+
+    The step has a seat for each sequence. Others may take the seats, and fewer than there are: in the seats behind them
+    the shortest one sits again, whose token is computed there once more from the same state, and stored where it is
+    stored anyway.
     """
 
     def __init__(self, store: Cache | Paged, slots: Sequence[Slot], step: Step, states: Mapping[str, State]) -> None:
@@ -171,6 +191,7 @@ class Onward:
         self.fields = [self._field(kind, w) for kind, w in writings.items() if kind is not None]
         self.saving = next((state.saving for state in own.values() if state.saving is not None), None)
         self.ids, self.index, self.past = (t.numpy() for t in (step.ids, step.index, step.past))
+        self.horizon = step.horizon.numpy()
         self.left = [store.length(slot) for slot in slots]  # as this left them
 
     @classmethod
@@ -187,6 +208,25 @@ class Onward:
             return InPages(self.store, kind, self.rows, writing)
         return InRows(self.store.entries[kind], self.rows, writing)
 
+    @property
+    def seats(self) -> int:
+        return len(self.rows)
+
+    def seat(self, slots: Sequence[Slot], horizons: Mapping[Slot, int]) -> bool:
+        """Go on with these sequences, each with its horizon; False where the step cannot be theirs."""
+        spare = self.seats - len(slots)
+        if spare < 0:
+            return False
+        lengths = [self.store.length(slot) for slot in slots]
+        least = min(range(len(slots)), key=lengths.__getitem__)
+        taken = [*range(len(slots)), *[least] * spare]
+        rows, left = [slots[i].row for i in taken], [lengths[i] for i in taken]
+        if not all(field.seat(rows, left) for field in self.fields):
+            return False
+        self.slots, self.rows, self.left = tuple(slots), rows, left
+        self.horizon[:] = [horizons[slots[i]] for i in taken]
+        return True
+
     def follows(self, slots: Sequence[Slot]) -> bool:
         """Whether these are the same sequences, as they were left."""
         if tuple(slots) != self.slots:
@@ -201,7 +241,7 @@ class Onward:
         if isinstance(self.store, Paged):
             pairs = list(zip(self.rows, self.left, strict=True))
             if any(needs_pages(group, row, n) for group in self.store.groups.values() for row, n in pairs):
-                self.store._check(self.rows, [1] * len(self.rows))
+                self.store._check(self.rows[: len(ids)], [1] * len(ids))
         elif max(self.left) >= self.store.size.tokens:
             return False
         if not all(field.fits(self.left) for field in self.fields):
@@ -209,13 +249,15 @@ class Onward:
         for field in self.fields:
             field.write(self.left)
         if self.saving is not None and self.store.saves is not None:
-            _save(self.store.saves, self.saving, self.rows, self.left)
-        self.ids[:], self.index[:], self.past[:] = ids, self.left, self.left
+            _save(self.store.saves, self.saving, self.rows, self.left, len(ids))
+        self.ids[: len(ids)], self.index[:], self.past[:] = ids, self.left, self.left
+        if len(ids) < self.seats:
+            self.ids[len(ids) :] = ids[self.rows.index(self.rows[-1])]
         self.left = [n + 1 for n in self.left]
         self.store.lengths.update(zip(self.rows, self.left, strict=True))
         if isinstance(self.store, Paged):
-            for row, token in zip(self.rows, ids, strict=True):
-                self.store.texts[row].tokens.append(token)
+            for slot, token in zip(self.slots, ids, strict=True):
+                self.store.texts[slot.row].tokens.append(token)
         return True
 
     def foretold(self, count: int) -> Iterator[None]:
@@ -242,9 +284,12 @@ def _moves(state: Stored) -> bool:
     return state.layout_key[0] == "token" and state.writing is not None and state.writing.arrival.real is None
 
 
-def _save(saves: Saves, saving: Saving, rows: Sequence[int], lengths: Sequence[int]) -> None:
-    """Each sequence starts from its current state, and the next one has a place of its own, or the same."""
+def _save(saves: Saves, saving: Saving, rows: Sequence[int], lengths: Sequence[int], count: int) -> None:
+    """Each of `count` sequences starts from its current state, and the next one has a place of its own, or the same.
+    Whoever sits behind them is one of them, with its places."""
     start, place = saving.start.numpy(), saving.place.numpy()
-    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-        start[i] = saves.place(row)
-        place[i] = saves._enter(row, n + 1)
+    for i in range(count):
+        start[i] = saves.place(rows[i])
+        place[i] = saves._enter(rows[i], lengths[i] + 1)
+    again = rows.index(rows[-1])
+    start[count:], place[count:] = start[again], place[again]

@@ -156,10 +156,22 @@ class Course:
         weight, place, _ = self.weights[self.turn]
         return self.onward.follows(slots) and weight.data_ptr() == place
 
+    def seat(self, slots: Sequence[Slot], horizons: Mapping[Slot, int]) -> bool:
+        """Go on with these sequences, up to as many as it was recorded with; False where it cannot be theirs."""
+        self.ahead.clear()
+        return self.onward.seat(slots, horizons)
+
     def next(self, ids: Sequence[int], clock: Clock | None) -> Output | None:
         """The model's answer to these tokens; None where the cache's `begin` must see to it."""
         if not self.onward.move(ids):
             return None
+        out = self._answer(clock)
+        if len(ids) < self.onward.seats and out.logits is not None:
+            out = Output(out.logits[: len(ids)], None, {})
+        return out
+
+    def _answer(self, clock: Clock | None) -> Output:
+        """To the step as it stands, for all seats."""
         if not self.ahead and not self._look():
             self.onward.left = []
             step = self.model.prepared(self.recorded.step.with_(tables={}), self.recorded.states, {})

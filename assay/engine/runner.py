@@ -248,7 +248,7 @@ class Runner:
         short ones come first, in the order of `work`. Sequences that get one token each, as in the last step, go on
         from where that one ended."""
         if not listen and all(len(one.ids) == 1 and one.emit for one in work):
-            again = self.tapes.again([one.slot for one in work], [one.ids[0] for one in work])
+            again = self.tapes.again([one.slot for one in work], [one.ids[0] for one in work], self.horizons)
             if again is not None:
                 return again
         groups: dict[int, list[Work]] = {}

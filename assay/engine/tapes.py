@@ -33,6 +33,9 @@ TAPES, HELD = 4, 256 << 20
 """Tapes that are kept whatever they hold, and bytes of buffers up to which there may be more: as sequences come and go,
 steps of other sizes come and come again. The oldest is forgotten."""
 MET = "it was met once"
+PATIENCE = 16
+"""Steps of a number of sequences that run on a tape with many empty seats before they get one of their own: to record
+one takes as long as some dozen steps lose on empty seats."""
 
 
 class Tapes:
@@ -48,14 +51,22 @@ class Tapes:
         self.clock: Clock | None = None
         self._last: Recorded | None = None  # what answered the last step
         self._course: Course | None = None
+        self._courses: list[Course] = []  # of tapes that are kept
+        self._loose = Counter[int]()  # steps of so many sequences that ran with many empty seats
 
-    def again(self, slots: Sequence[Slot], ids: Sequence[int]) -> Output | None:
-        """The answer to a token more for each of the sequences of the last step, the cache's tables included; None
-        where these are others. ValueError where the cache has no room."""
-        course = self._course
-        if course is None or not course.follows(slots) or not _alone() or native.kernels() is None:
+    def again(self, slots: Sequence[Slot], ids: Sequence[int], horizons: Mapping[Slot, int]) -> Output | None:
+        """The answer to a token more for each of these sequences, the cache's tables included: those of the last step,
+        or others that find seats on a tape; None where there is none. ValueError where the cache has no room."""
+        if not self._courses or not _alone() or native.kernels() is None:
             return None
-        return course.next(ids, self.clock)
+        course, out = self._course, None
+        if course is not None and course.follows(slots) and self._close(course, len(slots)):
+            out = course.next(ids, self.clock)
+        if out is None and (course := self._seated(slots, horizons)) is not None:
+            self._course, out = course, course.next(ids, self.clock)
+        if course is not None and out is not None:
+            self._loose[len(slots)] += not tight(course, len(slots))
+        return out
 
     def follow(self, store: object, slots: Sequence[Slot]) -> None:
         """Remember whose step was run last, so that `again` can go on from it."""
@@ -66,6 +77,22 @@ class Tapes:
         if onward is not None:
             with suppress(Unrecordable):
                 self._course = Course(self.model, last, onward, self._stored)
+                kept = {id(one) for one in self.made.values()} - {id(last)}
+                self._courses = [one for one in self._courses if id(one.recorded) in kept]
+                self._courses.append(self._course)
+
+    def _close(self, course: Course, count: int) -> bool:
+        """Whether so many sequences may sit there: with few seats empty, or not often yet."""
+        return tight(course, count) or self._loose[count] < PATIENCE
+
+    def _seated(self, slots: Sequence[Slot], horizons: Mapping[Slot, int]) -> Course | None:
+        """A course with these sequences on its seats, with as few empty ones as may be."""
+        weights = self._weights()
+        for course in sorted(self._courses, key=lambda one: one.onward.seats):
+            fits = course.onward.seats >= len(slots) and self._close(course, len(slots))
+            if fits and course.recorded.weights == weights and course.seat(slots, horizons):
+                return course
+        return None
 
     def run(self, step: Step, states: Mapping[str, State]) -> Output:
         self._last, self._course = None, None
@@ -164,6 +191,11 @@ class Tapes:
             self.refused[str(error)] += 1
             self._keep(key, str(error))
         return Output(out.logits.clone(), None, {})
+
+
+def tight(course: Course, count: int) -> bool:
+    """Whether so many sequences leave at most a quarter as many seats empty: those are computed for nothing."""
+    return course.onward.seats <= count + count // 4
 
 
 def _alone() -> bool:

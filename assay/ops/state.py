@@ -14,7 +14,8 @@ from assay.spec.base import DTYPE_BYTES, StateField
 
 @dataclass(frozen=True)
 class Rows:
-    """A sequence field: the pool it lives in and the row of each sequence, so that a kernel may update in place."""
+    """A sequence field: the pool it lives in and the row of each sequence, so that a kernel may read it where it
+    stands. Nothing is written there but by `State.store`: two sequences of a step may have one row."""
 
     pool: Tensor
     index: Tensor
