@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -65,7 +66,8 @@ def create_app(config: ServerConfig, worker: Worker, metrics: Metrics, gate: Gat
     app.add_exception_handler(ApiError, _answered)
     app.add_exception_handler(RequestValidationError, _misread)
     app.add_exception_handler(RouteError, _lost)
-    app.add_middleware(Guard, config=config, gate=gate, log=log, refused=lambda: metrics.ended("refused"))
+    refused, coming = partial(metrics.ended, "refused"), worker.coming
+    app.add_middleware(Guard, config=config, gate=gate, log=log, refused=refused, coming=coming)
     return app
 
 

@@ -48,10 +48,22 @@ class Gate:
 
 
 class Guard:
-    """ASGI middleware. Leaves `tenant` (a digest of the key) and `log` (facts to log) in the request's state."""
+    """ASGI middleware. Leaves `tenant` (a digest of the key) and `log` (facts to log) in the request's state.
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, gate: Gate, log: Log, refused: Callable[[], None]) -> None:
+    coming: the tasks of requests whose bodies are here. Whoever passes one on to the engine takes it out.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        gate: Gate,
+        log: Log,
+        refused: Callable[[], None],
+        coming: set[asyncio.Task[Any] | None],
+    ) -> None:
         self.app, self.config, self.gate, self.log, self.refused = app, config, gate, log, refused
+        self.coming = coming
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +74,9 @@ class Guard:
         scope.setdefault("state", {})["log"] = facts
         try:
             scope["state"]["tenant"] = self.check(scope)
-            await self.app(scope, await self.buffered(scope, receive), visit.send)
+            receive = await self.buffered(scope, receive)
+            self.coming.add(asyncio.current_task())
+            await self.app(scope, receive, visit.send)
         except ApiError as error:
             if not visit.status:
                 await error.response()(scope, receive, visit.send)
@@ -71,6 +85,7 @@ class Guard:
             if not visit.status:
                 await ApiError(500, "the server failed on this request").response()(scope, receive, visit.send)
         finally:
+            self.coming.discard(asyncio.current_task())
             if visit.status >= 400:
                 self.refused()
             if scope["path"] not in WATCHED or visit.status >= 400:

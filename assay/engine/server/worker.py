@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from assay.engine.apart.cluster import Cluster
 from assay.engine.engine import Engine
@@ -23,13 +23,15 @@ from assay.engine.request import Request
 from assay.engine.runner import Token
 from assay.engine.server.errors import ApiError
 from assay.engine.server.memory import Tidy
+from assay.engine.server.observer import Observer
 
 T = TypeVar("T")
 Served = Engine | Cluster
 Status = Literal["loading", "ready", "failed", "stopped"]
 Ending = Literal["cancelled", "error"]
 FAILED = "the engine has failed"
-LOOK_S = 0.05  # seconds between two reports of a busy engine: one goes over all pools of the cache
+LOOK_S = 0.05  # seconds between two reports of a busy engine: one goes over all pages of the cache
+GATHER_S, TICK_S = 0.1, 0.002  # seconds that an idle engine waits for requests that are being read, and looks again
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,6 @@ class Said:
     index: int
     token: Token
     at: float
-
-
-class Observer(Protocol):
-    """Who is told what happens, in the engine's thread."""
-
-    def submitted(self, requests: Sequence[Request]) -> None: ...
-    def started(self, waited: float) -> None: ...
-    def said(self, token: Token, began: float, last: float | None, at: float) -> None: ...
-    def ended(self, outcome: str) -> None: ...
 
 
 class Call:
@@ -98,6 +91,7 @@ class Worker:
         self.stats: Mapping[str, Any] = {}
         self.under_way, self.limit = 0, limit
         self.owned = Counter[str]()  # of `under_way`, by tenant
+        self.coming = set[asyncio.Task[Any] | None]()  # whose requests are here, and are being read or checked
         self._promised: set[asyncio.Future[Any]] = set()  # what the engine's thread has yet to answer
         self._speaking: set[Call] = set()
         self._make, self._observer, self._log = make, observer, log
@@ -147,6 +141,7 @@ class Worker:
         self.owned[tenant] += size
         self._speaking.add(call)
         self._inbox.put(lambda engine: self._submit(engine, call))
+        self.coming.discard(asyncio.current_task())
         try:
             await call.accepted
         except BaseException:
@@ -246,16 +241,21 @@ class Worker:
             self.stats, self._looked = engine.stats(), at
 
     def _obey(self, engine: Served) -> None:
-        """Run the commands that have come; without work, wait for one."""
-        wait = not engine.busy
+        """Run the commands that have come. Without work, wait for one, and then for the requests that are being read:
+        those that come together begin together, since a step of all their prompts costs less than one for each."""
+        idle, until = not engine.busy, 0.0
         while True:
+            gathers = bool(self.coming) and time.monotonic() < until
             try:
-                self._inbox.get(block=wait, timeout=self.tidy.patience)(engine)
-                wait = False
+                self._inbox.get(idle or gathers, TICK_S if gathers else self.tidy.patience)(engine)
             except Empty:
-                if not wait:
+                if not idle and not gathers:
                     return
-                self.tidy.rested()
+                if idle:
+                    self.tidy.rested()
+                continue
+            if idle:
+                idle, until = False, time.monotonic() + GATHER_S
 
     def _step(self, engine: Served) -> None:
         began = time.monotonic()
