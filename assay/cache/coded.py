@@ -7,7 +7,7 @@ sequence reads of a known beginning does not depend on how far ahead of it anoth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +20,12 @@ from assay.cache.groups import PageCut
 from assay.cache.ledger import PARTS, CodedState, CodedWriting, Ledger, Plan
 from assay.cache.paged import Paged
 from assay.cache.quantised import Packed, quantise
+from assay.cache.shelves import Shelf
 from assay.cache.size import Fields, Kind, PageSize, Size
 from assay.cache.states import Stored
 from assay.cache.store import Seen, Slot, Swapped
 from assay.cache.tables import Arrival, Saving, Writing
-from assay.ops.state import State, dtype_of
+from assay.ops.state import State
 from assay.ops.step import Step
 from assay.spec.base import StateField
 
@@ -59,24 +60,18 @@ class Quantised(Paged):
         own = [(part, f) for part, fields in self.fields.items() for f in fields if (part, f.name) in self.forms]
         return own if kind is None else [(part, f) for part, f in own if self.kinds[part] == kind]
 
-    def _pool(self, part: str, field: StateField, size: Size | PageSize) -> Tensor:
+    def _shelf(self, part: str, field: StateField, size: Size | PageSize) -> Shelf:
         assert isinstance(size, PageSize)
-        dtype = self.rounded.get((part, field.name), dtype_of(field, self.dtype))
-        shape = size.shape(field)
-        if (part, field.name) in self.forms:
-            shape = (self.formats.whole(field.keep, size), size.page)
-        return torch.zeros((*shape, *field.shape), dtype=dtype, device=self.device)
+        shelf = super()._shelf(part, field, size)
+        if (part, field.name) in self.forms:  # the pages that stand whole, wherever they belong
+            return replace(shelf, pages=False, shape=(self.formats.whole(field.keep, size), size.page, *field.shape))
+        return replace(shelf, dtype=self.rounded.get((part, field.name), shelf.dtype))
 
     def _packed(self, part: str, field: StateField) -> Packed:
         form, page = self.forms[part, field.name], (self.size.page, *field.shape)
         pages = self.size.pages_of(field.keep)
         one = quantise(torch.zeros(page, device=self.device), form, len(page))
         return Packed(*(getattr(one, name).new_zeros((pages, *getattr(one, name).shape)) for name in PARTS))
-
-    def _of(self, part: str) -> Iterator[Tensor]:
-        """Pools of token fields that have an entry for every page."""
-        own = (f.name for f in self.fields[part] if f.per == "token" and (part, f.name) not in self.forms)
-        return (self.pools[part][name] for name in own)
 
     def reserved_bytes(self) -> int:
         packed = (getattr(packed, name) for packed in self.packed.values() for name in PARTS)

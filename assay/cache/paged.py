@@ -7,9 +7,10 @@ everything before it, so that equal beginnings are computed once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ from assay.cache.snapshots import Snapshots
 from assay.cache.store import Slot, Store, Swapped
 from assay.cache.tables import Arrival, Writing
 from assay.ops.step import Step
+
+
+def runs(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """These pages as ranges of pages that follow one another: the first of each, and one past its last."""
+    ordered = sorted(pages)
+    starts = [i for i, page in enumerate(ordered) if i == 0 or page != ordered[i - 1] + 1]
+    for start, end in pairwise([*starts, len(ordered)]):
+        yield ordered[start], ordered[end - 1] + 1
 
 
 @dataclass
@@ -134,18 +143,15 @@ class Paged(Store):
         for pool in self._sequence_pools():
             pool[target] = pool[source]
 
-    def _token_pools(self, kind: Kind) -> Iterator[Tensor]:
-        return (pool for part, own in self.kinds.items() if own == kind for pool in self._of(part))
-
-    def _of(self, part: str) -> Iterator[Tensor]:
-        return (self.pools[part][f.name] for f in self.fields[part] if f.per == "token")
+    def _by_pages(self, kind: Kind) -> Iterator[Tensor]:
+        """Stores [fields, P, page, ...] that have an entry for every page of this kind."""
+        return (stores for shelf, stores in self.shelves.items() if shelf.pages and shelf.kind == kind)
 
     def _clear(self, kind: Kind, pages: Sequence[int]) -> None:
         """A free page is all zeros: what is not finite must not reach the next sequence."""
-        if pages:
-            index = torch.tensor(pages, device=self.device)
-            for pool in self._token_pools(kind):
-                pool.index_fill_(0, index, 0)
+        for first, end in runs(pages):
+            for stores in self._by_pages(kind):
+                stores[:, first:end] = 0
 
     def fits(self, grow: Sequence[tuple[Slot, int]]) -> bool:
         """Whether all of these sequences can take so many tokens more, all of them at once."""
@@ -186,8 +192,10 @@ class Paged(Store):
         return made
 
     def _copy_page(self, kind: Kind, source: int, target: int) -> None:
-        for pool in (*self._token_pools(kind), self.groups[kind].positions):
-            pool[target] = pool[source]
+        for stores in self._by_pages(kind):
+            stores[:, target] = stores[:, source]
+        positions = self.groups[kind].positions
+        positions[target] = positions[source]
 
     def _note(self, arrival: Arrival, step: Step) -> None:
         """The step's tokens enter the texts. Those that are not told apart by their ids make the text not plain."""

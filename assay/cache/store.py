@@ -10,6 +10,7 @@ from torch import Tensor
 
 from assay.cache.groups import PageBook
 from assay.cache.prefix import Text
+from assay.cache.shelves import Shelf, allocated
 from assay.cache.size import Fields, Kind, PageSize, Size
 from assay.cache.states import Stored
 from assay.cache.tables import Arrival, Book, Entries, Reads, Saves, Saving, Writing, one_a_row
@@ -53,7 +54,10 @@ class Store:
     ) -> None:
         self.fields, self.dtype, self.device = dict(fields), dtype, torch.device(device)
         self.kinds = {part: _kind(part, declared, size) for part, declared in fields.items()}
-        self.pools = {part: {f.name: self._pool(part, f, size) for f in declared} for part, declared in fields.items()}
+        self.pools, self.shelves = allocated(
+            {part: {f.name: self._shelf(part, f, size) for f in declared} for part, declared in fields.items()},
+            self.device,
+        )
         self.entries: dict[Kind, Entries] = {}
         for kind in self.kinds.values():
             if kind is not None and kind[0] == "memory":
@@ -63,10 +67,9 @@ class Store:
         self.lengths: dict[int, int] = {}  # tokens of each open row
         self.births = [0] * size.rows
 
-    def _pool(self, part: str, field: StateField, size: Size | PageSize) -> Tensor:
-        """Zeros rather than empty: entries that nobody sees are multiplied by 0, and must be finite."""
+    def _shelf(self, part: str, field: StateField, size: Size | PageSize) -> Shelf:
         shape = (*size.shape(field), *field.shape)
-        return torch.zeros(shape, dtype=dtype_of(field, self.dtype), device=self.device)
+        return Shelf(self.kinds[part], field.per == "token", shape, dtype_of(field, self.dtype))
 
     def tensors(self) -> list[tuple[StateField, Tensor]]:
         return [(f, self.pools[part][f.name]) for part, declared in self.fields.items() for f in declared]

@@ -115,12 +115,12 @@ def test_what_is_not_finite_stays_with_its_text() -> None:
     slot = store.open()
     read(lm, store, slot, tokens(1, 12, 3)[0])
     store.close(slot)
-    for pool in store._token_pools(("token", 0)):
+    for _, pool in store.tensors():
         pool.fill_(float("nan"))
     slot = store.open()
     assert float((read(lm, store, slot, ids[0]) - logits(lm, ids)[0]).abs().max()) < 1e-10
     group = store.groups["token", 0]
-    assert all(bool(pool[group.tables[slot.row].pages].isfinite().all()) for pool in store._token_pools(("token", 0)))
+    assert all(bool(pool[group.tables[slot.row].pages].isfinite().all()) for _, pool in store.tensors())
     assert store.report()["evictions"] == 2
 
 
