@@ -9,6 +9,7 @@ of each process. --prefill and --decode say what is done otherwise where prompts
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -260,7 +261,10 @@ def built(
         torch.set_num_threads(setup.threads)
     torch.use_deterministic_algorithms(deterministic)
     model, tokenizer = load()
-    return Engine(model, tokenizer, setup.config, storage=stored(model))
+    engine = Engine(model, tokenizer, setup.config, storage=stored(model))
+    gc.collect()
+    gc.freeze()  # else a collection in the middle of replies goes through all of it too: modules, model, vocabulary
+    return engine
 
 
 def elsewhere(build: Callable[[], Engine], part: list[Path] | None) -> Engine:
