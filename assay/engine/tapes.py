@@ -2,7 +2,8 @@
 
 A step is known by everything about it but the contents of its tensors: shapes, numbers on the host, which pools are
 written. One that is met for the second time is recorded while it runs, on copies of its tensors; from then on its
-contents are copied there and the tape is run. What cannot be recorded runs as it always did.
+contents are copied there and the tape is run. What cannot be recorded runs as it always did. Whoever decodes next may
+take the seats of sequences that a tape was recorded with, all or some of them.
 """
 
 from __future__ import annotations
