@@ -28,9 +28,12 @@ WIDER = 512  # entries that a view may have beyond those that its sequences need
 class Field(Protocol):
     """Token fields of one kind: entries in rows, or in pages."""
 
-    def seat(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
-        """Go on with the sequences in these rows, as many as before; one may stand there twice. False where the view
-        is another one for them, or far wider than they need."""
+    def takes(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Whether it could go on with the sequences in these rows, as many as before, one perhaps twice. False where
+        the view is another one for them, or far wider than they need."""
+
+    def seat(self, rows: Sequence[int]) -> None:
+        """Go on with those."""
 
     def fits(self, lengths: Sequence[int]) -> bool:
         """Room for the next tokens, taken where it must be; False where views get another shape or place by it."""
@@ -71,8 +74,11 @@ class InRows:
         self.entries, self.rows, self.view = entries, rows, View(writing)
         self.index, self.positions = entries.index.numpy(), entries.positions.numpy()
 
-    def seat(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
+    def takes(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
         return False  # a step reads rows of the store where they stand
+
+    def seat(self, rows: Sequence[int]) -> None:
+        raise AssertionError("no other rows are taken")
 
     def fits(self, lengths: Sequence[int]) -> bool:
         used = max(lengths) + 1
@@ -105,13 +111,13 @@ class InPages:
         self.view, self.table, self.positions = View(writing), cut.table.numpy(), self.group.positions.numpy()
         self.known: list[tuple[int, list[int]] | None] = [None] * len(rows)
 
-    def seat(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
+    def takes(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
         page, tables = self.group.page, self.group.tables
         need = max(n + 1 - tables[row].base * page for row, n in zip(rows, lengths, strict=True))
-        if self.run is not None or not need <= self.view.index.shape[1] <= need + WIDER:
-            return False
+        return self.run is None and need <= self.view.index.shape[1] <= need + WIDER
+
+    def seat(self, rows: Sequence[int]) -> None:
         self.rows, self.known = rows, [None] * len(rows)
-        return True
 
     def fits(self, lengths: Sequence[int]) -> bool:
         group, ones = self.group, [1] * len(self.rows)
@@ -221,8 +227,10 @@ class Onward:
         least = min(range(len(slots)), key=lengths.__getitem__)
         taken = [*range(len(slots)), *[least] * spare]
         rows, left = [slots[i].row for i in taken], [lengths[i] for i in taken]
-        if not all(field.seat(rows, left) for field in self.fields):
+        if not all(field.takes(rows, left) for field in self.fields):
             return False
+        for field in self.fields:
+            field.seat(rows)
         self.slots, self.rows, self.left = tuple(slots), rows, left
         self.horizon[:] = [horizons[slots[i]] for i in taken]
         return True

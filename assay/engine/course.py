@@ -158,8 +158,10 @@ class Course:
 
     def seat(self, slots: Sequence[Slot], horizons: Mapping[Slot, int]) -> bool:
         """Go on with these sequences, up to as many as it was recorded with; False where it cannot be theirs."""
+        if not self.onward.seat(slots, horizons):
+            return False
         self.ahead.clear()
-        return self.onward.seat(slots, horizons)
+        return True
 
     def next(self, ids: Sequence[int], clock: Clock | None) -> Output | None:
         """The model's answer to these tokens; None where the cache's `begin` must see to it."""

@@ -88,10 +88,12 @@ class Tapes:
 
     def _seated(self, slots: Sequence[Slot], horizons: Mapping[Slot, int]) -> Course | None:
         """A course with these sequences on its seats, with as few empty ones as may be."""
-        weights = self._weights()
+        weights, keys = self._weights(), {id(one): key for key, one in self.made.items()}
         for course in sorted(self._courses, key=lambda one: one.onward.seats):
+            kept = id(course.recorded) in keys and course.recorded.weights == weights
             fits = course.onward.seats >= len(slots) and self._close(course, len(slots))
-            if fits and course.recorded.weights == weights and course.seat(slots, horizons):
+            if kept and fits and course.seat(slots, horizons):
+                self.made.move_to_end(keys[id(course.recorded)])
                 return course
         return None
 

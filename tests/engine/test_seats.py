@@ -127,6 +127,25 @@ def test_a_number_of_sequences_that_stays_gets_its_own_tape(monkeypatch: pytest.
     assert seats == [6] and [course.onward.seats for course in talk.runner.tapes._courses] == [6, 2]
 
 
+def test_a_tape_whose_seats_are_taken_is_the_last_to_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tapes, "PATIENCE", 0)
+    talk = Talk(build(load_model("llama-11m", SMALL)))
+    leave: list[Event] = [("leave", 0)] * 4
+    for seed, event in enumerate([*FULL, *leave, ("say", 3), *FULL[:3]]):
+        talk.does(event, seed)
+    made = talk.runner.tapes.made
+    many, few = (key for key, one in made.items() if isinstance(one, Recorded))
+    assert [course.onward.seats for course in talk.runner.tapes._courses] == [6, 2] and list(made)[-1] == few
+    talk.does(("say", 1), 70)
+    assert list(made)[-1] == many
+    made.clear()
+    talk.does(("leave", 0), 71)
+    talk.does(("join", 9), 72)
+    begun = talk.runner.begun
+    talk.does(("say", 1), 73)
+    assert talk.runner.begun == begun + 1, "a tape that was forgotten has answered"
+
+
 def test_weights_that_moved_are_seen_by_whoever_takes_a_seat() -> None:
     model = build(load_model("llama-11m", SMALL))
     talk, anew = talks(model, FULL)
