@@ -17,7 +17,7 @@ from assay.cache.paged import Paged
 from assay.cache.size import Kind
 from assay.cache.states import Stored
 from assay.cache.store import Slot
-from assay.cache.tables import ROUND, Entries, Saves, Saving, Writing
+from assay.cache.tables import ROUND, Entries, Saves, Writing
 from assay.ops.state import State
 from assay.ops.step import Step
 
@@ -199,6 +199,7 @@ class Onward:
         self.ids, self.index, self.past = (t.numpy() for t in (step.ids, step.index, step.past))
         self.horizon = step.horizon.numpy()
         self.left = [store.length(slot) for slot in slots]  # as this left them
+        self.taken = list(range(len(slots)))  # which of the sequences sits in each seat
 
     @classmethod
     def of(cls, store: object, slots: Sequence[Slot], step: Step, states: Mapping[str, State]) -> Onward | None:
@@ -231,7 +232,7 @@ class Onward:
             return False
         for field in self.fields:
             field.seat(rows)
-        self.slots, self.rows, self.left = tuple(slots), rows, left
+        self.slots, self.rows, self.left, self.taken = tuple(slots), rows, left, taken
         self.horizon[:] = [horizons[slots[i]] for i in taken]
         return True
 
@@ -257,10 +258,10 @@ class Onward:
         for field in self.fields:
             field.write(self.left)
         if self.saving is not None and self.store.saves is not None:
-            _save(self.store.saves, self.saving, self.rows, self.left, len(ids))
-        self.ids[: len(ids)], self.index[:], self.past[:] = ids, self.left, self.left
-        if len(ids) < self.seats:
-            self.ids[len(ids) :] = ids[self.rows.index(self.rows[-1])]
+            saved = _saved(self.store.saves, self.rows[: len(ids)], self.left[: len(ids)])
+            self.saving.start.numpy()[:] = [saved[i][0] for i in self.taken]
+            self.saving.place.numpy()[:] = [saved[i][1] for i in self.taken]
+        self.ids[:], self.index[:], self.past[:] = [ids[i] for i in self.taken], self.left, self.left
         self.left = [n + 1 for n in self.left]
         self.store.lengths.update(zip(self.rows, self.left, strict=True))
         if isinstance(self.store, Paged):
@@ -292,12 +293,6 @@ def _moves(state: Stored) -> bool:
     return state.layout_key[0] == "token" and state.writing is not None and state.writing.arrival.real is None
 
 
-def _save(saves: Saves, saving: Saving, rows: Sequence[int], lengths: Sequence[int], count: int) -> None:
-    """Each of `count` sequences starts from its current state, and the next one has a place of its own, or the same.
-    Whoever sits behind them is one of them, with its places."""
-    start, place = saving.start.numpy(), saving.place.numpy()
-    for i in range(count):
-        start[i] = saves.place(rows[i])
-        place[i] = saves._enter(rows[i], lengths[i] + 1)
-    again = rows.index(rows[-1])
-    start[count:], place[count:] = start[again], place[again]
+def _saved(saves: Saves, rows: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each sequence's current state stands, and where the next one goes: a place of its own, or the same."""
+    return [(saves.place(row), saves._enter(row, n + 1)) for row, n in zip(rows, lengths, strict=True)]

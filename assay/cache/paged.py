@@ -6,10 +6,8 @@ everything before it, so that equal beginnings are computed once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -298,11 +296,12 @@ class Paged(Store):
         and their rows. filled: the part of it in which something of theirs stands; fragmentation: the other part."""
         held = filled = snapshot = 0
         counts = {kind: (group.report(), group.filled(self.lengths)) for kind, group in self.groups.items()}
-        for (per, kind), one in self._place_bytes.items():
-            if per == "token" and kind is not None:
+        for shelf, stores in self.shelves.items():
+            kind, one = shelf.kind, stores[:, :1].numel() * stores.element_size()
+            if shelf.per == "token" and kind is not None:
                 held += (counts[kind][0]["used"] or 0) * one
                 filled += counts[kind][1] * one // self.size.page
-            elif per == "memory" and kind is not None:
+            elif shelf.per == "memory" and kind is not None:
                 held += len(self.lengths) * one
                 filled += sum(self.entries[kind].high[row] for row in self.lengths) * one // max(kind[1], 1)
             else:
@@ -315,25 +314,8 @@ class Paged(Store):
             "snapshots": 0 if self.snapshots is None else len(self.snapshots.places),
             "snapshot_evictions": 0 if self.snapshots is None else self.snapshots.evictions,
             "snapshot_bytes": snapshot,
-            "reserved_bytes": self._reserved,
+            "reserved_bytes": self.reserved_bytes(),
             "held_bytes": held,
             "filled_bytes": filled,
             "fragmentation": 1 - filled / held if held else 0.0,
         }
-
-    @cached_property
-    def _reserved(self) -> int:
-        return self.reserved_bytes()
-
-    @cached_property
-    def _place_bytes(self) -> Mapping[tuple[str, Kind | None], int]:
-        """Bytes of a page, of a row's memory and of a state: all fields' together, by what they are per and of what
-        kind. A server asks for its report many times a second."""
-        found = Counter[tuple[str, Kind | None]]()
-        for part, own in self.fields.items():
-            for declared, pool in zip(own, self._all(part), strict=True):
-                found[declared.per, self.kinds[part]] += pool[:1].numel() * pool.element_size()
-        return found
-
-    def _all(self, part: str) -> list[Tensor]:
-        return [self.pools[part][f.name] for f in self.fields[part]]

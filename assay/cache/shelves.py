@@ -13,9 +13,11 @@ from assay.cache.size import Kind
 
 @dataclass(frozen=True)
 class Shelf:
-    """What stores that are parts of one tensor have in common. pages: they have a page of tokens at each place."""
+    """What stores that are parts of one tensor have in common. per: as their fields have it. pages: they have an entry
+    for every page of the kind."""
 
     kind: Kind | None
+    per: str
     pages: bool
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -69,14 +69,14 @@ class Store:
 
     def _shelf(self, part: str, field: StateField, size: Size | PageSize) -> Shelf:
         shape = (*size.shape(field), *field.shape)
-        return Shelf(self.kinds[part], field.per == "token", shape, dtype_of(field, self.dtype))
+        return Shelf(self.kinds[part], field.per, field.per == "token", shape, dtype_of(field, self.dtype))
 
     def tensors(self) -> list[tuple[StateField, Tensor]]:
         return [(f, self.pools[part][f.name]) for part, declared in self.fields.items() for f in declared]
 
     def reserved_bytes(self) -> int:
         """Bytes of the stored fields as allocated; the tables that all layers share are not counted."""
-        return sum(pool.numel() * pool.element_size() for _, pool in self.tensors())
+        return sum(stores.numel() * stores.element_size() for stores in self.shelves.values())
 
     def used_bytes(self) -> int:
         """Bytes that the open sequences can still read, by the fields' own declaration."""

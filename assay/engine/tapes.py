@@ -61,7 +61,7 @@ class Tapes:
         if not self._courses or not _alone() or native.kernels() is None:
             return None
         course, out = self._course, None
-        if course is not None and course.follows(slots) and self._close(course, len(slots)):
+        if course is not None and course.follows(slots) and self._may_sit(course, len(slots)):
             out = course.next(ids, self.clock)
         if out is None and (course := self._seated(slots, horizons)) is not None:
             self._course, out = course, course.next(ids, self.clock)
@@ -78,21 +78,19 @@ class Tapes:
         if onward is not None:
             with suppress(Unrecordable):
                 self._course = Course(self.model, last, onward, self._stored)
-                kept = {id(one) for one in self.made.values()} - {id(last)}
-                self._courses = [one for one in self._courses if id(one.recorded) in kept]
-                self._courses.append(self._course)
+                self._courses = [*(one for one in self._courses if one.recorded is not last), self._course]
 
-    def _close(self, course: Course, count: int) -> bool:
+    def _may_sit(self, course: Course, count: int) -> bool:
         """Whether so many sequences may sit there: with few seats empty, or not often yet."""
         return tight(course, count) or self._loose[count] < PATIENCE
 
     def _seated(self, slots: Sequence[Slot], horizons: Mapping[Slot, int]) -> Course | None:
         """A course with these sequences on its seats, with as few empty ones as may be."""
         weights, keys = self._weights(), {id(one): key for key, one in self.made.items()}
+        self._courses = [one for one in self._courses if id(one.recorded) in keys]
         for course in sorted(self._courses, key=lambda one: one.onward.seats):
-            kept = id(course.recorded) in keys and course.recorded.weights == weights
-            fits = course.onward.seats >= len(slots) and self._close(course, len(slots))
-            if kept and fits and course.seat(slots, horizons):
+            fits = course.onward.seats >= len(slots) and self._may_sit(course, len(slots))
+            if fits and course.recorded.weights == weights and course.seat(slots, horizons):
                 self.made.move_to_end(keys[id(course.recorded)])
                 return course
         return None
